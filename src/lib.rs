@@ -1,3 +1,12 @@
 //! crab: a containerd shim v2 that gives every agent sandbox a restore point after each turn.
 
+pub mod cgroup;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod coordinator;
+pub mod rootfs;
+pub mod runtime;
 pub mod sandbox;
+pub mod shim;
+pub mod store;

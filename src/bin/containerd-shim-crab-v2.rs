@@ -1,2 +1,5 @@
-//! x
-fn main() {}
+//! The shim that containerd starts.
+
+fn main() -> anyhow::Result<()> {
+    crab::shim::bootstrap::main()
+}

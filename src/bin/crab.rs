@@ -1,2 +1,5 @@
-//! x
-fn main() {}
+//! The `crab` command.
+
+fn main() -> std::process::ExitCode {
+    crab::cli::main()
+}

@@ -1,0 +1,54 @@
+"""What the replayer asks of the `crab` command."""
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from clients import Client, call, wait_for
+
+#: Puts a sandbox under crab.
+ANNOTATIONS = {"dev.crab.enabled": "true"}
+RUNTIME = "io.containerd.crab.v2"
+
+Line = dict[str, Any]
+
+
+class Crab:
+    """crab's view of one sandbox."""
+
+    def __init__(self, client: Client):
+        self.client = client
+
+    def _crab(self, *words: str) -> str:
+        return call("crab", "-n", self.client.namespace, *words)
+
+    def log(self) -> list[Line]:
+        """The journal, one object a turn, oldest first."""
+        return [json.loads(line) for line in self._crab("log", "--json", self.client.id).splitlines()]
+
+    def last_turn(self) -> int:
+        """The newest turn's number; 0 before the first."""
+        return max((line["turn"] for line in self.log()), default=0)
+
+    def line_after(self, turn: int) -> Line:
+        """Waits for a turn after `turn` to be in the journal with its outcome, and durable if it wrote anything."""
+        found: list[Line] = []
+
+        def is_there() -> bool:
+            found[:] = [line for line in self.log() if line["turn"] > turn and _is_settled(line)]
+            return bool(found)
+
+        wait_for(f"crab to finish the turn after {turn}", is_there)
+        return found[0]
+
+    def checkpoint(self) -> None:
+        """A checkpoint now, whatever the turn was."""
+        self._crab("checkpoint", self.client.id)
+
+    def arm(self) -> None:
+        """The dead sandbox's next start goes back to its newest checkpoint."""
+        self._crab("restore", self.client.id)
+
+
+def _is_settled(line: Line) -> bool:
+    return line["action"] == "skip" or line.get("durable_us") is not None

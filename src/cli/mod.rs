@@ -1,0 +1,308 @@
+//! The `crab` command: a thin client of running shims, and of the store when none runs (D14).
+//!
+//! Exit codes: 0 done, 1 failed, 2 wrong usage.
+
+mod docker;
+mod log;
+mod ps;
+mod restore;
+
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+
+use crate::{
+    config::{self, Config},
+    control::client,
+    sandbox::{SandboxId, TurnNo},
+    shim::run_dir::{RUN, RunDir},
+    store::Store,
+};
+
+/// Restore points for agent sandboxes.
+#[derive(Parser)]
+#[command(version, about, disable_help_subcommand = true)]
+struct Args {
+    /// The containerd namespace (Docker's is moby) [default: whichever has the sandbox]
+    #[arg(short, long, global = true)]
+    namespace: Option<String>,
+    /// One JSON object, or one a line
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// List the sandboxes that run under crab, and whether they are protected
+    Ps,
+    /// Show the turns of a sandbox
+    Log {
+        /// Container id, a unique prefix of it, or a Docker name
+        sandbox: String,
+    },
+    /// Take a checkpoint of a running sandbox now
+    Checkpoint {
+        /// Container id, a unique prefix of it, or a Docker name
+        sandbox: String,
+        /// Keep the checkpoint under this name
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Make a stopped container's next start restore a checkpoint instead of booting
+    Restore {
+        /// SANDBOX, SANDBOX@TURN or SANDBOX@NAME; without @ the newest checkpoint
+        sandbox: String,
+        /// Take it back: the next start boots
+        #[arg(long, conflicts_with = "start")]
+        cancel: bool,
+        /// Also start it, through containerd or Docker
+        #[arg(long)]
+        start: bool,
+    },
+    /// Check the checkpoints of one sandbox, or of all, against their digests
+    Verify {
+        /// Container id, a unique prefix of it, or a Docker name
+        sandbox: Option<String>,
+    },
+}
+
+/// What every verb works with.
+struct Scope {
+    namespace: Option<String>,
+    json: bool,
+    store_root: PathBuf,
+}
+
+/// Does what the command line says.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(args) {
+        Ok(code) => code,
+        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("crab: {}", printable(&format!("{e:#}")));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<ExitCode> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("only root may see checkpoints, which hold the memory of sandboxes: use sudo");
+    }
+    let config = Config::load(Path::new(config::FILE), None, std::iter::empty())?;
+    let context = Scope {
+        namespace: args.namespace,
+        json: args.json,
+        store_root: config.store,
+    };
+    match args.verb {
+        Verb::Ps => ps::run(&context),
+        Verb::Log { sandbox } => log::run(&context, &sandbox),
+        Verb::Checkpoint { sandbox, name } => checkpoint(&context, &sandbox, name.as_deref()),
+        Verb::Restore {
+            sandbox,
+            cancel,
+            start,
+        } => restore::run(&context, &sandbox, cancel, start),
+        Verb::Verify { sandbox } => verify(&context, sandbox.as_deref()),
+    }
+}
+
+impl Scope {
+    fn store(&self) -> anyhow::Result<Store> {
+        Store::open(&self.store_root).context("checkpoint store")
+    }
+
+    /// A sandbox by its id, prefix, or Docker name: one that runs, or one with checkpoints.
+    fn find(&self, word: &str) -> anyhow::Result<SandboxId> {
+        let mut known: Vec<SandboxId> = client::list(Path::new(RUN))
+            .0
+            .iter()
+            .filter_map(|s| SandboxId::new(&s.namespace, &s.id).ok())
+            .collect();
+        if self.store_root.exists() {
+            known.extend(self.store()?.sandboxes()?);
+        }
+        known.sort();
+        known.dedup();
+        known.retain(|s| {
+            let wanted = self.namespace.as_deref();
+            wanted.is_none_or(|n| n == s.namespace())
+        });
+        match pick(&known, word) {
+            Err(None) => {}
+            Ok(sandbox) => return Ok(sandbox),
+            Err(Some(several)) => bail!(
+                "{} is ambiguous: {}. Say more of the id, or the namespace with -n",
+                printable(word),
+                several
+            ),
+        }
+        if let Some(id) = docker::id_of(word)
+            && let Ok(sandbox) = pick(&known, &id)
+        {
+            return Ok(sandbox);
+        }
+        bail!(
+            "no sandbox {}: neither running under crab nor in the store {} (crab ps lists those \
+             that run)",
+            printable(word),
+            self.store_root.display()
+        )
+    }
+}
+
+/// The one sandbox that a word means; None if there is none, else the list of candidates.
+fn pick(known: &[SandboxId], word: &str) -> Result<SandboxId, Option<String>> {
+    if word.is_empty() {
+        return Err(None);
+    }
+    let exact: Vec<&SandboxId> = known.iter().filter(|s| s.id() == word).collect();
+    let found = if exact.is_empty() {
+        known.iter().filter(|s| s.id().starts_with(word)).collect()
+    } else {
+        exact
+    };
+    match found.as_slice() {
+        [] => Err(None),
+        [one] => Ok((*one).clone()),
+        several => {
+            let names: Vec<String> = several.iter().map(ToString::to_string).collect();
+            Err(Some(names.join(", ")))
+        }
+    }
+}
+
+fn checkpoint(context: &Scope, word: &str, name: Option<&str>) -> anyhow::Result<ExitCode> {
+    if let Some(name) = name {
+        crate::sandbox::check("name", name)?;
+    }
+    let sandbox = context.find(word)?;
+    let line = client::checkpoint(RunDir::of(&sandbox).path(), &sandbox, name)?;
+    if context.json {
+        print(&line)?;
+    } else {
+        let line: crate::store::JournalLine = serde_json::from_str(&line)?;
+        print(&log::describe(&line))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn verify(context: &Scope, word: Option<&str>) -> anyhow::Result<ExitCode> {
+    let store = context.store()?;
+    let sandboxes = match word {
+        Some(word) => vec![context.find(word)?],
+        None => store.sandboxes()?,
+    };
+    let mut broken = 0;
+    for sandbox in sandboxes {
+        let checkpoints = store.sandbox(&sandbox);
+        for turn in checkpoints.turns()? {
+            let faults: Vec<String> = match checkpoints.verify(turn) {
+                Ok(faults) => faults.iter().map(ToString::to_string).collect(),
+                Err(e) => vec![e.to_string()],
+            };
+            broken += usize::from(!faults.is_empty());
+            if context.json {
+                let object = serde_json::json!({
+                    "sandbox": sandbox.id(), "namespace": sandbox.namespace(),
+                    "turn": turn, "faults": faults,
+                });
+                print(&object.to_string())?;
+            } else if faults.is_empty() {
+                print(&format!("{sandbox}@{turn}  ok"))?;
+            } else {
+                for fault in faults {
+                    print(&format!("{sandbox}@{turn}  BROKEN  {}", printable(&fault)))?;
+                }
+            }
+        }
+    }
+    if broken > 0 {
+        bail!("{broken} broken checkpoint(s)");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A word of the form SANDBOX or SANDBOX@WHICH.
+fn split_at(word: &str) -> (&str, Option<&str>) {
+    match word.split_once('@') {
+        Some((sandbox, which)) => (sandbox, Some(which)),
+        None => (word, None),
+    }
+}
+
+/// A turn by number or name; without one the newest.
+fn turn_of(
+    checkpoints: &crate::store::SandboxStore,
+    which: Option<&str>,
+) -> anyhow::Result<TurnNo> {
+    let id = checkpoints.id();
+    let Some(which) = which else {
+        let latest = checkpoints.latest()?;
+        return latest
+            .map(|c| c.turn())
+            .with_context(|| format!("{id} has no checkpoint"));
+    };
+    if let Ok(turn) = which.parse() {
+        return Ok(checkpoints.get(turn)?.turn());
+    }
+    Ok(checkpoints.named(which)?)
+}
+
+/// One line to stdout.
+fn print(line: &str) -> io::Result<()> {
+    writeln!(io::stdout().lock(), "{line}")
+}
+
+/// Text from a sandbox or a user, safe for a terminal (D19).
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| match c {
+            '\n' => "\n".to_owned(),
+            c if c.is_control() => c.escape_default().to_string(),
+            c => c.to_string(),
+        })
+        .collect()
+}
+
+fn is_broken_pipe(e: &anyhow::Error) -> bool {
+    e.downcast_ref::<io::Error>()
+        .is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exact_id_wins_over_a_prefix() {
+        let known: Vec<SandboxId> = [("a", "web"), ("a", "web2"), ("b", "db")]
+            .map(|(n, i)| SandboxId::new(n, i).unwrap())
+            .into();
+        assert_eq!(pick(&known, "web").unwrap().id(), "web");
+        assert_eq!(pick(&known, "d").unwrap().id(), "db");
+        assert_eq!(pick(&known, "we").unwrap_err().unwrap(), "a/web, a/web2");
+        assert_eq!(pick(&known, "x").unwrap_err(), None);
+        assert_eq!(pick(&known, "").unwrap_err(), None);
+    }
+
+    #[test]
+    fn terminal_escapes_are_shown_not_sent() {
+        assert_eq!(printable("a\x1b[31mb"), "a\\u{1b}[31mb");
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Args::command().debug_assert();
+    }
+}

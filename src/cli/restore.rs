@@ -1,0 +1,124 @@
+//! `crab restore`: arm a dead container, so that its next start goes back (D13).
+
+use std::{
+    path::Path,
+    process::{Command, ExitCode},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail};
+
+use super::{Scope, print, split_at, turn_of};
+use crate::{
+    control::client,
+    sandbox::SandboxId,
+    shim::run_dir::RUN,
+    store::{SandboxWriter, StoreError},
+};
+
+/// How long to wait for a dying shim.
+const LOCK_LIMIT: Duration = Duration::from_secs(10);
+
+pub(super) fn run(
+    scope: &Scope,
+    word: &str,
+    cancel: bool,
+    start: bool,
+) -> anyhow::Result<ExitCode> {
+    let (word, which) = split_at(word);
+    let sandbox = scope.find(word)?;
+    refuse_if_alive(&sandbox)?;
+    let writer = writer(scope, &sandbox)?;
+    if cancel {
+        writer.disarm()?;
+        say(scope, &sandbox, None)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let turn = turn_of(&writer, which)?;
+    let faults = writer.verify(turn)?;
+    if let Some(fault) = faults.first() {
+        bail!(
+            "the checkpoint of turn {turn} is broken ({fault}): nothing was changed; crab verify \
+             {} shows which ones are whole",
+            sandbox.id()
+        );
+    }
+    writer.arm(turn)?;
+    // The shim takes the lock when it starts.
+    drop(writer);
+    say(scope, &sandbox, Some(turn.0))?;
+    if start {
+        start_it(&sandbox)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The right to write the sandbox's checkpoints. A shim whose container has just died may still
+/// have it for the moment that its last cut takes.
+fn writer(scope: &Scope, sandbox: &SandboxId) -> anyhow::Result<SandboxWriter> {
+    let end = Instant::now() + LOCK_LIMIT;
+    loop {
+        match scope.store()?.writer(sandbox) {
+            Err(StoreError::Locked { .. }) if Instant::now() < end => {
+                thread::sleep(Duration::from_millis(10));
+            }
+            writer => return Ok(writer?),
+        }
+    }
+}
+
+fn refuse_if_alive(sandbox: &SandboxId) -> anyhow::Result<()> {
+    let (running, _) = client::list(Path::new(RUN));
+    let alive = running.iter().any(|s| {
+        s.namespace == sandbox.namespace() && s.id == sandbox.id() && s.phase != "stopped"
+    });
+    if alive {
+        bail!("{sandbox} is running: stop or kill it first");
+    }
+    Ok(())
+}
+
+fn say(scope: &Scope, sandbox: &SandboxId, turn: Option<u64>) -> anyhow::Result<()> {
+    if scope.json {
+        let object = serde_json::json!({
+            "namespace": sandbox.namespace(), "id": sandbox.id(), "armed": turn,
+        });
+        print(&object.to_string())?;
+    } else if let Some(turn) = turn {
+        print(&format!("{sandbox}: the next start restores turn {turn}"))?;
+    } else {
+        print(&format!("{sandbox}: the next start boots"))?;
+    }
+    Ok(())
+}
+
+/// Asks whoever owns the container to start it.
+fn start_it(sandbox: &SandboxId) -> anyhow::Result<()> {
+    let mut command = match sandbox.namespace() {
+        "moby" => {
+            let mut command = Command::new("docker");
+            command.args(["start", sandbox.id()]);
+            command
+        }
+        namespace => {
+            // A task that has died must go before another one can come.
+            let mut delete = Command::new("ctr");
+            delete.args(["-n", namespace, "task", "delete", sandbox.id()]);
+            delete.stdout(std::process::Stdio::null());
+            delete.stderr(std::process::Stdio::null());
+            let _ = delete.status();
+            let mut command = Command::new("ctr");
+            command.args(["-n", namespace, "task", "start", "-d", sandbox.id()]);
+            command
+        }
+    };
+    let program = command.get_program().to_string_lossy().into_owned();
+    let status = command
+        .status()
+        .with_context(|| format!("cannot run {program}; it is armed, start it yourself"))?;
+    if !status.success() {
+        bail!("{program} could not start {sandbox} ({status}); it stays armed");
+    }
+    Ok(())
+}

@@ -1,0 +1,93 @@
+//! The `crab` command's side: which shims are there, and asking them.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use ttrpc::{Client, context};
+
+use super::{
+    LINK,
+    api::{CheckpointRequest, ControlClient, ListRequest, Sandbox},
+};
+use crate::sandbox::SandboxId;
+
+/// A question about sandboxes must not hang on one stopped shim.
+const QUICK: i64 = 3_000_000_000;
+/// A checkpoint may take as long as the longest dump that can be configured.
+const SLOW: i64 = 900_000_000_000;
+
+/// A shim that could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// None of its shims runs.
+    #[error("{0} is not running under crab")]
+    NotRunning(SandboxId),
+    /// The shim said no.
+    #[error("{0}")]
+    Refused(String),
+    /// It did not answer.
+    #[error("cannot ask the shim at {}: {source}", socket.display())]
+    Unreachable {
+        /// Where it should be.
+        socket: PathBuf,
+        /// Why.
+        source: ttrpc::Error,
+    },
+}
+
+fn wrong(socket: &Path) -> impl FnOnce(ttrpc::Error) -> ControlError + '_ {
+    move |source| match source {
+        ttrpc::Error::RpcStatus(status) => ControlError::Refused(status.message),
+        source => ControlError::Unreachable {
+            socket: socket.to_owned(),
+            source,
+        },
+    }
+}
+
+fn connect(socket: &Path) -> Result<ControlClient, ControlError> {
+    let client = Client::connect(&format!("unix://{}", socket.display())).map_err(wrong(socket))?;
+    Ok(ControlClient::new(client))
+}
+
+/// All sandboxes of all running shims below `run` (`/run/crab`), and the shims that don't answer.
+pub fn list(run: &Path) -> (Vec<Sandbox>, Vec<ControlError>) {
+    let mut sandboxes = Vec::new();
+    let mut errors = Vec::new();
+    let sockets = fs::read_dir(run.join("shims")).into_iter().flatten();
+    for socket in sockets.flatten().map(|entry| entry.path()) {
+        let listed = connect(&socket).and_then(|client| {
+            client
+                .list(context::with_timeout(QUICK), &ListRequest::new())
+                .map_err(wrong(&socket))
+        });
+        match listed {
+            Ok(response) => sandboxes.extend(response.sandboxes),
+            Err(e) => errors.push(e),
+        }
+    }
+    (sandboxes, errors)
+}
+
+/// Takes a checkpoint of a running sandbox; returns its line in the journal, as JSON.
+pub fn checkpoint(
+    run_dir: &Path,
+    sandbox: &SandboxId,
+    name: Option<&str>,
+) -> Result<String, ControlError> {
+    let socket = run_dir.join(LINK);
+    if !socket.exists() {
+        return Err(ControlError::NotRunning(sandbox.clone()));
+    }
+    let request = CheckpointRequest {
+        id: sandbox.id().to_owned(),
+        name: name.unwrap_or_default().to_owned(),
+        ..Default::default()
+    };
+    connect(&socket)?
+        .checkpoint(context::with_timeout(SLOW), &request)
+        .map(|response| response.line)
+        .map_err(wrong(&socket))
+}

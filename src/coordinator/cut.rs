@@ -1,0 +1,221 @@
+//! One consistent cut: latch, freeze, dump, look whether it held, capture, thaw (D7).
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    doors::Doors,
+    freeze::{Freeze, FreezeError},
+};
+use crate::{
+    cgroup::CgroupError,
+    runtime::{
+        self, OciRuntime, RuntimeError, criu_conf,
+        descriptors::{self, DescriptorsError, Stream},
+    },
+};
+
+/// How long a cut waits for execs that are half-way through the door.
+const LATCH_LIMIT: Duration = Duration::from_secs(30);
+
+/// What a cut must know of the sandbox's processes.
+pub trait Scene: Send + Sync {
+    /// Host pid of init.
+    fn init_pid(&self) -> i32;
+    /// Moves the frozen processes' output into the shim: it was written before the cut.
+    fn drain(&self);
+    /// The pipes between the processes and the shim.
+    fn streams(&self) -> Result<Vec<Stream>, String>;
+}
+
+/// The parts of a sandbox that take part in a cut.
+pub struct Sandbox<'a> {
+    /// The container's id for the runtime.
+    pub id: &'a str,
+    /// Who dumps.
+    pub runtime: &'a dyn OciRuntime,
+    /// Who freezes.
+    pub freeze: &'a Arc<Freeze>,
+    /// Who keeps execs out.
+    pub doors: &'a Arc<Doors>,
+    /// Its processes.
+    pub scene: &'a dyn Scene,
+}
+
+/// Why there is no dump.
+#[derive(Debug, thiserror::Error)]
+pub enum CutError {
+    /// CRIU would drop these processes without a word (D9b).
+    #[error(
+        "the sandbox has {} that CRIU cannot dump, because they are no descendants of its init: \
+         wait for them or end them first",
+        list_execs(.execs, .pids)
+    )]
+    LiveExecs {
+        /// Execs that run.
+        execs: Vec<String>,
+        /// Host pids of all processes that would be lost.
+        pids: Vec<i32>,
+    },
+    /// An exec was being started for too long.
+    #[error("an exec has been starting for {LATCH_LIMIT:?}")]
+    Latch,
+    /// The sandbox could not be frozen.
+    #[error("cannot freeze the sandbox: {0}")]
+    Freeze(#[from] FreezeError),
+    /// Its processes could not be listed.
+    #[error("cannot list the sandbox's processes: {0}")]
+    Procs(#[from] CgroupError),
+    /// CRIU failed.
+    #[error("{source}; CRIU's log says:\n{log}")]
+    Dump {
+        /// The runtime's answer.
+        source: RuntimeError,
+        /// The end of CRIU's log.
+        log: String,
+    },
+    /// The sandbox did not stand still.
+    #[error("the sandbox did not stand still during the dump ({0}): discarded")]
+    Disturbed(String),
+    /// stdio could not be saved.
+    #[error(transparent)]
+    Streams(#[from] DescriptorsError),
+    /// The part done by the caller.
+    #[error("{0}")]
+    Capture(String),
+}
+
+fn list_execs(execs: &[String], pids: &[i32]) -> String {
+    let pids: Vec<String> = pids.iter().map(ToString::to_string).collect();
+    let pids = pids.join(", ");
+    match execs {
+        [] => format!("processes (host pid {pids})"),
+        execs => format!("live execs ({}; host pid {pids})", execs.join(", ")),
+    }
+}
+
+/// What a cut found and took.
+#[derive(Debug)]
+pub struct Done<T> {
+    /// From the freeze to the thaw.
+    pub frozen: Duration,
+    /// How many processes are in the dump.
+    pub processes: usize,
+    /// The pipes that are in the dump.
+    pub streams: Vec<Stream>,
+    /// What the caller took while all stood still.
+    pub captured: T,
+}
+
+impl Sandbox<'_> {
+    /// Dumps all processes into `args.image_path` and calls `capture` while they stand still.
+    ///
+    /// The sandbox is thawed and its doors are open again when this returns, unless the client
+    /// has paused it. After an error nothing in the image directory is worth keeping.
+    pub fn cut<T>(
+        &self,
+        args: &runtime::Checkpoint,
+        capture: impl FnOnce() -> Result<T, String>,
+    ) -> Result<Done<T>, CutError> {
+        let _latched = self.doors.latch(LATCH_LIMIT).ok_or(CutError::Latch)?;
+        let begin = Instant::now();
+        let held = self.freeze.hold()?;
+        let before: BTreeSet<i32> = self.freeze.cgroup().procs()?.into_iter().collect();
+        let strangers = strangers(&before, self.scene.init_pid());
+        if !strangers.is_empty() {
+            return Err(CutError::LiveExecs {
+                execs: self.doors.inside(),
+                pids: strangers,
+            });
+        }
+        self.scene.drain();
+        let streams = self.scene.streams().map_err(CutError::Capture)?;
+        self.dump(args)?;
+        if args.leave_running {
+            self.check_stillness(&before)?;
+        }
+        descriptors::save(&args.image_path, &streams)?;
+        let captured = capture().map_err(CutError::Capture)?;
+        // With --exit it is meant to die.
+        if args.leave_running && self.freeze.is_dying() {
+            return Err(FreezeError::Dying.into());
+        }
+        drop(held);
+        Ok(Done {
+            frozen: begin.elapsed(),
+            processes: before.len(),
+            streams,
+            captured,
+        })
+    }
+
+    fn dump(&self, args: &runtime::Checkpoint) -> Result<(), CutError> {
+        self.runtime
+            .checkpoint(self.id, args)
+            .map_err(|source| CutError::Dump {
+                source,
+                log: criu_conf::log_tail(&args.work_path.join("dump.log")),
+            })
+    }
+
+    /// CRIU thaws a v1 cgroup while it works. What then came or went is not in the images.
+    fn check_stillness(&self, before: &BTreeSet<i32>) -> Result<(), CutError> {
+        let after: BTreeSet<i32> = self.freeze.cgroup().procs()?.into_iter().collect();
+        if &after != before {
+            let changed: Vec<&i32> = after.symmetric_difference(before).collect();
+            return Err(CutError::Disturbed(format!(
+                "processes came or went: {changed:?}"
+            )));
+        }
+        if !self.freeze.cgroup().is_frozen()? {
+            return Err(CutError::Disturbed("it was thawed".into()));
+        }
+        Ok(())
+    }
+}
+
+/// Processes that are neither init nor its descendants: those whose parent is outside.
+fn strangers(procs: &BTreeSet<i32>, init: i32) -> Vec<i32> {
+    procs
+        .iter()
+        .copied()
+        .filter(|pid| *pid != init && !parent(*pid).is_some_and(|p| procs.contains(&p)))
+        .collect()
+}
+
+/// The parent's pid, from `/proc/PID/stat`, whose second field may contain anything.
+fn parent(pid: i32) -> Option<i32> {
+    let stat = fs::read(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
+    let stat = String::from_utf8_lossy(&stat);
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(1)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_whose_parent_is_outside_is_a_stranger() {
+        let me = std::process::id() as i32;
+        let init = parent(me).unwrap();
+        // With the parent inside I am one of them.
+        assert!(strangers(&BTreeSet::from([init, me]), init).is_empty());
+        assert_eq!(strangers(&BTreeSet::from([me]), init), [me]);
+        assert!(strangers(&BTreeSet::from([me]), me).is_empty());
+    }
+
+    #[test]
+    fn the_refusal_names_execs_and_pids() {
+        let error = CutError::LiveExecs {
+            execs: vec!["e1".into()],
+            pids: vec![7, 8],
+        };
+        assert!(error.to_string().contains("live execs (e1; host pid 7, 8)"));
+    }
+}

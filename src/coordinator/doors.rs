@@ -1,0 +1,278 @@
+//! Who may enter a sandbox, and when a turn is over.
+//!
+//! Every exec passes here. The *latch* shuts the door for the time of a cut (D7); the *gate*
+//! keeps it shut until the last turn is durable (D11). When the last exec that counts has left,
+//! a turn has ended (D3).
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::{Condvar, Mutex};
+use time::OffsetDateTime;
+
+/// Nobody waits longer than this at the door, whatever holds it shut (D11).
+pub const GATE_LIMIT: Duration = Duration::from_secs(120);
+
+#[derive(Default)]
+struct State {
+    /// Cuts under way or about to begin.
+    latched: u32,
+    /// Turns that ended and are not durable yet.
+    closed: u32,
+    /// Execs between their request and their pid.
+    starting: u32,
+    /// Execs that run, and whether each counts as a turn.
+    inside: BTreeMap<String, bool>,
+    /// A turn would have ended, had not another exec been on the doorstep.
+    owed: bool,
+    /// How long the gate has held execs up since it was last asked.
+    exposed: Duration,
+    /// When the first exec of the current turn entered.
+    turn_start: Option<OffsetDateTime>,
+    /// No more cuts: whoever waits may go on and meet its end.
+    dying: bool,
+}
+
+impl State {
+    /// Ends the turn if nothing that counts is inside or about to be.
+    fn end_turn(&mut self) -> bool {
+        let ended = self.owed
+            && !self.dying
+            && self.starting == 0
+            && !self.inside.values().any(|is_turn| *is_turn);
+        if ended {
+            self.owed = false;
+            self.closed += 1;
+        }
+        ended
+    }
+}
+
+/// The doors of one sandbox.
+#[derive(Default)]
+pub struct Doors {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Doors {
+    /// New doors, open.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// An exec wants to start: waits at latch and gate, at most [`GATE_LIMIT`].
+    ///
+    /// `is_turn`: whether it counts (D3). One that doesn't waits at the latch alone.
+    pub fn enter(self: &Arc<Self>, exec_id: &str, is_turn: bool) -> Entering {
+        let begin = Instant::now();
+        let mut state = self.state.lock();
+        let mut waited = false;
+        while !state.dying && (state.latched > 0 || (is_turn && state.closed > 0)) {
+            waited = true;
+            let end = begin + GATE_LIMIT;
+            if self.changed.wait_until(&mut state, end).timed_out() {
+                log::warn!(
+                    "exec {exec_id} has waited {GATE_LIMIT:?} for a checkpoint: letting it in"
+                );
+                break;
+            }
+        }
+        if waited {
+            state.exposed = state.exposed.max(begin.elapsed());
+        }
+        state.starting += 1;
+        if is_turn {
+            state.turn_start.get_or_insert_with(OffsetDateTime::now_utc);
+        }
+        Entering {
+            doors: Arc::clone(self),
+            exec_id: exec_id.to_owned(),
+            is_turn,
+        }
+    }
+
+    /// An exec has ended. True when a turn ended with it; the gate is shut then, and the caller
+    /// opens it with [`Doors::open`] when the turn is durable.
+    pub fn leave(&self, exec_id: &str) -> bool {
+        let mut state = self.state.lock();
+        state.owed |= state.inside.remove(exec_id).unwrap_or(false);
+        let ended = state.end_turn();
+        self.changed.notify_all();
+        ended
+    }
+
+    /// The turn whose end shut the gate is durable (or will never be).
+    pub fn open(&self) {
+        let mut state = self.state.lock();
+        state.closed = state.closed.saturating_sub(1);
+        self.changed.notify_all();
+    }
+
+    /// Shuts the door for a cut and waits until no exec is half-way through it.
+    pub fn latch(self: &Arc<Self>, limit: Duration) -> Option<Latched> {
+        let end = Instant::now() + limit;
+        let mut state = self.state.lock();
+        state.latched += 1;
+        let latched = Latched(Arc::clone(self));
+        while state.starting > 0 {
+            if self.changed.wait_until(&mut state, end).timed_out() {
+                drop(state);
+                return None;
+            }
+        }
+        Some(latched)
+    }
+
+    /// Execs that run now.
+    pub fn inside(&self) -> Vec<String> {
+        self.state.lock().inside.keys().cloned().collect()
+    }
+
+    /// The longest time an exec was held up since the last call.
+    pub fn take_exposed(&self) -> Duration {
+        std::mem::take(&mut self.state.lock().exposed)
+    }
+
+    /// When the turn that ended last had begun.
+    pub fn take_turn_start(&self) -> Option<OffsetDateTime> {
+        self.state.lock().turn_start.take()
+    }
+
+    /// Whether [`Doors::give_up`] was called.
+    pub fn is_dying(&self) -> bool {
+        self.state.lock().dying
+    }
+
+    /// The sandbox is to die.
+    pub fn give_up(&self) {
+        self.state.lock().dying = true;
+        self.changed.notify_all();
+    }
+}
+
+/// An exec on the doorstep.
+#[must_use]
+pub struct Entering {
+    doors: Arc<Doors>,
+    exec_id: String,
+    is_turn: bool,
+}
+
+impl Entering {
+    /// The exec runs.
+    pub fn started(self) {
+        let mut state = self.doors.state.lock();
+        state.starting -= 1;
+        state.inside.insert(self.exec_id, self.is_turn);
+        self.doors.changed.notify_all();
+    }
+
+    /// The exec never ran. True when a turn ended with that, as in [`Doors::leave`].
+    pub fn failed(self) -> bool {
+        let mut state = self.doors.state.lock();
+        state.starting -= 1;
+        self.doors.changed.notify_all();
+        state.end_turn()
+    }
+}
+
+/// A shut door, until dropped.
+pub struct Latched(Arc<Doors>);
+
+impl Drop for Latched {
+    fn drop(&mut self) {
+        self.0.state.lock().latched -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, thread};
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(5);
+
+    #[test]
+    fn a_turn_ends_with_the_last_exec_that_counts() {
+        let doors = Doors::new();
+        doors.enter("a", true).started();
+        doors.enter("b", true).started();
+        doors.enter("health", false).started();
+        assert!(!doors.leave("a"));
+        assert!(doors.leave("b"));
+        doors.open();
+        assert!(!doors.leave("health"));
+    }
+
+    #[test]
+    fn an_exec_that_never_ran_ends_no_turn() {
+        let doors = Doors::new();
+        assert!(!doors.enter("a", true).failed());
+        assert!(!doors.leave("a"));
+        assert!(doors.latch(SOON).is_some());
+    }
+
+    #[test]
+    fn a_turn_that_waited_for_a_start_ends_when_that_fails() {
+        let doors = Doors::new();
+        doors.enter("a", true).started();
+        let entering = doors.enter("b", true);
+        assert!(!doors.leave("a"));
+        assert!(entering.failed());
+    }
+
+    #[test]
+    fn the_next_exec_waits_until_the_last_turn_is_durable() {
+        let doors = Doors::new();
+        doors.enter("a", true).started();
+        assert!(doors.leave("a"));
+        let (sender, entered) = mpsc::channel();
+        let other = Arc::clone(&doors);
+        let waiter = thread::spawn(move || {
+            other.enter("b", true).started();
+            sender.send(()).unwrap();
+        });
+        // A health check passes meanwhile.
+        doors.enter("health", false).started();
+        assert!(entered.recv_timeout(Duration::from_millis(50)).is_err());
+        doors.open();
+        entered.recv_timeout(SOON).unwrap();
+        waiter.join().unwrap();
+        assert!(doors.take_exposed() >= Duration::from_millis(50));
+    }
+
+    #[test]
+    fn a_cut_waits_for_half_started_execs_and_holds_off_new_ones() {
+        let doors = Doors::new();
+        let entering = doors.enter("a", true);
+        assert!(doors.latch(Duration::from_millis(20)).is_none());
+        entering.started();
+        let latched = doors.latch(SOON).unwrap();
+        let (sender, entered) = mpsc::channel();
+        let other = Arc::clone(&doors);
+        let waiter = thread::spawn(move || {
+            other.enter("health", false).started();
+            sender.send(()).unwrap();
+        });
+        assert!(entered.recv_timeout(Duration::from_millis(50)).is_err());
+        drop(latched);
+        entered.recv_timeout(SOON).unwrap();
+        waiter.join().unwrap();
+    }
+
+    #[test]
+    fn the_dying_wait_for_nothing() {
+        let doors = Doors::new();
+        doors.enter("a", true).started();
+        assert!(doors.leave("a"));
+        doors.give_up();
+        doors.enter("b", true).started();
+        assert!(!doors.leave("b"));
+    }
+}

@@ -1,0 +1,225 @@
+//! Freezing has owners (D7b): the client's Pause, and crab's own cut.
+//!
+//! The processes stand still while anybody wants them to. What a client is told depends on the
+//! client's own wish alone, so a checkpoint is never seen as PAUSED and never undoes a Pause.
+
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+
+use crate::cgroup::{Cgroup, CgroupError, FreezerState};
+
+/// How long the kernel may take to freeze everything.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// What the coordinator does with a cgroup. A trait so that tests need no kernel.
+pub trait Freezable: Send + Sync {
+    /// Freezes every process and returns once all of them stand still.
+    fn freeze(&self) -> Result<(), CgroupError>;
+    /// Lets them run.
+    fn thaw(&self) -> Result<(), CgroupError>;
+    /// Whether all of them stand still now.
+    fn is_frozen(&self) -> Result<bool, CgroupError>;
+    /// Host pids of every process inside, descendants included.
+    fn procs(&self) -> Result<Vec<i32>, CgroupError>;
+}
+
+impl Freezable for Cgroup {
+    fn freeze(&self) -> Result<(), CgroupError> {
+        Cgroup::freeze(self, LIMIT)
+    }
+
+    fn thaw(&self) -> Result<(), CgroupError> {
+        Cgroup::thaw(self)
+    }
+
+    fn is_frozen(&self) -> Result<bool, CgroupError> {
+        Ok(self.state()? == FreezerState::Frozen)
+    }
+
+    fn procs(&self) -> Result<Vec<i32>, CgroupError> {
+        Cgroup::procs(self)
+    }
+}
+
+#[derive(Default)]
+struct Owners {
+    client: bool,
+    crab: bool,
+    /// Once a sandbox is to die it is never frozen again.
+    dying: bool,
+}
+
+/// One sandbox's freezer and who holds it.
+pub struct Freeze {
+    cgroup: Arc<dyn Freezable>,
+    owners: Mutex<Owners>,
+}
+
+/// Why a freeze did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    /// The sandbox is being killed.
+    #[error("the sandbox is being killed")]
+    Dying,
+    /// The kernel said no.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+}
+
+impl Freeze {
+    /// A freezer that nobody holds.
+    pub fn new(cgroup: Arc<dyn Freezable>) -> Arc<Self> {
+        Arc::new(Self {
+            cgroup,
+            owners: Mutex::default(),
+        })
+    }
+
+    /// The cgroup below.
+    pub fn cgroup(&self) -> &dyn Freezable {
+        &*self.cgroup
+    }
+
+    /// The client's Pause.
+    pub fn pause(&self) -> Result<(), FreezeError> {
+        let mut owners = self.owners.lock();
+        if owners.dying {
+            return Err(FreezeError::Dying);
+        }
+        self.cgroup.freeze()?;
+        owners.client = true;
+        Ok(())
+    }
+
+    /// The client's Resume. The processes go on unless crab holds them.
+    pub fn resume(&self) -> Result<(), FreezeError> {
+        let mut owners = self.owners.lock();
+        owners.client = false;
+        if !owners.crab {
+            self.cgroup.thaw()?;
+        }
+        Ok(())
+    }
+
+    /// crab's own freeze, until the returned value is dropped.
+    pub fn hold(self: &Arc<Self>) -> Result<Held, FreezeError> {
+        let mut owners = self.owners.lock();
+        if owners.dying {
+            return Err(FreezeError::Dying);
+        }
+        // Also when the client holds it already: this confirms that it stands still.
+        self.cgroup.freeze()?;
+        owners.crab = true;
+        Ok(Held(Arc::clone(self)))
+    }
+
+    /// The sandbox is to die: whoever holds it, let it go, and never hold it again. A v1 freezer
+    /// keeps even SIGKILL waiting.
+    pub fn release_for_death(&self) {
+        let mut owners = self.owners.lock();
+        owners.dying = true;
+        if (owners.client || owners.crab)
+            && let Err(e) = self.cgroup.thaw()
+            && !e.is_gone()
+        {
+            log::warn!("cannot thaw a dying sandbox: {e}");
+        }
+    }
+
+    /// Whether [`Freeze::release_for_death`] was called.
+    pub fn is_dying(&self) -> bool {
+        self.owners.lock().dying
+    }
+}
+
+/// crab's hold on a frozen sandbox.
+pub struct Held(Arc<Freeze>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut owners = self.0.owners.lock();
+        owners.crab = false;
+        if (!owners.client || owners.dying)
+            && let Err(e) = self.0.cgroup.thaw()
+        {
+            // With the cgroup gone there is nobody left to thaw.
+            if !e.is_gone() {
+                log::error!("cannot thaw the sandbox: {e}");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod fake {
+    use super::*;
+
+    /// A cgroup that remembers whether it is frozen.
+    #[derive(Default)]
+    pub struct FakeCgroup {
+        pub frozen: Mutex<bool>,
+        pub procs: Mutex<Vec<i32>>,
+    }
+
+    impl Freezable for FakeCgroup {
+        fn freeze(&self) -> Result<(), CgroupError> {
+            *self.frozen.lock() = true;
+            Ok(())
+        }
+        fn thaw(&self) -> Result<(), CgroupError> {
+            *self.frozen.lock() = false;
+            Ok(())
+        }
+        fn is_frozen(&self) -> Result<bool, CgroupError> {
+            Ok(*self.frozen.lock())
+        }
+        fn procs(&self) -> Result<Vec<i32>, CgroupError> {
+            Ok(self.procs.lock().clone())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{fake::FakeCgroup, *};
+
+    fn freeze() -> (Arc<FakeCgroup>, Arc<Freeze>) {
+        let cgroup = Arc::new(FakeCgroup::default());
+        let freeze = Freeze::new(Arc::clone(&cgroup) as Arc<dyn Freezable>);
+        (cgroup, freeze)
+    }
+
+    #[test]
+    fn a_cut_leaves_a_paused_sandbox_paused() {
+        let (cgroup, freeze) = freeze();
+        freeze.pause().unwrap();
+        drop(freeze.hold().unwrap());
+        assert!(*cgroup.frozen.lock());
+        freeze.resume().unwrap();
+        assert!(!*cgroup.frozen.lock());
+    }
+
+    #[test]
+    fn a_resume_during_a_cut_takes_effect_after_it() {
+        let (cgroup, freeze) = freeze();
+        freeze.pause().unwrap();
+        let held = freeze.hold().unwrap();
+        freeze.resume().unwrap();
+        assert!(*cgroup.frozen.lock());
+        drop(held);
+        assert!(!*cgroup.frozen.lock());
+    }
+
+    #[test]
+    fn nothing_freezes_a_dying_sandbox() {
+        let (cgroup, freeze) = freeze();
+        let held = freeze.hold().unwrap();
+        freeze.release_for_death();
+        assert!(!*cgroup.frozen.lock());
+        drop(held);
+        assert!(freeze.hold().is_err());
+        assert!(freeze.pause().is_err());
+        assert!(!*cgroup.frozen.lock());
+    }
+}

@@ -1,0 +1,6 @@
+//! When to act: turn boundaries, the doors of a sandbox, its freezer, and the consistent cut.
+
+pub mod cut;
+pub mod doors;
+pub mod freeze;
+pub mod turns;

@@ -1,0 +1,332 @@
+//! Turns of one sandbox: at each boundary a checkpoint, then the gate (D3, D11).
+//!
+//! This first coordinator is simple: every turn is `full`. One thread per protected sandbox takes
+//! the cuts, so that neither the client's calls nor the reports of exits wait for one.
+
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{Arc, Weak},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use parking_lot::Mutex;
+use time::OffsetDateTime;
+
+use super::{cut, doors::Doors};
+use crate::{
+    config::Gate,
+    rootfs::{self, Overlay},
+    runtime::{self, criu_conf::CriuConf, descriptors::Stream},
+    sandbox::TurnNo,
+    store::{
+        Action, Checkpoint, Effect, Facts, Host, JournalLine, Kind, Pending, SandboxWriter,
+        StdioPipe, StoreError, Sync as Durability, Trigger,
+    },
+};
+
+/// What a turn needs of its sandbox.
+pub trait Subject: Send + Sync {
+    /// What takes part in a cut.
+    fn parts(&self) -> Result<cut::Sandbox<'_>, String>;
+    /// Its writable layer.
+    fn overlay(&self) -> Result<Overlay, String>;
+    /// The directory with its `config.json`.
+    fn bundle(&self) -> PathBuf;
+    /// A directory for CRIU's work and options.
+    fn scratch(&self) -> PathBuf;
+    /// Whether its init has a terminal.
+    fn has_terminal(&self) -> bool;
+    /// What the host's owner runs in each cut.
+    fn frozen_hook(&self) -> Result<(), String>;
+}
+
+/// How the turns of one sandbox are taken.
+pub struct Settings {
+    /// When the next exec may start.
+    pub gate: Gate,
+    /// How many turns are kept.
+    pub keep: u32,
+    /// How long a dump may take.
+    pub dump_limit: Duration,
+}
+
+type Reply = Sender<Result<JournalLine, String>>;
+
+enum Job {
+    Boundary(Instant),
+    Manual { name: Option<String>, reply: Reply },
+}
+
+/// The turns of one sandbox.
+pub struct Turns {
+    jobs: Mutex<Option<Sender<Job>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    gate: Gate,
+    doors: Arc<Doors>,
+}
+
+impl Turns {
+    /// Starts the thread that takes the cuts.
+    pub fn start(
+        subject: Weak<dyn Subject>,
+        store: SandboxWriter,
+        doors: Arc<Doors>,
+        settings: Settings,
+    ) -> std::io::Result<Arc<Self>> {
+        let (sender, jobs) = unbounded();
+        let gate = settings.gate;
+        let worker = Worker {
+            subject,
+            store,
+            doors: Arc::clone(&doors),
+            settings,
+        };
+        let thread = thread::Builder::new()
+            .name("turns".into())
+            .spawn(move || worker.run(&jobs))?;
+        Ok(Arc::new(Self {
+            jobs: Mutex::new(Some(sender)),
+            thread: Mutex::new(Some(thread)),
+            gate,
+            doors,
+        }))
+    }
+
+    fn send(&self, job: Job) -> bool {
+        match &*self.jobs.lock() {
+            Some(jobs) => jobs.send(job).is_ok(),
+            None => false,
+        }
+    }
+
+    /// A turn has ended; the doors' gate is shut.
+    pub fn boundary(&self) {
+        if self.gate == Gate::Off {
+            self.doors.open();
+        }
+        if !self.send(Job::Boundary(Instant::now())) && self.gate != Gate::Off {
+            self.doors.open();
+        }
+    }
+
+    /// Takes a checkpoint now and waits until it is durable.
+    pub fn checkpoint(&self, name: Option<String>) -> Result<JournalLine, String> {
+        let (reply, answer) = bounded(1);
+        let gone = || "the sandbox is going away".to_owned();
+        if !self.send(Job::Manual { name, reply }) {
+            return Err(gone());
+        }
+        answer.recv().map_err(|_| gone())?
+    }
+
+    /// Takes no more cuts; returns when the last one is done.
+    pub fn stop(&self) {
+        self.jobs.lock().take();
+        if let Some(thread) = self.thread.lock().take()
+            && thread.join().is_err()
+        {
+            log::error!("the thread that takes the turns has panicked");
+        }
+    }
+}
+
+struct Worker {
+    subject: Weak<dyn Subject>,
+    store: SandboxWriter,
+    doors: Arc<Doors>,
+    settings: Settings,
+}
+
+/// Opens the gate when dropped, at the latest.
+struct GateKeeper<'a>(Option<&'a Doors>);
+
+impl GateKeeper<'_> {
+    fn open(&mut self) {
+        if let Some(doors) = self.0.take() {
+            doors.open();
+        }
+    }
+}
+
+impl Drop for GateKeeper<'_> {
+    fn drop(&mut self) {
+        self.open();
+    }
+}
+
+impl Worker {
+    fn run(&self, jobs: &Receiver<Job>) {
+        for job in jobs {
+            let (trigger, begin, name, reply) = match job {
+                Job::Boundary(at) => (Trigger::Exec, at, None, None),
+                Job::Manual { name, reply } => (Trigger::Manual, Instant::now(), name, Some(reply)),
+            };
+            let shut = trigger == Trigger::Exec && self.settings.gate != Gate::Off;
+            let mut gate = GateKeeper(shut.then_some(&*self.doors));
+            let Some(subject) = self.subject.upgrade() else {
+                return;
+            };
+            let taken = self.turn(&*subject, trigger, begin, name.as_deref(), &mut gate);
+            drop(gate);
+            if let Err(e) = &taken {
+                log::error!("{}: {e}", self.store.id());
+            }
+            if let Some(reply) = reply {
+                // Nobody waits any more: the journal has it.
+                let _ = reply.send(taken);
+            }
+        }
+    }
+
+    /// One turn, from its boundary to its line in the journal.
+    fn turn(
+        &self,
+        subject: &dyn Subject,
+        trigger: Trigger,
+        begin: Instant,
+        name: Option<&str>,
+        gate: &mut GateKeeper<'_>,
+    ) -> Result<JournalLine, String> {
+        let parent = self.store.latest().map_err(text)?.map(|c| c.turn());
+        let turn = self.next_turn().map_err(text)?;
+        let ended_at = OffsetDateTime::now_utc();
+        let mut line = JournalLine {
+            turn,
+            trigger,
+            effects: Vec::new(),
+            action: Action::Skip,
+            pre_dumps: 0,
+            checkpoint: None,
+            changed_files: 0,
+            bytes_captured: 0,
+            bytes_written: 0,
+            look_us: 0,
+            freeze_us: 0,
+            durable_us: None,
+            exposed_us: 0,
+            started_at: self.doors.take_turn_start().unwrap_or(ended_at),
+            ended_at,
+            note: None,
+        };
+        let taken = self.take(subject, turn, parent, gate, &mut line);
+        if let Ok(checkpoint) = &taken {
+            line.action = Action::Full;
+            line.effects = vec![Effect::Files, Effect::Processes, Effect::Memory];
+            line.checkpoint = Some(checkpoint.digest);
+            line.bytes_written = checkpoint.manifest.contents.bytes;
+            line.durable_us = Some(micros(begin.elapsed()));
+        }
+        if let Err(e) = &taken {
+            line.note = Some(format!("not protected: {e}"));
+        }
+        gate.open();
+        line.exposed_us = micros(self.doors.take_exposed());
+        self.store.append(&line, Durability::Now).map_err(text)?;
+        taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
+        if let Some(name) = name {
+            self.store.name(name, turn).map_err(text)?;
+        }
+        let keep = usize::try_from(self.settings.keep).unwrap_or(usize::MAX);
+        self.store.prune(keep).map_err(text)?;
+        Ok(line)
+    }
+
+    /// The number after every one that was ever given away.
+    fn next_turn(&self) -> Result<TurnNo, StoreError> {
+        let journal = self.store.journal()?.lines.iter().map(|l| l.turn).max();
+        let kept = self.store.turns()?.into_iter().max();
+        Ok(journal.max(kept).unwrap_or_default().next())
+    }
+
+    /// Takes the cut and makes it durable.
+    fn take(
+        &self,
+        subject: &dyn Subject,
+        turn: TurnNo,
+        parent: Option<TurnNo>,
+        gate: &mut GateKeeper<'_>,
+        line: &mut JournalLine,
+    ) -> Result<Checkpoint, String> {
+        let overlay = subject.overlay()?;
+        let pending = self.store.begin(turn).map_err(text)?;
+        let scratch = subject.scratch();
+        let work = scratch.join("criu-work");
+        fs::create_dir_all(&work).map_err(|e| format!("{work:?}: {e}"))?;
+        let home = CriuConf::for_dump(false)
+            .write(&scratch.join("criu-turn"))
+            .map_err(|e| format!("{scratch:?}: {e}"))?;
+        let args = runtime::Checkpoint {
+            image_path: pending.image_dir().to_owned(),
+            work_path: work.clone(),
+            leave_running: true,
+            // Kept in the image; whether they are closed is decided at the restore.
+            tcp_established: true,
+            file_locks: true,
+            shell_job: subject.has_terminal(),
+            home: Some(home),
+            limit: self.settings.dump_limit,
+            ..Default::default()
+        };
+        let dying = || self.doors.is_dying();
+        let done = subject.parts()?.cut(&args, || {
+            let stats =
+                rootfs::capture(&overlay.upperdir, pending.upper_dir(), &dying).map_err(text)?;
+            subject.frozen_hook()?;
+            Ok(stats)
+        });
+        let done = done.map_err(text)?;
+        if self.settings.gate == Gate::Async {
+            gate.open();
+        }
+        line.freeze_us = micros(done.frozen);
+        line.changed_files = done.captured.entries();
+        let checkpoint = commit(subject, pending, parent, &done)?;
+        line.bytes_captured = checkpoint.manifest.contents.bytes;
+        fs::remove_dir_all(&work).map_err(|e| format!("{work:?}: {e}"))?;
+        Ok(checkpoint)
+    }
+}
+
+/// Adds what is known about the cut and makes all of it durable.
+fn commit<T>(
+    subject: &dyn Subject,
+    pending: Pending,
+    parent: Option<TurnNo>,
+    done: &cut::Done<T>,
+) -> Result<Checkpoint, String> {
+    let config = subject.bundle().join("config.json");
+    let kept = pending.bundle_dir().join("config.json");
+    fs::copy(&config, &kept).map_err(|e| format!("cannot keep {config:?}: {e}"))?;
+    let facts = Facts {
+        parent,
+        created_at: OffsetDateTime::now_utc(),
+        kind: Kind::Full,
+        processes: done.processes as u64,
+        host: Host::detect(),
+        pipes: done.streams.iter().map(pipe).collect(),
+        runtime: serde_json::json!({ "terminal": subject.has_terminal() }),
+        notes: Vec::new(),
+    };
+    pending.commit(facts).map_err(text)
+}
+
+fn pipe(stream: &Stream) -> StdioPipe {
+    StdioPipe {
+        exec_id: Some(stream.exec_id.clone()).filter(|id| !id.is_empty()),
+        fd: stream.fd.into(),
+        inode: stream.inode,
+        target: stream.target.clone(),
+        pending: Vec::new(),
+    }
+}
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

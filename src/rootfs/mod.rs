@@ -1,0 +1,25 @@
+//! The files of a sandbox: where its writable layer is, how it is mounted, how it is copied, and
+//! how a copy is put back.
+//!
+//! The writable layer of a mounted overlay is read, never edited: the kernel keeps showing what it
+//! cached. A state is put back as a *new* upper directory while nothing is mounted (D13).
+
+mod copy;
+mod mount;
+mod overlay;
+mod put_back;
+pub(crate) mod tree;
+
+#[cfg(test)]
+mod tests;
+
+pub use copy::{CaptureStats, capture};
+pub use mount::{MountError, MountSpec, mount_all, unmount, unmount_busy_is_error};
+pub use overlay::{NoOverlay, Overlay};
+pub use put_back::{PutBackError, Replaced, put_back, remount_with};
+pub use tree::{ShownPath, TreeError, remove_tree};
+
+pub(crate) use copy::next_data;
+
+/// How names begin of what crab leaves beside an upper directory when it is interrupted.
+pub(crate) const LEFTOVER: &str = ".crab-";

@@ -1,0 +1,939 @@
+//! Copies are compared by a walk of the test's own, which shares no code with the capture.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    fs::{self, File},
+    io::Write,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileExt, MetadataExt, PermissionsExt, symlink},
+            net::UnixListener,
+        },
+    },
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use rustix::{
+    fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, XattrFlags},
+    io::Errno,
+};
+
+use super::{put_back::Layer, *};
+
+/// Whether a test that needs root can run.
+fn root() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        eprintln!("skipped: needs root");
+    }
+    root
+}
+
+fn tmp() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn never() -> bool {
+    false
+}
+
+/// Everything about one inode that a copy has to keep.
+#[derive(Debug, PartialEq, Eq)]
+struct Seen {
+    mode: u32,
+    owner: (u32, u32),
+    mtime: (i64, i64),
+    atime: (i64, i64),
+    rdev: u64,
+    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    content: Vec<u8>,
+    /// The first path that is a name of the same inode.
+    same_as: Option<PathBuf>,
+}
+
+fn look(root: &Path) -> BTreeMap<PathBuf, Seen> {
+    // All attributes before any content: reading changes atime.
+    let mut metas = BTreeMap::new();
+    let mut inodes = BTreeMap::new();
+    let mut todo = vec![root.to_owned()];
+    while let Some(full) = todo.pop() {
+        let path = full.strip_prefix(root).unwrap().to_owned();
+        let meta = fs::symlink_metadata(&full).unwrap();
+        if meta.is_dir() {
+            todo.extend(fs::read_dir(&full).unwrap().map(|e| e.unwrap().path()));
+        } else {
+            let names = inodes.entry((meta.dev(), meta.ino()));
+            names.or_insert_with(Vec::new).push(path.clone());
+        }
+        metas.insert(path, (full, meta));
+    }
+    let mut all = BTreeMap::new();
+    for (path, (full, meta)) in metas {
+        let kind = meta.file_type();
+        let content = if kind.is_dir() {
+            vec![]
+        } else if kind.is_file() && meta.len() < 1 << 30 {
+            fs::read(&full).unwrap()
+        } else if kind.is_symlink() {
+            fs::read_link(&full)
+                .unwrap()
+                .as_os_str()
+                .as_bytes()
+                .to_vec()
+        } else {
+            meta.len().to_le_bytes().to_vec()
+        };
+        let mut names = vec![0; 65536];
+        let n = rustix::fs::llistxattr(&full, &mut names[..]).unwrap();
+        let mut xattrs = vec![];
+        for name in names[..n].split(|b| *b == 0).filter(|n| !n.is_empty()) {
+            let mut value = vec![0; 65536];
+            let n = rustix::fs::lgetxattr(&full, name, &mut value[..]).unwrap();
+            xattrs.push((name.to_vec(), value[..n].to_vec()));
+        }
+        xattrs.sort();
+        let seen = Seen {
+            mode: meta.mode(),
+            owner: (meta.uid(), meta.gid()),
+            mtime: (meta.mtime(), meta.mtime_nsec()),
+            // Reading a link changes its atime, and nothing prevents that.
+            atime: match kind.is_symlink() {
+                true => (0, 0),
+                false => (meta.atime(), meta.atime_nsec()),
+            },
+            rdev: meta.rdev(),
+            xattrs,
+            content,
+            same_as: None,
+        };
+        all.insert(path, seen);
+    }
+    for mut paths in inodes.into_values() {
+        paths.sort();
+        for path in &paths[1..] {
+            all.get_mut(path).unwrap().same_as = Some(paths[0].clone());
+        }
+    }
+    all
+}
+
+fn assert_same(a: &Path, b: &Path) {
+    assert_equal(&look(a), &look(b));
+}
+
+fn assert_equal(a: &BTreeMap<PathBuf, Seen>, b: &BTreeMap<PathBuf, Seen>) {
+    let names = |m: &BTreeMap<PathBuf, Seen>| m.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(a), names(b));
+    for (path, seen) in a {
+        assert_eq!(seen, &b[path], "{path:?}");
+    }
+}
+
+fn set_xattr(path: &Path, name: &str, value: &[u8]) {
+    rustix::fs::lsetxattr(path, name, value, XattrFlags::empty()).unwrap();
+}
+
+fn set_times(path: &Path, nanos: u32) {
+    let time = |s: i64| rustix::fs::Timespec {
+        tv_sec: s,
+        tv_nsec: nanos.into(),
+    };
+    let times = rustix::fs::Timestamps {
+        last_access: time(1_100_000_000),
+        last_modification: time(1_000_000_000),
+    };
+    rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW).unwrap();
+}
+
+/// One of everything that can be in a writable layer.
+fn make_zoo(root: &Path) {
+    let p = |name: &str| root.join(name);
+    fs::create_dir_all(p("a/b/c")).unwrap();
+    fs::create_dir(p("empty")).unwrap();
+    fs::write(p("a/file"), "content").unwrap();
+    fs::write(p("a/none"), "").unwrap();
+    fs::write(p("a/large"), vec![7; 300_000]).unwrap();
+    fs::write(root.join(OsStr::from_bytes(b"new\nline \xff\xfe")), "bytes").unwrap();
+    fs::write(p(&"n".repeat(255)), "long").unwrap();
+    symlink("/etc/passwd", p("a/absolute")).unwrap();
+    symlink("x".repeat(4000), p("a/long-link")).unwrap();
+    symlink("../../..", p("a/up")).unwrap();
+
+    // Links of one inode, across directories, of several kinds.
+    fs::hard_link(p("a/file"), p("a/b/c/file")).unwrap();
+    fs::hard_link(p("a/file"), p("z")).unwrap();
+    fs::hard_link(p("a/absolute"), p("a/b/absolute")).unwrap();
+
+    let node = |name: &str, kind, dev| {
+        rustix::fs::mknodat(CWD, p(name), kind, Mode::from_raw_mode(0o640), dev).unwrap();
+    };
+    node("whiteout", FileType::CharacterDevice, 0);
+    node("null", FileType::CharacterDevice, rustix::fs::makedev(1, 3));
+    node("disk", FileType::BlockDevice, rustix::fs::makedev(7, 9));
+    node("fifo", FileType::Fifo, 0);
+    drop(UnixListener::bind(p("socket")).unwrap());
+    fs::hard_link(p("fifo"), p("a/fifo")).unwrap();
+
+    // 1 TiB, of which three blocks are there.
+    let sparse = File::create(p("sparse")).unwrap();
+    sparse.set_len(1 << 40).unwrap();
+    for at in [4096, 500 << 30, (1 << 40) - 10] {
+        sparse.write_all_at(b"island", at).unwrap();
+    }
+
+    set_xattr(&p("a/b"), "trusted.overlay.opaque", b"y");
+    set_xattr(&p("a/b"), "trusted.overlay.origin", &[0, 251, 1, 255]);
+    set_xattr(&p("a/file"), "user.large", &[3; 2000]);
+    set_xattr(&p("a/file"), "user.none", b"");
+    set_xattr(&p("whiteout"), "trusted.on-a-device", b"1");
+    set_xattr(&p("a/up"), "trusted.on-a-link", b"1");
+    // cap_net_raw=ep, revision 2.
+    let mut capability = [0; 20];
+    capability[..8].copy_from_slice(&[1, 0, 0, 2, 0, 32, 0, 0]);
+    set_xattr(&p("a/large"), "security.capability", &capability);
+    // user::rwx, user:1000:r--, group::r-x, mask::r-x, other::---
+    let mut acl = vec![2, 0, 0, 0];
+    for (tag, perm, id) in [
+        (1u16, 7u16, u32::MAX),
+        (2, 4, 1000),
+        (4, 5, u32::MAX),
+        (16, 5, u32::MAX),
+        (32, 0, u32::MAX),
+    ] {
+        acl.extend(tag.to_le_bytes());
+        acl.extend(perm.to_le_bytes());
+        acl.extend(id.to_le_bytes());
+    }
+    set_xattr(&p("a/none"), "system.posix_acl_access", &acl);
+    set_xattr(&p("a"), "system.posix_acl_default", &acl);
+    fs::write(p("a/after-default-acl"), "x").unwrap();
+
+    let chown = |name: &str, uid, gid| std::os::unix::fs::lchown(p(name), Some(uid), Some(gid));
+    chown("empty", 1000, 1001).unwrap();
+    chown("a/up", 1234, 5678).unwrap();
+    chown("fifo", 42, 43).unwrap();
+    chown("a/b/c", 70_000, 80_000).unwrap();
+    let chmod = |name: &str, mode| fs::set_permissions(p(name), fs::Permissions::from_mode(mode));
+    fs::write(p("setuid"), "#!").unwrap();
+    chown("setuid", 1000, 1000).unwrap();
+    chmod("setuid", 0o6755).unwrap();
+    chmod("empty", 0o1777).unwrap();
+    chmod("a/b/c", 0o000).unwrap();
+    set_xattr(&p("empty"), "user.on-a-directory", b"1");
+
+    let all: Vec<_> = look(root).into_keys().collect();
+    for (index, path) in all.iter().rev().enumerate() {
+        set_times(&root.join(path), 123_456_000 + index as u32);
+    }
+    fs::set_permissions(root, fs::Permissions::from_mode(0o751)).unwrap();
+    set_times(root, 42);
+}
+
+fn sparse_blocks(root: &Path) -> u64 {
+    fs::metadata(root.join("sparse")).unwrap().blocks()
+}
+
+#[test]
+fn root_a_capture_keeps_everything() {
+    if !root() {
+        return;
+    }
+    let dir = tmp();
+    let (upper, copy, again) = (
+        dir.path().join("upper"),
+        dir.path().join("copy"),
+        dir.path().join("again"),
+    );
+    fs::create_dir(&upper).unwrap();
+    make_zoo(&upper);
+    let stats = capture(&upper, &copy, &never).unwrap();
+    capture(&copy, &again, &never).unwrap();
+    let before = look(&upper);
+    assert_equal(&before, &look(&copy));
+    assert_equal(&before, &look(&again));
+    assert_eq!(stats.entries(), before.len() as u64);
+    assert_eq!(stats.hard_links, 4);
+    assert!(sparse_blocks(&copy) < 1000, "holes were filled");
+    let read = File::open(copy.join("sparse")).unwrap();
+    let mut island = [0; 6];
+    read.read_exact_at(&mut island, 500 << 30).unwrap();
+    assert_eq!(&island, b"island");
+
+    let left: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
+    assert_eq!(left.len(), 3, "{left:?}");
+    remove_tree(&copy).unwrap();
+    assert!(!copy.exists());
+    remove_tree(&copy).unwrap();
+}
+
+#[test]
+fn root_a_default_acl_around_the_copy_does_not_get_into_it() {
+    if !root() {
+        return;
+    }
+    let dir = tmp();
+    let (upper, around) = (dir.path().join("upper"), dir.path().join("around"));
+    fs::create_dir(&upper).unwrap();
+    fs::create_dir(&around).unwrap();
+    make_zoo(&upper);
+    let mut acl = vec![0; 65536];
+    let n = rustix::fs::lgetxattr(upper.join("a"), "system.posix_acl_default", &mut acl[..]);
+    set_xattr(&around, "system.posix_acl_default", &acl[..n.unwrap()]);
+    capture(&upper, &around.join("copy"), &never).unwrap();
+    assert_same(&upper, &around.join("copy"));
+}
+
+#[test]
+fn a_capture_stops_when_asked_and_needs_an_empty_place() {
+    let dir = tmp();
+    let (upper, copy) = (dir.path().join("upper"), dir.path().join("copy"));
+    fs::create_dir_all(upper.join("a")).unwrap();
+    let stopped = capture(&upper, &copy, &|| true).unwrap_err();
+    assert!(matches!(stopped, TreeError::Stopped { .. }), "{stopped}");
+    fs::write(copy.join("x"), "").unwrap();
+    let full = capture(&upper, &copy, &never).unwrap_err();
+    assert!(full.to_string().contains("not empty"), "{full}");
+    let absent = capture(&dir.path().join("absent"), &copy, &never).unwrap_err();
+    assert!(absent.to_string().contains("absent"), "{absent}");
+}
+
+/// Makes `depth` directories, one in the other, and returns the innermost.
+fn make_deep(root: &Path, depth: usize) -> OwnedFd {
+    fs::create_dir(root).unwrap();
+    let mut dir = tree::open_root(root).unwrap();
+    for _ in 0..depth {
+        rustix::fs::mkdirat(&dir, c"deep", Mode::RWXU).unwrap();
+        dir = tree::open_dir(&tree::look_at(dir.as_fd(), c"deep").unwrap()).unwrap();
+    }
+    dir
+}
+
+fn open_deep(root: &Path, depth: usize) -> OwnedFd {
+    let mut dir = tree::open_root(root).unwrap();
+    for _ in 0..depth {
+        dir = tree::open_dir(&tree::look_at(dir.as_fd(), c"deep").unwrap()).unwrap();
+    }
+    dir
+}
+
+#[test]
+fn a_tree_deeper_than_any_path_is_copied_and_removed() {
+    const DEPTH: usize = 10_000;
+    let dir = tmp();
+    let (upper, copy) = (dir.path().join("upper"), dir.path().join("copy"));
+    let bottom = make_deep(&upper, DEPTH);
+    let write = OFlags::WRONLY | OFlags::CREATE;
+    let file = rustix::fs::openat(&bottom, c"file", write, Mode::RWXU).unwrap();
+    File::from(file).write_all(b"at the bottom").unwrap();
+    rustix::fs::linkat(&bottom, c"file", &bottom, c"link", AtFlags::empty()).unwrap();
+    rustix::fs::linkat(&bottom, c"file", CWD, upper.join("zz"), AtFlags::empty()).unwrap();
+
+    let stats = capture(&upper, &copy, &never).unwrap();
+    assert_eq!(stats.directories, DEPTH as u64 + 1);
+    let bottom = open_deep(&copy, DEPTH);
+    let file = rustix::fs::openat(&bottom, c"file", OFlags::RDONLY, Mode::empty()).unwrap();
+    assert_eq!(
+        std::io::read_to_string(File::from(file)).unwrap(),
+        "at the bottom"
+    );
+    let inode = rustix::fs::statat(&bottom, c"link", AtFlags::empty()).unwrap();
+    assert_eq!(inode.st_nlink, 3);
+    assert_eq!(inode.st_ino, fs::metadata(copy.join("zz")).unwrap().ino());
+    remove_tree(&copy).unwrap();
+    remove_tree(&upper).unwrap();
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn few_descriptors_are_open_in_a_deep_tree() {
+    struct Count(usize);
+    impl tree::Visitor for Count {
+        fn enter(&mut self, _: &tree::Found<'_>) -> Result<(), TreeError> {
+            Ok(())
+        }
+        fn other(&mut self, found: &tree::Found<'_>) -> Result<(), TreeError> {
+            let target = |fd: &fs::DirEntry| fs::read_link(fd.path());
+            let fds = fs::read_dir("/proc/self/fd").unwrap().flatten();
+            let root = found.path.components().nth(2).unwrap();
+            self.0 = fds
+                .filter_map(|fd| target(&fd).ok())
+                .filter(|t| t.components().nth(2) == Some(root))
+                .count();
+            Ok(())
+        }
+        fn leave(&mut self, _: &tree::Found<'_>) -> Result<(), TreeError> {
+            Ok(())
+        }
+    }
+    let dir = tmp();
+    let upper = dir.path().canonicalize().unwrap().join("upper");
+    // Short enough for the kernel to tell where the descriptors lead.
+    let bottom = make_deep(&upper, 700);
+    let write = OFlags::WRONLY | OFlags::CREATE;
+    rustix::fs::openat(&bottom, c"file", write, Mode::RWXU).unwrap();
+    drop(bottom);
+    let mut count = Count(0);
+    let root = tree::open_root(&upper).unwrap();
+    tree::walk(root, &upper, tree::Expect::Unchanged, &never, &mut count).unwrap();
+    assert!((1..100).contains(&count.0), "{}", count.0);
+}
+
+#[test]
+fn a_file_that_changes_while_it_is_read_is_an_error() {
+    let dir = tmp();
+    let (upper, copy) = (dir.path().join("upper"), dir.path().join("copy"));
+    fs::create_dir(&upper).unwrap();
+    // Large enough for the stop function to be asked within the file.
+    fs::write(upper.join("file"), vec![1; 40 << 20]).unwrap();
+    let asked = std::cell::Cell::new(0);
+    let meddle = || {
+        asked.set(asked.get() + 1);
+        if asked.get() == 4 {
+            let file = File::options()
+                .append(true)
+                .open(upper.join("file"))
+                .unwrap();
+            file.write_at(b"x", 0).unwrap();
+        }
+        false
+    };
+    let error = capture(&upper, &copy, &meddle).unwrap_err();
+    assert!(asked.get() >= 4);
+    assert!(matches!(error, TreeError::Changed { .. }), "{error}");
+
+    // A name that comes into a directory behind the walk.
+    remove_tree(&copy).unwrap();
+    fs::create_dir(upper.join("sub")).unwrap();
+    let asked = std::cell::Cell::new(0);
+    let meddle = || {
+        asked.set(asked.get() + 1);
+        if asked.get() == 2 {
+            fs::write(upper.join("aaa"), "new").unwrap();
+        }
+        false
+    };
+    let error = capture(&upper, &copy, &meddle).unwrap_err();
+    assert!(matches!(error, TreeError::Changed { .. }), "{error}");
+}
+
+#[test]
+fn a_directory_that_is_swapped_for_a_link_never_leads_outside() {
+    let dir = tmp();
+    let (upper, outside) = (dir.path().join("upper"), dir.path().join("outside"));
+    fs::create_dir_all(upper.join("x/y")).unwrap();
+    fs::create_dir_all(outside.join("y")).unwrap();
+    fs::write(outside.join("secret"), "secret").unwrap();
+    fs::write(outside.join("y/secret"), "secret").unwrap();
+    for n in 0..50 {
+        fs::write(upper.join(format!("x/y/{n}")), "inside").unwrap();
+    }
+    symlink(&outside, upper.join("link")).unwrap();
+    fs::write(upper.join("plain"), "inside").unwrap();
+    symlink(outside.join("secret"), upper.join("plain-link")).unwrap();
+    let stop = AtomicBool::new(false);
+    let (mut done, mut refused) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let swap = |a: &str, b: &str| {
+                let (a, b) = (upper.join(a), upper.join(b));
+                rustix::fs::renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE).unwrap();
+            };
+            while !stop.load(Ordering::Relaxed) {
+                swap("x", "link");
+                swap("plain", "plain-link");
+            }
+        });
+        for n in 0..200 {
+            let copy = dir.path().join(format!("copy-{n}"));
+            match capture(&upper, &copy, &never) {
+                Ok(_) => done += 1,
+                Err(_) => refused += 1,
+            }
+            for (path, seen) in look(&copy) {
+                assert_ne!(seen.content, b"secret", "{path:?}");
+            }
+            remove_tree(&copy).unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    eprintln!("{done} captures, {refused} refused");
+    assert!(refused > 0, "the race was never met");
+    assert_eq!(fs::read(outside.join("secret")).unwrap(), b"secret");
+}
+
+#[test]
+fn removing_a_tree_removes_links_and_not_what_they_lead_to() {
+    let dir = tmp();
+    let (tree, outside) = (dir.path().join("tree"), dir.path().join("outside"));
+    fs::create_dir_all(tree.join("a/b")).unwrap();
+    fs::create_dir(&outside).unwrap();
+    fs::write(outside.join("keep"), "").unwrap();
+    symlink(&outside, tree.join("a/b/link")).unwrap();
+    symlink(&outside, dir.path().join("itself")).unwrap();
+    remove_tree(&tree).unwrap();
+    remove_tree(&dir.path().join("itself")).unwrap();
+    assert!(outside.join("keep").exists());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn errors_show_paths_escaped_and_shortened() {
+    let path = PathBuf::from("/a\u{1b}[31m\n").join("x".repeat(3000));
+    let shown = tree::failed("open", &path)(Errno::NOENT).to_string();
+    assert!(
+        shown.len() < 700 && shown.contains("\\u{1b}[31m\\n"),
+        "{shown}"
+    );
+}
+
+/// Runs in a thread with mounts of its own.
+fn with_own_mounts(test: impl FnOnce() + Send) {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            if let Err(e) = unshare(CloneFlags::CLONE_NEWNS) {
+                eprintln!("skipped: no mount namespace: {e}");
+                return;
+            }
+            let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).unwrap();
+            test();
+        });
+        if let Err(panic) = thread.join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+struct Bed {
+    dir: tempfile::TempDir,
+    overlay: Overlay,
+    target: PathBuf,
+}
+
+/// Directories for an overlay with `layers` lower layers.
+fn bed(layers: usize) -> Bed {
+    let dir = tmp();
+    let base = dir.path().canonicalize().unwrap();
+    let make = |name: String| {
+        let path = base.join(name);
+        fs::create_dir_all(&path).unwrap();
+        path
+    };
+    let lowerdirs: Vec<_> = (0..layers)
+        .map(|n| {
+            let lower = make(format!("snapshots-with-a-name-of-some-length/{n}/fs"));
+            fs::write(lower.join(format!("lower-{n}")), "low").unwrap();
+            lower
+        })
+        .collect();
+    let overlay = Overlay {
+        lowerdirs,
+        upperdir: make("active/fs".into()),
+        workdir: make("active/work".into()),
+        options: vec!["index=off".into()],
+        mountpoint: None,
+    };
+    let target = make("root fs".into());
+    Bed {
+        dir,
+        overlay,
+        target,
+    }
+}
+
+impl Bed {
+    fn mount(&self) {
+        mount_all(&[self.overlay.mount_spec()], &self.target).unwrap();
+    }
+
+    fn read(&self, name: &str) -> Option<String> {
+        fs::read_to_string(self.target.join(name)).ok()
+    }
+
+    fn saved(&self) -> PathBuf {
+        self.dir.path().join("saved")
+    }
+}
+
+#[test]
+fn root_an_overlay_is_mounted_found_captured_and_put_back() {
+    if !root() {
+        return;
+    }
+    with_own_mounts(|| {
+        let bed = bed(2);
+        bed.mount();
+        fs::write(bed.target.join("kept"), "then").unwrap();
+        fs::remove_file(bed.target.join("lower-0")).unwrap();
+        fs::write(bed.target.join("lower-1"), "copied up").unwrap();
+        let found = Overlay::from_mountinfo(&bed.target).unwrap();
+        assert_eq!(found.lowerdirs, bed.overlay.lowerdirs);
+        assert_eq!(found.upperdir, bed.overlay.upperdir);
+        assert_eq!(found.workdir, bed.overlay.workdir);
+        assert!(found.options.contains(&"relatime".into()), "{found:?}");
+        let link = bed.dir.path().join("link");
+        symlink(&bed.target, &link).unwrap();
+        assert_eq!(Overlay::from_mountinfo(&link).unwrap(), found);
+        let inside = Overlay::from_mountinfo(bed.dir.path()).unwrap_err();
+        assert!(matches!(inside, NoOverlay::NotAMountPoint(_)), "{inside}");
+
+        capture(&bed.overlay.upperdir, &bed.saved(), &never).unwrap();
+        fs::write(bed.target.join("kept"), "now").unwrap();
+        fs::write(bed.target.join("new"), "now").unwrap();
+        let refused = put_back(&bed.saved(), &bed.overlay).unwrap_err();
+        assert!(matches!(refused, PutBackError::Mounted { .. }), "{refused}");
+        assert_eq!(bed.read("kept").unwrap(), "now");
+
+        unmount(&bed.target).unwrap();
+        unmount(&bed.target).unwrap();
+        let replaced = put_back(&bed.saved(), &bed.overlay).unwrap();
+        assert_same(&bed.saved(), &bed.overlay.upperdir);
+        assert_eq!(fs::read_dir(&bed.overlay.workdir).unwrap().count(), 0);
+        bed.mount();
+        assert_eq!(bed.read("kept").unwrap(), "then");
+        assert_eq!(bed.read("lower-0"), None);
+        assert_eq!(bed.read("lower-1").unwrap(), "copied up");
+        assert_eq!(bed.read("new"), None);
+        replaced.remove_old().unwrap();
+        let left = fs::read_dir(bed.dir.path().join("active")).unwrap();
+        assert_eq!(left.count(), 2);
+        unmount(&bed.target).unwrap();
+    });
+}
+
+#[test]
+fn root_more_layers_than_fit_into_a_page_are_mounted() {
+    if !root() {
+        return;
+    }
+    with_own_mounts(|| {
+        let bed = bed(100);
+        let cwd = std::env::current_dir().unwrap();
+        let length: usize = bed
+            .overlay
+            .mount_spec()
+            .options
+            .iter()
+            .map(String::len)
+            .sum();
+        assert!(length > 4096);
+        bed.mount();
+        assert_eq!(std::env::current_dir().unwrap(), cwd);
+        for n in [0, 99] {
+            assert_eq!(bed.read(&format!("lower-{n}")).unwrap(), "low");
+        }
+        unmount(&bed.target).unwrap();
+    });
+}
+
+#[test]
+fn root_layers_mounted_relative_to_a_directory_are_found() {
+    if !root() {
+        return;
+    }
+    with_own_mounts(|| {
+        // As dockerd lays them out, with its links to layers.
+        let dir = tmp();
+        let home = dir.path().canonicalize().unwrap();
+        for name in ["one/diff", "id/diff", "id/work", "id/merged", "l"] {
+            fs::create_dir_all(home.join(name)).unwrap();
+        }
+        symlink("../one/diff", home.join("l/A,:\\")).unwrap();
+        unshare(CloneFlags::CLONE_FS).unwrap();
+        nix::unistd::chdir(&home).unwrap();
+        let data = "lowerdir=l/A\\,\\:\\\\,upperdir=id/diff,workdir=id/work,index=off";
+        let merged = home.join("id/merged");
+        let flags = MsFlags::MS_NODEV;
+        mount(Some("overlay"), &merged, Some("overlay"), flags, Some(data)).unwrap();
+        nix::unistd::chdir("/").unwrap();
+        let found = Overlay::from_mountinfo(&merged).unwrap();
+        assert_eq!(found.lowerdirs, [home.join("l/A,:\\")]);
+        assert_eq!(found.upperdir, home.join("id/diff"));
+        assert_eq!(found.workdir, home.join("id/work"));
+
+        let saved = dir.path().join("saved");
+        capture(&found.upperdir, &saved, &never).unwrap();
+        fs::write(merged.join("new"), "").unwrap();
+        let replaced = remount_with(&saved, &found).unwrap();
+        assert!(!merged.join("new").exists());
+        let again = Overlay::from_mountinfo(&merged).unwrap();
+        assert_eq!(again.lowerdirs, found.lowerdirs);
+        assert!(again.options.contains(&"nodev".into()), "{again:?}");
+        replaced.remove_old().unwrap();
+        unmount(&merged).unwrap();
+    });
+}
+
+#[test]
+fn root_a_busy_overlay_stays_as_it_is_and_the_error_says_who_uses_it() {
+    if !root() {
+        return;
+    }
+    with_own_mounts(|| {
+        let bed = bed(1);
+        bed.mount();
+        let overlay = Overlay::from_mountinfo(&bed.target).unwrap();
+        capture(&overlay.upperdir, &bed.saved(), &never).unwrap();
+        fs::write(bed.target.join("new"), "x").unwrap();
+        let open = File::open(bed.target.join("new")).unwrap();
+        let busy = remount_with(&bed.saved(), &overlay).unwrap_err();
+        assert!(matches!(busy, PutBackError::Busy { .. }), "{busy}");
+        let pid = format!("process {} ", std::process::id());
+        assert!(busy.to_string().contains(&pid), "{busy}");
+        assert_eq!(bed.read("new").unwrap(), "x");
+        drop(open);
+
+        // Another mount namespace that would keep it alive.
+        let mut child = std::process::Command::new("unshare")
+            .args(["-m", "--propagation", "private", "sleep", "60"])
+            .spawn()
+            .unwrap();
+        // It has its namespace once it is called sleep.
+        let comm = format!("/proc/{}/comm", child.id());
+        for _ in 0..1000 {
+            if fs::read_to_string(&comm).is_ok_and(|c| c == "sleep\n") {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let pinned = remount_with(&bed.saved(), &overlay).unwrap_err();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let text = pinned.to_string();
+        assert!(text.contains(&format!("process {} ", child.id())), "{text}");
+        assert_eq!(bed.read("new").unwrap(), "x");
+
+        remount_with(&bed.saved(), &overlay)
+            .unwrap()
+            .remove_old()
+            .unwrap();
+        assert_eq!(bed.read("new"), None);
+        unmount(&bed.target).unwrap();
+    });
+}
+
+#[test]
+fn root_a_failed_mount_takes_those_before_it_away() {
+    if !root() {
+        return;
+    }
+    with_own_mounts(|| {
+        let dir = tmp();
+        let spec = |fstype: &str, options: &[&str]| MountSpec {
+            fstype: fstype.into(),
+            source: "none".into(),
+            target: String::new(),
+            options: options.iter().map(|o| (*o).to_owned()).collect(),
+        };
+        let good = spec("tmpfs", &["size=1m", "nosuid", "rslave"]);
+        let error = mount_all(&[good.clone(), spec("no-such-fs", &["ro"])], dir.path());
+        let text = error.unwrap_err().to_string();
+        for part in [
+            "no-such-fs",
+            "none",
+            "ENODEV",
+            &dir.path().to_string_lossy(),
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+        let mounted = || {
+            let list = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+            let place = dir.path().to_string_lossy().into_owned();
+            let lines = list.lines().filter(|l| l.contains(&place));
+            lines.map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(mounted(), [""; 0]);
+        mount_all(&[good.clone(), good], dir.path()).unwrap();
+        assert_eq!(mounted().len(), 2);
+        assert!(
+            mounted().iter().all(|l| l.contains("nosuid")),
+            "{:?}",
+            mounted()
+        );
+        unmount(dir.path()).unwrap();
+        assert_eq!(mounted(), [""; 0]);
+
+        let (source, bound) = (tmp(), dir.path());
+        fs::write(source.path().join("file"), "").unwrap();
+        let bind = MountSpec {
+            source: source.path().to_string_lossy().into_owned(),
+            ..spec("bind", &["rbind", "ro"])
+        };
+        mount_all(std::slice::from_ref(&bind), bound).unwrap();
+        assert!(bound.join("file").exists());
+        let write = fs::write(bound.join("file"), "x").unwrap_err();
+        assert_eq!(write.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+        // A target inside must not lead out through a link.
+        fs::create_dir(source.path().join("sub")).unwrap();
+        symlink("/../../../../sub", source.path().join("way-out")).unwrap();
+        let within = MountSpec {
+            target: "/way-out".into(),
+            ..spec("tmpfs", &[])
+        };
+        mount_all(&[within], bound).unwrap();
+        assert!(
+            mounted().iter().any(|l| l.contains("/sub ")),
+            "{:?}",
+            mounted()
+        );
+        unmount(&bound.join("sub")).unwrap();
+        // Busy: a lazy unmount still takes it out of sight.
+        let open = File::open(bound.join("file")).unwrap();
+        assert!(unmount_busy_is_error(bound).is_err());
+        assert!(bound.join("file").exists());
+        unmount(bound).unwrap();
+        assert!(!bound.join("file").exists());
+        drop(open);
+    });
+}
+
+/// A layer with the name of its state in it, and beside it a saved one.
+fn states(dir: &Path) -> (Layer, PathBuf) {
+    let (upper, saved) = (dir.join("active/fs"), dir.join("saved"));
+    for (path, state) in [(&upper, "old"), (&saved, "new")] {
+        fs::create_dir_all(path).unwrap();
+        fs::write(path.join("state"), state).unwrap();
+    }
+    (Layer::new(&upper).unwrap(), saved)
+}
+
+#[test]
+fn an_interruption_leaves_one_whole_layer_and_the_next_put_back_clears_up() {
+    let state = |layer: &Layer| fs::read_to_string(layer.path.join("state")).unwrap();
+    type Interrupt = fn(&Layer, &Path);
+    let cases: &[(&str, Interrupt, &str)] = &[
+        (
+            "half built",
+            |l, _| {
+                fs::create_dir(&l.new).unwrap();
+                fs::write(l.new.join("half"), "").unwrap();
+            },
+            "old",
+        ),
+        (
+            "built",
+            |l, saved| {
+                l.build(saved).unwrap();
+            },
+            "old",
+        ),
+        (
+            "exchanged",
+            |l, saved| {
+                l.build(saved).unwrap();
+                assert!(l.exchange().unwrap());
+            },
+            "new",
+        ),
+        (
+            "swapped",
+            |l, saved| {
+                l.build(saved).unwrap();
+                l.swap().unwrap();
+            },
+            "new",
+        ),
+        (
+            "moved away, without exchange",
+            |l, saved| {
+                l.build(saved).unwrap();
+                fs::rename(&l.path, &l.old).unwrap();
+            },
+            "old",
+        ),
+    ];
+    for (name, interrupt, after) in cases {
+        let dir = tmp();
+        let (layer, saved) = states(dir.path());
+        interrupt(&layer, &saved);
+        layer.recover().unwrap();
+        assert_eq!(state(&layer), *after, "{name}");
+        let left = fs::read_dir(dir.path().join("active")).unwrap().count();
+        assert_eq!(left, 1, "{name}");
+        layer.build(&saved).unwrap();
+        layer.swap().unwrap();
+        assert_eq!(state(&layer), "new", "{name}");
+    }
+}
+
+#[test]
+fn a_layer_that_cannot_be_built_leaves_the_old_one() {
+    let dir = tmp();
+    let (layer, _) = states(dir.path());
+    let overlay = Overlay {
+        lowerdirs: vec!["/".into()],
+        upperdir: layer.path.clone(),
+        workdir: dir.path().join("active/work"),
+        options: vec![],
+        mountpoint: None,
+    };
+    put_back(&dir.path().join("absent"), &overlay).unwrap_err();
+    assert_eq!(fs::read_to_string(layer.path.join("state")).unwrap(), "old");
+}
+
+/// `cargo test --lib rootfs::tests::cost -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement"]
+fn cost() {
+    let dir = tmp();
+    let time = |what: &str, step: &mut dyn FnMut()| {
+        let start = std::time::Instant::now();
+        step();
+        println!("{what}: {:?}", start.elapsed());
+    };
+    let (small, large) = (dir.path().join("small"), dir.path().join("large"));
+    for n in 0..1000 {
+        let sub = small.join((n % 20).to_string());
+        fs::create_dir_all(&sub).unwrap();
+        fs::write(sub.join(n.to_string()), vec![1; 4000]).unwrap();
+    }
+    fs::create_dir(&large).unwrap();
+    for n in 0..4 {
+        fs::write(large.join(n.to_string()), vec![1; 50 << 20]).unwrap();
+    }
+    rustix::fs::sync();
+    for round in 0..3 {
+        for (name, tree) in [("1000 files of 4 KB", &small), ("4 files of 50 MB", &large)] {
+            println!("-- {name}");
+            let place = |how: &str| dir.path().join(format!("{}-{how}-{round}", name.len()));
+            let (a, b, c) = (place("a"), place("b"), place("c"));
+            let copy = |to: &Path| {
+                capture(tree, to, &never).unwrap();
+            };
+            time("copy", &mut || copy(&a));
+            let durably = tree::Durably::at(dir.path()).unwrap();
+            time("  sync", &mut || durably.sync(&a).unwrap());
+            copy(&b);
+            time("  syncfs", &mut || {
+                rustix::fs::syncfs(tree::open_root(&b).unwrap()).unwrap();
+            });
+            copy(&c);
+            time("  fsync each", &mut || {
+                let root = tree::open_root(&c).unwrap();
+                let changes = tree::Expect::Changes;
+                tree::walk(root, &c, changes, &never, &mut tree::Syncer).unwrap();
+            });
+            let d = dir.path().join("d");
+            copy(&d);
+            fs::write(dir.path().join("other"), vec![1; 1 << 30]).unwrap();
+            time("  syncfs beside 1 GiB of others", &mut || {
+                rustix::fs::syncfs(tree::open_root(&d).unwrap()).unwrap();
+            });
+            remove_tree(&d).unwrap();
+            time("  cp -a", &mut || {
+                let mut cp = std::process::Command::new("cp");
+                assert!(cp.arg("-a").arg(tree).arg(&d).status().unwrap().success());
+            });
+            remove_tree(&d).unwrap();
+            time("  remove", &mut || remove_tree(&a).unwrap());
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! stdio in CRIU images: which pipe of the dumped sandbox gets which new pipe (D12).
+//!
+//! runc writes the targets of init's descriptors 0–2 to `descriptors.json` and gives CRIU an
+//! `inherit-fd` for every entry that contains `pipe:`, the entry's index being the number under
+//! which the new descriptor is open in `runc restore`. It does so for any index, so pipes of
+//! execs can be taken up in the same way, by a `descriptors.json` with more entries than three.
+//! Such a file belongs to one restore: it lives in a directory of its own beside hard links to
+//! the images.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::symlink,
+    },
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+/// runc's file.
+const DESCRIPTORS: &str = "descriptors.json";
+/// crab's file beside it. CRIU ignores what it doesn't know.
+const STREAMS: &str = "crab-streams.json";
+/// Neither file is ever large; a hostile one is not read to its end.
+const MAX_FILE: u64 = 16 << 20;
+/// Numbers below this belong to the runtime.
+const FIRST_FD: i32 = 40;
+
+/// One pipe between the sandbox and the shim, at the time of a dump.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stream {
+    /// The exec it belonged to; empty for init.
+    pub exec_id: String,
+    /// 0, 1 or 2.
+    pub fd: u8,
+    /// As in `pipe:[inode]`.
+    pub inode: u64,
+    /// The client's end, as in the task API.
+    pub target: String,
+    /// What the process had not read of its stdin yet, in base 16.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub pending: String,
+}
+
+/// The streams of a dump, as saved.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Streams {
+    version: u32,
+    streams: Vec<Stream>,
+}
+
+/// Why stdio cannot be taken up again.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} {}: {source}", path.display())]
+pub struct DescriptorsError {
+    what: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+fn at<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> DescriptorsError + 'a {
+    move |source| DescriptorsError {
+        what,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// Saves the streams beside the images.
+pub fn save(image: &Path, streams: &[Stream]) -> Result<(), DescriptorsError> {
+    let path = image.join(STREAMS);
+    let file = Streams {
+        version: 1,
+        streams: streams.to_vec(),
+    };
+    serde_json::to_vec(&file)
+        .map_err(io::Error::from)
+        .and_then(|bytes| fs::write(&path, bytes))
+        .map_err(at("cannot write", &path))
+}
+
+/// The streams of a dump; none if another shim has made it.
+pub fn load(image: &Path) -> Result<Vec<Stream>, DescriptorsError> {
+    let path = image.join(STREAMS);
+    let bytes = match read(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        read => read.map_err(at("cannot read", &path))?,
+    };
+    let file: Streams = serde_json::from_slice(&bytes)
+        .map_err(io::Error::from)
+        .map_err(at("cannot understand", &path))?;
+    if file.version != 1 {
+        let why = format!("version {} is newer than this crab", file.version);
+        return Err(at("cannot use", &path)(io::Error::other(why)));
+    }
+    Ok(file.streams)
+}
+
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let size = fs::metadata(path)?.len();
+    if size > MAX_FILE {
+        return Err(io::Error::other(format!("{size} bytes are too many")));
+    }
+    fs::read(path)
+}
+
+/// A directory from which one restore may read. Removed when dropped.
+pub struct RestoreImage {
+    dir: tempfile::TempDir,
+    fds: Vec<OwnedFd>,
+}
+
+impl RestoreImage {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Descriptors that the runtime must inherit under the numbers that they have; once.
+    pub fn take_fds(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.fds)
+    }
+}
+
+/// Makes a directory from which one restore may read: every image, and a `descriptors.json` that
+/// names `extra` pipes by inode.
+///
+/// The images are hard links, so the directory lies within the image directory; where that cannot
+/// be written they are copies below `fallback`. Symbolic links would not do: CRIU opens images
+/// from inside the restored mount namespace, where they lead nowhere.
+pub fn prepare_restore(
+    image: &Path,
+    fallback: &Path,
+    extra: Vec<(u64, OwnedFd)>,
+) -> Result<RestoreImage, DescriptorsError> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".crab-restore-");
+    let dir = builder
+        .tempdir_in(image)
+        .or_else(|_| builder.tempdir_in(fallback))
+        .map_err(at("cannot make a directory in", fallback))?;
+    let entries = fs::read_dir(image).map_err(at("cannot list the images in", image))?;
+    for entry in entries {
+        let entry = entry.map_err(at("cannot list the images in", image))?;
+        let kind = entry
+            .file_type()
+            .map_err(at("cannot list the images in", image))?;
+        if entry.file_name() == DESCRIPTORS || kind.is_dir() {
+            continue;
+        }
+        let (from, to) = (entry.path(), dir.path().join(entry.file_name()));
+        if kind.is_symlink() {
+            // The `parent` of an incremental dump, relative to where it is now.
+            let target = fs::canonicalize(&from).map_err(at("cannot follow", &from))?;
+            symlink(target, &to).map_err(at("cannot link", &from))?;
+        } else if fs::hard_link(&from, &to).is_err() {
+            fs::copy(&from, &to).map_err(at("cannot copy", &from))?;
+        }
+    }
+    let path = image.join(DESCRIPTORS);
+    let bytes = read(&path).map_err(at("not a checkpoint: cannot read", &path))?;
+    let mut names: Vec<String> = serde_json::from_slice(&bytes)
+        .map_err(io::Error::from)
+        .map_err(at("not a checkpoint: cannot understand", &path))?;
+    names.truncate(3);
+    let mut fds = Vec::new();
+    for (inode, fd) in extra {
+        let fd = numbered_from(&fd, FIRST_FD).map_err(at("cannot pass a pipe to", image))?;
+        let index = fd.as_raw_fd() as usize;
+        if names.len() <= index {
+            names.resize(index + 1, String::new());
+        }
+        names[index] = format!("pipe:[{inode}]");
+        fds.push(fd);
+    }
+    let path = dir.path().join(DESCRIPTORS);
+    serde_json::to_vec(&names)
+        .map_err(io::Error::from)
+        .and_then(|bytes| fs::write(&path, bytes))
+        .map_err(at("cannot write", &path))?;
+    Ok(RestoreImage { dir, fds })
+}
+
+/// A copy of a descriptor whose number is at least `min`.
+fn numbered_from(fd: &OwnedFd, min: i32) -> io::Result<OwnedFd> {
+    rustix::io::fcntl_dupfd_cloexec(fd, min).map_err(Into::into)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pipe_is_named_at_the_index_of_its_descriptor() {
+        let image = tempfile::tempdir().unwrap();
+        fs::write(image.path().join(DESCRIPTORS), r#"["a","pipe:[7]","c"]"#).unwrap();
+        fs::write(image.path().join("pages-1.img"), "x").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let (_, end) = io::pipe().unwrap();
+        let mut made = prepare_restore(image.path(), dir.path(), vec![(99, end.into())]).unwrap();
+        let (dir, fds) = (made.path().to_owned(), made.take_fds());
+        let names: Vec<String> =
+            serde_json::from_slice(&fs::read(dir.join(DESCRIPTORS)).unwrap()).unwrap();
+        assert_eq!(names[1], "pipe:[7]");
+        assert_eq!(names[fds[0].as_raw_fd() as usize], "pipe:[99]");
+        assert!(fds[0].as_raw_fd() >= FIRST_FD);
+        assert_eq!(fs::read(dir.join("pages-1.img")).unwrap(), b"x");
+        // The image itself is as it was.
+        assert_eq!(
+            fs::read(image.path().join(DESCRIPTORS)).unwrap(),
+            br#"["a","pipe:[7]","c"]"#
+        );
+        drop(made);
+        assert!(!dir.exists());
+    }
+
+    #[test]
+    fn a_directory_that_is_no_checkpoint_is_refused_by_name() {
+        let image = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let error = prepare_restore(image.path(), dir.path(), Vec::new())
+            .err()
+            .unwrap();
+        assert!(error.to_string().contains("not a checkpoint"), "{error}");
+    }
+
+    #[test]
+    fn streams_of_a_newer_version_are_refused() {
+        let image = tempfile::tempdir().unwrap();
+        assert_eq!(load(image.path()).unwrap(), Vec::new());
+        fs::write(image.path().join(STREAMS), r#"{"version":2,"streams":[]}"#).unwrap();
+        assert!(
+            load(image.path())
+                .unwrap_err()
+                .to_string()
+                .contains("newer")
+        );
+    }
+}

@@ -1,0 +1,272 @@
+//! runc's and crun's command line.
+
+use std::{
+    ffi::OsStr,
+    fs::{self, File},
+    io::{self, Read, Seek, Write},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    time::Duration,
+};
+
+use super::{
+    Checkpoint, Create, Ended, Exec, OciRuntime, Restore, RuntimeError, Spawner, Stdio,
+    log_file::LogFile,
+};
+
+/// What any other call than a dump may take. A hung runtime must not hang the shim for ever.
+const LIMIT: Duration = Duration::from_secs(120);
+/// As much of stderr as goes into an error.
+const MAX_STDERR: u64 = 16 * 1024;
+
+/// The real runtime.
+pub struct Runc {
+    /// Name on PATH, or absolute path.
+    pub binary: String,
+    /// `--root`: where the runtime keeps its state.
+    pub root: PathBuf,
+    /// `--systemd-cgroup`.
+    pub systemd_cgroup: bool,
+    /// Where its logs go for the time of a call.
+    pub log_dir: PathBuf,
+    /// Who starts processes.
+    pub spawner: Arc<dyn Spawner>,
+}
+
+impl Runc {
+    fn command(&self, log: &LogFile, verb: &str) -> Command {
+        let mut command = Command::new(&self.binary);
+        command.arg("--root").arg(&self.root);
+        command.arg("--log").arg(log.path());
+        command.args(["--log-format", "json"]);
+        if self.systemd_cgroup {
+            command.arg("--systemd-cgroup");
+        }
+        command.arg(verb);
+        command.stdin(std::process::Stdio::null());
+        command.stdout(std::process::Stdio::null());
+        command
+    }
+
+    fn error(&self, verb: &'static str, source: io::Error) -> RuntimeError {
+        RuntimeError::Spawn {
+            runtime: self.binary.clone(),
+            verb,
+            source,
+        }
+    }
+
+    /// Runs one verb; `prepare` adds its arguments.
+    ///
+    /// stderr goes to a file when `stdio` doesn't take it: a pipe would have to be read while the
+    /// runtime runs, and detached children may hold it open for ever.
+    fn run(
+        &self,
+        verb: &'static str,
+        limit: Duration,
+        stdio: Option<Stdio>,
+        prepare: impl FnOnce(&mut Command),
+    ) -> Result<(), RuntimeError> {
+        let log = LogFile::new(&self.log_dir, verb).map_err(|e| RuntimeError::File {
+            what: "cannot make a log file in",
+            path: self.log_dir.clone(),
+            source: e,
+        })?;
+        let mut command = self.command(&log, verb);
+        let mut stderr = tempfile::tempfile_in(&self.log_dir).map_err(|e| self.error(verb, e))?;
+        command.stderr(stderr.try_clone().map_err(|e| self.error(verb, e))?);
+        match stdio {
+            Some(Stdio::Fds([stdin, stdout, err])) => {
+                command.stdin(stdin).stdout(stdout).stderr(err);
+            }
+            Some(Stdio::Console(socket)) => {
+                command.arg("--console-socket").arg(socket);
+            }
+            None => {}
+        }
+        prepare(&mut command);
+        let message = match self.spawner.run(command, limit) {
+            Ok(Ended::Exited(0)) => return Ok(()),
+            Ok(Ended::Exited(code)) => match log.last_error() {
+                Some(message) => message,
+                None => format!("exit status {code}: {}", tail(&mut stderr)),
+            },
+            Ok(Ended::Signaled(signal)) => format!(
+                "killed by signal {signal}: {}",
+                log.last_error().unwrap_or_else(|| tail(&mut stderr))
+            ),
+            Err(e) => return Err(self.error(verb, e)),
+        };
+        Err(RuntimeError::Refused {
+            runtime: self.binary.clone(),
+            verb,
+            message,
+        })
+    }
+}
+
+/// The end of what a command wrote to stderr.
+fn tail(file: &mut File) -> String {
+    let mut text = Vec::new();
+    let read = file
+        .metadata()
+        .and_then(|m| file.seek(io::SeekFrom::Start(m.len().saturating_sub(MAX_STDERR))))
+        .and_then(|_| file.take(MAX_STDERR).read_to_end(&mut text));
+    match read {
+        Ok(0) => "it said nothing".into(),
+        Ok(_) => String::from_utf8_lossy(&text).trim().to_owned(),
+        Err(e) => format!("its stderr cannot be read: {e}"),
+    }
+}
+
+fn flag(command: &mut Command, on: bool, name: &str) {
+    if on {
+        command.arg(name);
+    }
+}
+
+fn option(command: &mut Command, name: &str, value: impl AsRef<OsStr>) {
+    command.arg(name).arg(value);
+}
+
+impl OciRuntime for Runc {
+    fn create(&self, args: Create<'_>) -> Result<(), RuntimeError> {
+        self.run("create", LIMIT, Some(args.stdio), |c| {
+            option(c, "--bundle", args.bundle);
+            option(c, "--pid-file", args.pid_file);
+            flag(c, args.no_pivot_root, "--no-pivot");
+            flag(c, args.no_new_keyring, "--no-new-keyring");
+            c.arg(args.id);
+        })
+    }
+
+    fn start(&self, id: &str) -> Result<(), RuntimeError> {
+        self.run("start", LIMIT, None, |c| {
+            c.arg(id);
+        })
+    }
+
+    fn exec(&self, args: Exec<'_>) -> Result<(), RuntimeError> {
+        self.run("exec", LIMIT, Some(args.stdio), |c| {
+            option(c, "--process", args.process);
+            option(c, "--pid-file", args.pid_file);
+            c.args(["--detach", args.id]);
+        })
+    }
+
+    fn kill_all(&self, id: &str, signal: i32) -> Result<(), RuntimeError> {
+        self.run("kill", LIMIT, None, |c| {
+            c.args(["--all", id, &signal.to_string()]);
+        })
+    }
+
+    fn delete(&self, id: &str, force: bool) -> Result<(), RuntimeError> {
+        let done = self.run("delete", LIMIT, None, |c| {
+            flag(c, force, "--force");
+            c.arg(id);
+        });
+        match done {
+            // runc itself forgets a container that a checkpoint has stopped.
+            Err(e) if e.is_unknown_container() => Ok(()),
+            done => done,
+        }
+    }
+
+    fn checkpoint(&self, id: &str, args: &Checkpoint) -> Result<(), RuntimeError> {
+        self.run("checkpoint", args.limit, None, |c| {
+            option(c, "--image-path", &args.image_path);
+            option(c, "--work-path", &args.work_path);
+            if let Some(parent) = &args.parent_path {
+                option(c, "--parent-path", parent);
+            }
+            flag(c, args.leave_running, "--leave-running");
+            flag(c, args.tcp_established, "--tcp-established");
+            flag(c, args.external_unix_sockets, "--ext-unix-sk");
+            flag(c, args.shell_job, "--shell-job");
+            flag(c, args.file_locks, "--file-locks");
+            for namespace in &args.empty_namespaces {
+                option(c, "--empty-ns", namespace);
+            }
+            if let Some(mode) = &args.cgroups_mode {
+                option(c, "--manage-cgroups-mode", mode);
+            }
+            if let Some(home) = &args.home {
+                c.env("HOME", home);
+            }
+            c.arg(id);
+        })
+    }
+
+    fn restore(&self, args: Restore<'_>) -> Result<(), RuntimeError> {
+        self.run("restore", LIMIT, Some(args.stdio), |c| {
+            option(c, "--bundle", args.bundle);
+            option(c, "--image-path", args.image_path);
+            option(c, "--work-path", args.work_path);
+            option(c, "--pid-file", args.pid_file);
+            c.args(["--detach", "--no-subreaper"]);
+            flag(c, args.tcp_established, "--tcp-established");
+            flag(c, args.shell_job, "--shell-job");
+            flag(c, args.file_locks, "--file-locks");
+            flag(c, args.no_pivot_root, "--no-pivot");
+            if let Some(home) = &args.home {
+                c.env("HOME", home);
+            }
+            inherit(c, args.extra_fds);
+            c.arg(args.id);
+        })
+    }
+
+    fn update(&self, id: &str, resources: &[u8]) -> Result<(), RuntimeError> {
+        let mut file = tempfile::Builder::new()
+            .prefix(".resources-")
+            .tempfile_in(&self.log_dir)
+            .map_err(|e| self.error("update", e))?;
+        file.write_all(resources)
+            .map_err(|e| self.error("update", e))?;
+        self.run("update", LIMIT, None, |c| {
+            option(c, "--resources", file.path());
+            c.arg(id);
+        })
+    }
+}
+
+/// Lets the child inherit descriptors under the numbers they have here.
+///
+/// Choosing other numbers could hit a descriptor that the standard library needs between fork and
+/// exec; these numbers are ours already.
+fn inherit(command: &mut Command, fds: Vec<OwnedFd>) {
+    // SAFETY: the closure runs between fork and exec and calls fcntl alone, which is
+    // async-signal-safe. It owns the descriptors, so they are open when it runs.
+    unsafe {
+        command.pre_exec(move || {
+            for fd in &fds {
+                if libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Reads the pid that a runtime has written.
+///
+/// # Errors
+/// When the file is missing or holds no positive number.
+pub fn read_pid(path: &Path) -> Result<i32, RuntimeError> {
+    let wrong = |source| RuntimeError::File {
+        what: "cannot read the pid file",
+        path: path.to_owned(),
+        source,
+    };
+    let text = fs::read_to_string(path).map_err(wrong)?;
+    match text.trim().parse() {
+        Ok(pid) if pid > 0 => Ok(pid),
+        _ => Err(wrong(io::Error::other(format!("{text:?} is no pid")))),
+    }
+}

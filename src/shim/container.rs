@@ -1,0 +1,472 @@
+//! One container: what is known of it, and the requests that concern all of it.
+//!
+//! No lock is held across a call to the runtime (D17). A request that must be alone (`Start`,
+//! `Pause`, `Checkpoint`, …) marks the container busy and others of its kind wait; State, Pids,
+//! Wait, Kill and Connect look at the facts and never wait.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
+
+use containerd_shim::protos::{
+    api::{ProcessInfo, Status},
+    events::task::{TaskExit, TaskPaused, TaskResumed},
+    protobuf::{MessageField, well_known_types::any::Any},
+    shim::oci::ProcessDetails,
+};
+use parking_lot::{Condvar, Mutex};
+
+use super::{
+    error::{Context, Kind, Result, ShimError},
+    events::{EventSink, TaskEvent},
+    host::{ControlGroup, Host},
+    io::ProcessIo,
+    process::{Process, Step},
+    proto,
+    reaper::Exit,
+    restore::Source,
+    run_dir::RunDir,
+    spec::Spec,
+    state::{Phase, Request},
+};
+use crate::{
+    cgroup::OomWatch,
+    config::Config,
+    coordinator::{
+        cut::Scene,
+        doors::Doors,
+        freeze::{Freeze, FreezeError},
+        turns::Turns,
+    },
+    runtime::{OciRuntime, descriptors::Stream},
+    sandbox::SandboxId,
+};
+
+/// What exists from the moment when init has a pid.
+pub struct Place {
+    /// Its cgroup.
+    pub cgroup: Arc<dyn ControlGroup>,
+    /// Who has frozen it.
+    pub freeze: Arc<Freeze>,
+    /// Ends with the container.
+    pub oom: Option<OomWatch>,
+}
+
+/// A process that lives on although its exec is over, seen from its pipes.
+pub struct Leftover {
+    /// The exec it came from.
+    pub exec_id: String,
+    /// Where its stdout and stderr went.
+    pub targets: [String; 2],
+    /// The pipes.
+    pub io: Arc<ProcessIo>,
+}
+
+pub(super) struct Inner {
+    pub phase: Phase,
+    busy: bool,
+    pausing: bool,
+    /// init is being started: its end, however soon, is told after its start.
+    pub starting: bool,
+    pub execs: BTreeMap<String, Arc<Process>>,
+    /// Execs between their start and the report of their end.
+    pub running_execs: usize,
+    /// init has ended; told to the client when the last exec has been.
+    pub init_exit: Option<Exit>,
+}
+
+/// See the module.
+pub struct Container {
+    /// Its name.
+    pub sandbox: SandboxId,
+    /// The directory with `config.json`.
+    pub bundle: PathBuf,
+    /// Its settings.
+    pub config: Config,
+    /// What `config.json` says.
+    pub spec: Spec,
+    /// Its files of this boot.
+    pub run_dir: RunDir,
+    /// What Start restores from, instead of booting.
+    pub source: Option<Source>,
+    /// Where its root file system is, if the shim has mounted it.
+    pub mounted: Option<PathBuf>,
+    /// init.
+    pub init: Arc<Process>,
+    /// Who runs it.
+    pub runtime: Arc<dyn OciRuntime>,
+    /// The machine below.
+    pub host: Arc<dyn Host>,
+    /// Where events go.
+    pub events: Arc<dyn EventSink>,
+    /// Who may enter, and when.
+    pub doors: Arc<Doors>,
+    pub(super) place: OnceLock<Place>,
+    pub(super) turns: OnceLock<Arc<Turns>>,
+    pub(super) leftovers: Mutex<Vec<Leftover>>,
+    pub(super) inner: Mutex<Inner>,
+    pub(super) changed: Condvar,
+}
+
+/// The right to be alone, until dropped.
+pub struct Alone<'a>(&'a Container);
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        self.0.inner.lock().busy = false;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Inner {
+    pub(super) fn new(phase: Phase) -> Self {
+        Self {
+            phase,
+            busy: false,
+            pausing: false,
+            starting: false,
+            execs: BTreeMap::new(),
+            running_execs: 0,
+            init_exit: None,
+        }
+    }
+}
+
+impl Container {
+    /// Waits until no other such request is under way, and checks that the phase allows this one.
+    pub(super) fn alone(&self, request: Request) -> Result<Alone<'_>> {
+        let mut inner = self.inner.lock();
+        while inner.busy {
+            self.changed.wait(&mut inner);
+        }
+        inner.phase.allows(request)?;
+        inner.busy = true;
+        Ok(Alone(self))
+    }
+
+    /// Moves on to another phase, unless the container has stopped meanwhile.
+    pub(super) fn enter_phase(&self, phase: Phase) {
+        let mut inner = self.inner.lock();
+        if inner.phase != Phase::Stopped || phase == Phase::Deleted {
+            inner.phase = phase;
+        }
+    }
+
+    /// Its phase.
+    pub fn phase(&self) -> Phase {
+        self.inner.lock().phase
+    }
+
+    /// init (empty `exec_id`) or an exec.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>> {
+        if exec_id.is_empty() {
+            return Ok(Arc::clone(&self.init));
+        }
+        let inner = self.inner.lock();
+        let found = inner.execs.get(exec_id).cloned();
+        found.ok_or_else(|| ShimError::not_found(format!("exec {exec_id} in {}", self.sandbox)))
+    }
+
+    /// The state of one process, as the client sees it: crab's own freezes do not show (D7b).
+    pub fn status(&self, process: &Process) -> Status {
+        let inner = self.inner.lock();
+        if inner.pausing {
+            return Status::PAUSING;
+        }
+        if inner.phase == Phase::Paused {
+            return Status::PAUSED;
+        }
+        if process.exec_id.is_empty() {
+            return match inner.phase {
+                Phase::Created | Phase::CreatedCheckpoint => Status::CREATED,
+                Phase::Running => Status::RUNNING,
+                Phase::Paused => Status::PAUSED,
+                Phase::Stopped | Phase::Deleted => Status::STOPPED,
+            };
+        }
+        match process.step() {
+            Step::Created => Status::CREATED,
+            Step::Running => Status::RUNNING,
+            Step::Stopped => Status::STOPPED,
+        }
+    }
+
+    /// The cgroup and its freezer.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` before init has a pid.
+    pub fn place(&self) -> Result<&Place> {
+        self.place.get().ok_or_else(|| {
+            ShimError::new(
+                Kind::FailedPrecondition,
+                format!("{}: the container has not been started", self.sandbox),
+            )
+        })
+    }
+
+    /// Freezes it for the client.
+    pub fn pause(&self) -> Result<()> {
+        let _alone = self.alone(Request::Pause)?;
+        let place = self.place()?;
+        self.inner.lock().pausing = true;
+        let paused = place.freeze.pause();
+        self.inner.lock().pausing = false;
+        paused.context(format_args!("{}: pause", self.sandbox))?;
+        self.enter_phase(Phase::Paused);
+        self.events.send(TaskEvent::Paused(TaskPaused {
+            container_id: self.sandbox.id().to_owned(),
+            ..Default::default()
+        }));
+        Ok(())
+    }
+
+    /// Thaws it for the client.
+    pub fn resume(&self) -> Result<()> {
+        let _alone = self.alone(Request::Resume)?;
+        let resumed = self.place()?.freeze.resume();
+        resumed.context(format_args!("{}: resume", self.sandbox))?;
+        self.enter_phase(Phase::Running);
+        self.events.send(TaskEvent::Resumed(TaskResumed {
+            container_id: self.sandbox.id().to_owned(),
+            ..Default::default()
+        }));
+        Ok(())
+    }
+
+    /// Changes its limits; `resources` is OCI `LinuxResources` as JSON.
+    pub fn update(&self, resources: &Any) -> Result<()> {
+        let _alone = self.alone(Request::Update)?;
+        if let Err(e) = serde_json::from_slice::<serde_json::Value>(&resources.value) {
+            let text = format!("{}: update: resources are no JSON: {e}", self.sandbox);
+            return Err(ShimError::new(Kind::InvalidArgument, text));
+        }
+        self.runtime
+            .update(self.sandbox.id(), &resources.value)
+            .context(format_args!("{}: update", self.sandbox))
+    }
+
+    /// Signals init, an exec, or (`all`) every process.
+    pub fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<()> {
+        let process = self.process(exec_id)?;
+        self.phase().allows(Request::Kill)?;
+        let signal = i32::try_from(signal)
+            .ok()
+            .filter(|s| (1..=64).contains(s))
+            .ok_or_else(|| {
+                ShimError::new(Kind::InvalidArgument, format!("{signal} is no signal"))
+            })?;
+        if exec_id.is_empty() && self.inner.lock().phase == Phase::CreatedCheckpoint {
+            // There is no process yet: this is the end of a container that never began.
+            let exit = Exit {
+                pid: 0,
+                status: 128 + signal as u32,
+                at: time::OffsetDateTime::now_utc(),
+            };
+            self.init_exited(exit);
+            return Ok(());
+        }
+        let deadly = signal == libc::SIGKILL && exec_id.is_empty();
+        if deadly {
+            self.doors.give_up();
+        }
+        let sent = if all && exec_id.is_empty() && self.init.step() == Step::Running {
+            let killed = self.runtime.kill_all(self.sandbox.id(), signal);
+            killed.map_err(|e| {
+                let gone = e.is_unknown_container() || e.to_string().contains("not running");
+                let kind = if gone { Kind::NotFound } else { Kind::Failed };
+                ShimError::new(kind, format!("{}: {e}", self.sandbox))
+            })
+        } else {
+            process.signal(signal)
+        };
+        if deadly {
+            self.release();
+        }
+        sent
+    }
+
+    /// A frozen process does not die (v1): whoever holds it lets go, and nobody freezes it again.
+    fn release(&self) {
+        if let Some(place) = self.place.get() {
+            place.freeze.release_for_death();
+        }
+    }
+
+    /// Host pids of all processes, with the exec that each belongs to.
+    pub fn pids(&self) -> Result<Vec<ProcessInfo>> {
+        let Some(place) = self.place.get() else {
+            return Ok(Vec::new());
+        };
+        let pids = match place.cgroup.procs() {
+            Err(e) if e.is_gone() => Vec::new(),
+            pids => pids.context(format_args!("{}: list processes", self.sandbox))?,
+        };
+        let execs = self.inner.lock().execs.clone();
+        let info = |pid: i32| ProcessInfo {
+            pid: pid as u32,
+            info: execs
+                .values()
+                .find(|e| e.pid() == pid && e.step() == Step::Running)
+                .and_then(|e| {
+                    let details = ProcessDetails {
+                        exec_id: e.exec_id.clone(),
+                        ..Default::default()
+                    };
+                    proto::pack("containerd.runc.v1.ProcessDetails", &details).ok()
+                })
+                .map_or_else(MessageField::none, MessageField::some),
+            ..Default::default()
+        };
+        Ok(pids.into_iter().map(info).collect())
+    }
+
+    /// What its cgroup has used.
+    pub fn stats(&self) -> Result<Any> {
+        let stats = self.place()?.cgroup.stats();
+        stats.context(format_args!("{}: stats", self.sandbox))
+    }
+
+    /// An exec has ended.
+    pub(super) fn exec_exited(&self, process: &Process, exit: Exit) {
+        process.ended(exit);
+        if let Some(io) = process.io() {
+            io.leader_exited();
+        }
+        // The gate is shut before the client hears of the end, and so before it can go on.
+        let turn_ended = self.doors.leave(&process.exec_id);
+        self.report_exit(&process.exec_id, exit);
+        if turn_ended {
+            self.turn_ended();
+        }
+        self.exec_is_over();
+    }
+
+    /// A turn is over: checkpoint it, or open the gate again.
+    pub(super) fn turn_ended(&self) {
+        match self.turns.get() {
+            Some(turns) => turns.boundary(),
+            None => self.doors.open(),
+        }
+    }
+
+    /// One exec less. The end of init is told last.
+    pub(super) fn exec_is_over(&self) {
+        let mut inner = self.inner.lock();
+        inner.running_execs -= 1;
+        if let (0, Some(exit)) = (inner.running_execs, inner.init_exit) {
+            drop(inner);
+            self.report_init_exit(exit);
+        }
+    }
+
+    /// init has ended.
+    pub(super) fn init_exited(&self, exit: Exit) {
+        self.doors.give_up();
+        self.release();
+        if self.spec.shares_pids()
+            && exit.pid != 0
+            && let Err(e) = self.runtime.kill_all(self.sandbox.id(), libc::SIGKILL)
+        {
+            log::warn!("{}: cannot end what init has left: {e}", self.sandbox);
+        }
+        let mut inner = self.inner.lock();
+        inner.init_exit = Some(exit);
+        while inner.starting {
+            self.changed.wait(&mut inner);
+        }
+        if inner.running_execs == 0 {
+            drop(inner);
+            self.report_init_exit(exit);
+        }
+    }
+
+    fn report_init_exit(&self, exit: Exit) {
+        if let Some(io) = self.init.io() {
+            io.leader_exited();
+        }
+        self.inner.lock().phase = Phase::Stopped;
+        self.init.ended(exit);
+        self.changed.notify_all();
+        self.report_exit("", exit);
+        // Lets go of the store, so that a restore can be armed before the task is deleted.
+        self.stop_turns();
+    }
+
+    fn report_exit(&self, exec_id: &str, exit: Exit) {
+        let id = self.sandbox.id();
+        self.events.send(TaskEvent::Exit(TaskExit {
+            container_id: id.to_owned(),
+            id: if exec_id.is_empty() { id } else { exec_id }.to_owned(),
+            pid: exit.pid as u32,
+            exit_status: exit.status,
+            exited_at: MessageField::some(proto::timestamp(exit.at)),
+            ..Default::default()
+        }));
+    }
+
+    /// All pipes between its processes and the shim: of init, of execs, of what execs left.
+    fn all_io(&self) -> Vec<(String, [String; 3], Arc<ProcessIo>)> {
+        let named = |p: &Arc<Process>| {
+            let s = &p.stdio;
+            let targets = [s.stdin.clone(), s.stdout.clone(), s.stderr.clone()];
+            p.io().map(|io| (p.exec_id.clone(), targets, io))
+        };
+        let execs: Vec<Arc<Process>> = self.inner.lock().execs.values().cloned().collect();
+        let mut all: Vec<_> = named(&self.init).into_iter().collect();
+        all.extend(execs.iter().filter_map(named));
+        let mut leftovers = self.leftovers.lock();
+        leftovers.retain(|l| l.io.is_live());
+        all.extend(leftovers.iter().map(|l| {
+            let [out, err] = l.targets.clone();
+            (
+                l.exec_id.clone(),
+                [String::new(), out, err],
+                Arc::clone(&l.io),
+            )
+        }));
+        all
+    }
+}
+
+impl Scene for Container {
+    fn init_pid(&self) -> i32 {
+        self.init.pid()
+    }
+
+    fn drain(&self) {
+        for (exec_id, _, io) in self.all_io() {
+            if let Err(e) = io.drain_frozen() {
+                log::warn!("{}: exec {exec_id:?}: cannot drain: {e}", self.sandbox);
+            }
+        }
+    }
+
+    fn streams(&self) -> std::result::Result<Vec<Stream>, String> {
+        let mut streams = Vec::new();
+        for (exec_id, targets, io) in self.all_io() {
+            let wrong = |e| format!("stdio of {exec_id:?}: {e}");
+            for pipe in io.stdio_pipes().map_err(wrong)? {
+                let pending = match pipe.fd {
+                    0 => io.pending_stdin().map_err(wrong)?,
+                    _ => Vec::new(),
+                };
+                streams.push(Stream {
+                    exec_id: exec_id.clone(),
+                    fd: pipe.fd,
+                    inode: pipe.inode,
+                    target: targets[usize::from(pipe.fd.min(2))].clone(),
+                    pending: proto::to_hex(&pending),
+                });
+            }
+        }
+        Ok(streams)
+    }
+}
+
+impl From<FreezeError> for ShimError {
+    fn from(e: FreezeError) -> Self {
+        Self::new(Kind::Failed, e.to_string())
+    }
+}

@@ -1,0 +1,68 @@
+//! The shim's side of the control API.
+
+use std::sync::Arc;
+
+use ttrpc::{Code, TtrpcContext, get_status};
+
+use super::{
+    error::{Kind, Result, ShimError},
+    service::Service,
+};
+use crate::control::api::{
+    CheckpointRequest, CheckpointResponse, Control, ListRequest, ListResponse, Sandbox,
+};
+
+/// Answers the `crab` command.
+pub struct ControlService(pub Service);
+
+impl ControlService {
+    fn do_checkpoint(&self, request: &CheckpointRequest) -> Result<CheckpointResponse> {
+        let container = self.0.container(&request.id)?;
+        let name = Some(request.name.clone()).filter(|n| !n.is_empty());
+        let line = container.checkpoint_now(name)?;
+        let line = serde_json::to_string(&line)
+            .map_err(|e| ShimError::new(Kind::Failed, e.to_string()))?;
+        Ok(CheckpointResponse {
+            line,
+            ..Default::default()
+        })
+    }
+}
+
+impl Control for ControlService {
+    fn checkpoint(
+        &self,
+        _: &TtrpcContext,
+        request: CheckpointRequest,
+    ) -> ttrpc::Result<CheckpointResponse> {
+        self.do_checkpoint(&request).map_err(|e| {
+            let code = match e.kind {
+                Kind::NotFound => Code::NOT_FOUND,
+                Kind::FailedPrecondition => Code::FAILED_PRECONDITION,
+                _ => Code::UNKNOWN,
+            };
+            ttrpc::Error::RpcStatus(get_status(code, e.message))
+        })
+    }
+
+    fn list(&self, _: &TtrpcContext, _: ListRequest) -> ttrpc::Result<ListResponse> {
+        let sandbox = |c: Arc<super::container::Container>| {
+            let why_not = c.why_unprotected();
+            Sandbox {
+                id: c.sandbox.id().to_owned(),
+                namespace: c.sandbox.namespace().to_owned(),
+                phase: c.phase().to_string(),
+                pid: c.init.pid(),
+                is_protected: why_not.is_none(),
+                why_not: why_not.unwrap_or_default(),
+                execs: c.doors.inside(),
+                ..Default::default()
+            }
+        };
+        Ok(ListResponse {
+            sandboxes: self.0.all().into_iter().map(sandbox).collect(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Default::default()
+        })
+    }
+}

@@ -1,0 +1,251 @@
+//! How a container comes to be: Create.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
+
+use containerd_shim::protos::api::CreateTaskRequest;
+use parking_lot::{Condvar, Mutex};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    container::{Container, Inner},
+    error::{Context, Kind, Result, ShimError},
+    events::EventSink,
+    host::Host,
+    io::StdioConfig,
+    process::Process,
+    proto,
+    restore::Source,
+    run_dir::RunDir,
+    spec::{self, Spec},
+    start,
+    state::Phase,
+    undo::Undo,
+};
+use crate::{
+    config::Config,
+    control::ControlSocket,
+    coordinator::doors::Doors,
+    rootfs::{self, Overlay, PutBackError, Replaced},
+    sandbox::SandboxId,
+    store::Store,
+};
+
+/// What `containerd-shim-crab-v2 delete` must know after the shim has died: a file in the bundle.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Remains {
+    /// The runtime's binary.
+    pub runtime: PathBuf,
+    /// Its state directory, without the namespace.
+    pub root: PathBuf,
+    /// Whether it drives systemd.
+    pub systemd_cgroup: bool,
+    /// The mounted root file system, if the shim has mounted it.
+    pub mounted: Option<PathBuf>,
+}
+
+impl Remains {
+    /// Its name in the bundle.
+    pub const FILE: &str = "crab.json";
+}
+
+/// What every container of a shim shares.
+pub struct World<'a> {
+    /// containerd's namespace.
+    pub namespace: &'a str,
+    /// The machine below.
+    pub host: &'a Arc<dyn Host>,
+    /// Where events go.
+    pub events: &'a Arc<dyn EventSink>,
+    /// The shim's control socket.
+    pub control: Option<&'a Path>,
+}
+
+/// Makes a container from a request. After an error nothing is left of it.
+pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Container>> {
+    let World {
+        namespace, host, ..
+    } = *world;
+    let sandbox = SandboxId::new(namespace, &request.id)?;
+    let bundle = PathBuf::from(&request.bundle);
+    if !bundle.is_absolute() {
+        let text = format!("{sandbox}: bundle {bundle:?} is no absolute path");
+        return Err(ShimError::new(Kind::InvalidArgument, text));
+    }
+    let spec = Spec::load(&bundle).context(&sandbox)?;
+    let annotations = spec.annotations.iter();
+    let config = Config::load(
+        host.config_file(),
+        request.options.as_ref(),
+        annotations.map(|(k, v)| (k.as_str(), v.as_str())),
+    )
+    .map_err(|e| ShimError::new(Kind::InvalidArgument, format!("{sandbox}: {e}")))?;
+
+    let mut undo = Undo::new();
+    let run_dir = host.run_dir(&sandbox);
+    run_dir
+        .create()
+        .context(format_args!("{sandbox}: cannot make {:?}", run_dir.path()))?;
+    undo.push({
+        let run_dir = run_dir.clone();
+        move || run_dir.remove().map_err(|e| e.to_string())
+    });
+
+    if let Some(socket) = world.control {
+        ControlSocket::link(socket, run_dir.path()).context(&sandbox)?;
+    }
+    let source = source_of(request, &sandbox, &config)?;
+    let mounted = mount_rootfs(host, request, &sandbox, &spec, source.as_ref(), &mut undo)?;
+    if spec.wants_private_network() {
+        make_netns(host, &sandbox, &bundle, &run_dir)?;
+    }
+    save_remains(&bundle, &config, mounted.as_deref()).context(&sandbox)?;
+
+    let phase = match source {
+        Some(_) => Phase::CreatedCheckpoint,
+        None => Phase::Created,
+    };
+    let stdio = StdioConfig {
+        terminal: request.terminal,
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+    };
+    let container = Arc::new(Container {
+        init: Process::new("", stdio, Vec::new()),
+        runtime: host.runtime(&config, namespace, run_dir.path()),
+        host: Arc::clone(host),
+        events: Arc::clone(world.events),
+        doors: Doors::new(),
+        place: OnceLock::new(),
+        turns: OnceLock::new(),
+        leftovers: Mutex::default(),
+        inner: Mutex::new(Inner::new(phase)),
+        changed: Condvar::new(),
+        source,
+        sandbox,
+        bundle,
+        config,
+        spec,
+        run_dir,
+        mounted,
+    });
+    if phase == Phase::Created {
+        start::create_init(&container)?;
+    } else {
+        // The client's side exists from now on; the processes come with Start.
+        let io = start::open_io(&container, &container.init)?;
+        container.init.set_io(io);
+    }
+    undo.forget();
+    Ok(container)
+}
+
+/// Images to start from: those of the request, or those of an armed restore (D13).
+fn source_of(
+    request: &CreateTaskRequest,
+    sandbox: &SandboxId,
+    config: &Config,
+) -> Result<Option<Source>> {
+    if !request.checkpoint.is_empty() {
+        return Ok(Some(Source::Client {
+            image: PathBuf::from(&request.checkpoint),
+        }));
+    }
+    if !config.enabled || !config.store.exists() {
+        return Ok(None);
+    }
+    let store = Store::open(&config.store)
+        .context(sandbox)?
+        .sandbox(sandbox);
+    let Some(turn) = store.armed().context(sandbox)? else {
+        return Ok(None);
+    };
+    let checkpoint = store
+        .get(turn)
+        .context(format_args!("{sandbox}: armed for turn {turn}"))?;
+    log::info!("{sandbox}: starting from turn {turn}");
+    Ok(Some(Source::Armed {
+        turn,
+        image: checkpoint.image_dir(),
+        upper: checkpoint.upper_dir(),
+    }))
+}
+
+/// Mounts what the request says, or takes what dockerd has mounted; puts files of an armed
+/// restore back first. Returns the mount point if it is ours.
+fn mount_rootfs(
+    host: &Arc<dyn Host>,
+    request: &CreateTaskRequest,
+    sandbox: &SandboxId,
+    spec: &Spec,
+    source: Option<&Source>,
+    undo: &mut Undo,
+) -> Result<Option<PathBuf>> {
+    let step = |what| format!("{sandbox}: {what}");
+    let bundle = Path::new(&request.bundle);
+    let mounts: Vec<_> = request.rootfs.iter().map(proto::mount_spec).collect();
+    let saved = match source {
+        Some(Source::Armed { upper, .. }) => Some(upper),
+        _ => None,
+    };
+    if mounts.is_empty() {
+        if let Some(upper) = saved {
+            let overlay = Overlay::from_mountinfo(&spec.rootfs(bundle))
+                .context(step("files cannot be put back"))?;
+            put_back(rootfs::remount_with(upper, &overlay)).context(step("put files back"))?;
+        }
+        return Ok(None);
+    }
+    if let Some(upper) = saved {
+        let overlay = Overlay::from_mounts(&mounts).context(step("files cannot be put back"))?;
+        put_back(rootfs::put_back(upper, &overlay)).context(step("put files back"))?;
+    }
+    let target = bundle.join("rootfs");
+    match fs::create_dir(&target) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(e).context(format_args!("{sandbox}: cannot make {target:?}"));
+        }
+        _ => {}
+    }
+    host.mount(&mounts, &target)
+        .context(step("mount root file system"))?;
+    undo.push({
+        let (host, target) = (Arc::clone(host), target.clone());
+        move || host.unmount(&target)
+    });
+    Ok(Some(target))
+}
+
+/// The old layer goes once the new one is in its place.
+fn put_back(
+    replaced: std::result::Result<Replaced, PutBackError>,
+) -> std::result::Result<(), String> {
+    let replaced = replaced.map_err(|e| e.to_string())?;
+    replaced.remove_old().map_err(|e| e.to_string())
+}
+
+fn make_netns(
+    host: &Arc<dyn Host>,
+    sandbox: &SandboxId,
+    bundle: &Path,
+    run_dir: &RunDir,
+) -> Result<()> {
+    let path = run_dir.netns();
+    host.create_netns(&path)
+        .context(format_args!("{sandbox}: make a network namespace"))?;
+    spec::set_network_path(bundle, &path).context(sandbox)
+}
+
+fn save_remains(bundle: &Path, config: &Config, mounted: Option<&Path>) -> std::io::Result<()> {
+    let remains = Remains {
+        runtime: config.runtime.clone(),
+        root: config.root.clone(),
+        systemd_cgroup: config.systemd_cgroup,
+        mounted: mounted.map(Path::to_owned),
+    };
+    fs::write(bundle.join(Remains::FILE), serde_json::to_vec(&remains)?)
+}

@@ -1,0 +1,141 @@
+//! How processes and containers go: Delete, and what is done after the shim's own death.
+
+use std::{fs, path::Path, sync::Arc};
+
+use containerd_shim::protos::{
+    api::DeleteResponse, events::task::TaskDelete, protobuf::MessageField,
+};
+use time::OffsetDateTime;
+
+use super::{
+    container::{Container, Leftover},
+    create::Remains,
+    error::{Context, Kind, Result, ShimError},
+    events::TaskEvent,
+    host::Host,
+    process::{Process, Step},
+    proto,
+    reaper::Exit,
+    state::{Phase, Request},
+};
+use crate::{config::Config, sandbox::SandboxId};
+
+/// What containerd hears of a container whose shim was killed.
+const KILLED: u32 = 128 + libc::SIGKILL as u32;
+
+fn response(process: &Process) -> DeleteResponse {
+    let exit = process.exit();
+    DeleteResponse {
+        pid: process.pid() as u32,
+        exit_status: exit.map_or(0, |e| e.status),
+        exited_at: exit.map_or_else(MessageField::none, |e| {
+            MessageField::some(proto::timestamp(e.at))
+        }),
+        ..Default::default()
+    }
+}
+
+/// Delete of an exec. Its background processes go on.
+pub fn delete_exec(container: &Container, exec_id: &str) -> Result<DeleteResponse> {
+    let process = container.process(exec_id)?;
+    if process.step() == Step::Running {
+        let text = format!(
+            "{}: cannot delete running exec {exec_id}",
+            container.sandbox
+        );
+        return Err(ShimError::new(Kind::FailedPrecondition, text));
+    }
+    if let Some(io) = process.take_io() {
+        io.finish(container.config.exec_linger);
+        if io.is_live() {
+            container.leftovers.lock().push(Leftover {
+                exec_id: exec_id.to_owned(),
+                targets: [process.stdio.stdout.clone(), process.stdio.stderr.clone()],
+                io,
+            });
+        }
+    }
+    container.inner.lock().execs.remove(exec_id);
+    Ok(response(&process))
+}
+
+/// Delete of the container.
+pub fn delete_container(container: &Arc<Container>) -> Result<DeleteResponse> {
+    let _alone = container.alone(Request::Delete)?;
+    let unstarted = container.phase() == Phase::CreatedCheckpoint;
+    container.stop_turns();
+    if let Some(io) = container.init.take_io() {
+        io.finish(container.config.exec_linger);
+    }
+    container.leftovers.lock().clear();
+    if !unstarted {
+        container
+            .runtime
+            .delete(container.sandbox.id(), false)
+            .context(&container.sandbox)?;
+    }
+    if let Some(rootfs) = &container.mounted {
+        container
+            .host
+            .unmount(rootfs)
+            .context(format_args!("{}: unmount", container.sandbox))?;
+    }
+    container
+        .run_dir
+        .remove()
+        .context(format_args!("{}: clean up", container.sandbox))?;
+    container.enter_phase(Phase::Deleted);
+    let response = response(&container.init);
+    container.events.send(TaskEvent::Delete(TaskDelete {
+        container_id: container.sandbox.id().to_owned(),
+        pid: response.pid,
+        exit_status: response.exit_status,
+        exited_at: response.exited_at.clone(),
+        ..Default::default()
+    }));
+    Ok(response)
+}
+
+/// `containerd-shim-crab-v2 delete`: the shim is gone, and so shall be all it had.
+///
+/// Every step is tried, whatever the others come to.
+pub fn after_death(host: &dyn Host, sandbox: &SandboxId, bundle: &Path) -> DeleteResponse {
+    let attempt = |step: &str, done: std::result::Result<(), String>| {
+        if let Err(e) = done {
+            log::error!("{sandbox}: {step}: {e}");
+        }
+    };
+    let run_dir = host.run_dir(sandbox);
+    // The runtime needs a place for its log, also when the shim died before it made one.
+    attempt("clean up", run_dir.create().map_err(|e| e.to_string()));
+    let remains = fs::read(bundle.join(Remains::FILE))
+        .ok()
+        .and_then(|bytes| serde_json::from_slice::<Remains>(&bytes).ok());
+    let mut config = Config::default();
+    let mut mounted = Some(bundle.join("rootfs"));
+    if let Some(remains) = remains {
+        config.runtime = remains.runtime;
+        config.root = remains.root;
+        config.systemd_cgroup = remains.systemd_cgroup;
+        mounted = remains.mounted;
+    }
+    let pid = crate::runtime::runc::read_pid(&bundle.join("init.pid")).unwrap_or(0);
+    let runtime = host.runtime(&config, sandbox.namespace(), run_dir.path());
+    let deleted = runtime.delete(sandbox.id(), true);
+    attempt("delete", deleted.map_err(|e| e.to_string()));
+    if let Some(rootfs) = mounted.filter(|r| r.exists()) {
+        attempt("unmount", host.unmount(&rootfs));
+    }
+    attempt("clean up", run_dir.remove().map_err(|e| e.to_string()));
+    let exit = Exit {
+        pid,
+        status: KILLED,
+        at: OffsetDateTime::now_utc(),
+    };
+    DeleteResponse {
+        pid: pid as u32,
+        exit_status: exit.status,
+        exited_at: MessageField::some(proto::timestamp(exit.at)),
+        ..Default::default()
+    }
+}

@@ -1,0 +1,58 @@
+//! Programs of the host's owner that run while a sandbox stands still.
+//!
+//! `/etc/crab/hooks/frozen` runs inside every cut, after the dump and before the thaw, for
+//! example to take a snapshot of a volume that belongs to the same moment. `restored` runs after
+//! a restore, before the first instruction of any process. Arguments: namespace, container id,
+//! host pid of init. A hook that fails fails its cut or restore.
+
+use std::{path::Path, process::Command, time::Duration};
+
+use super::container::Container;
+use crate::runtime::{Ended, Spawner};
+
+const FROZEN: &str = "/etc/crab/hooks/frozen";
+const RESTORED: &str = "/etc/crab/hooks/restored";
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Whether a restore must stop before the first instruction.
+pub fn restored_exists() -> bool {
+    Path::new(RESTORED).exists()
+}
+
+/// Runs the hook of a cut, if there is one.
+pub fn run_frozen(container: &Container) -> Result<(), String> {
+    if !Path::new(FROZEN).exists() {
+        return Ok(());
+    }
+    run(container, FROZEN)
+}
+
+/// Runs the hook of a restore and lets the stopped processes go.
+///
+/// CRIU has left every task stopped by a signal. The sandbox is frozen first, so that SIGCONT
+/// takes effect only with the thaw.
+pub fn run_restored(container: &Container) -> Result<(), String> {
+    let place = container.place().map_err(|e| e.to_string())?;
+    let held = place.freeze.hold().map_err(|e| e.to_string())?;
+    for pid in place.cgroup.procs().map_err(|e| e.to_string())? {
+        let target = container.host.target(pid).map_err(|e| e.to_string())?;
+        target.signal(libc::SIGCONT).map_err(|e| e.to_string())?;
+    }
+    let done = run(container, RESTORED);
+    drop(held);
+    done
+}
+
+fn run(container: &Container, hook: &str) -> Result<(), String> {
+    let mut command = Command::new(hook);
+    command.args([container.sandbox.namespace(), container.sandbox.id()]);
+    command.arg(container.init.pid().to_string());
+    command.stdin(std::process::Stdio::null());
+    command.stdout(std::process::Stdio::null());
+    command.stderr(std::process::Stdio::null());
+    match container.host.reaper().run(command, LIMIT) {
+        Ok(Ended::Exited(0)) => Ok(()),
+        Ok(ended) => Err(format!("hook {hook}: {ended:?}")),
+        Err(e) => Err(format!("hook {hook}: {e}")),
+    }
+}

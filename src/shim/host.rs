@@ -1,0 +1,157 @@
+//! What the shim needs of the machine below it, apart from containerd.
+//!
+//! The task service is tested over another implementation, without root.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use containerd_shim::protos::protobuf::well_known_types::any::Any;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::{io::Pump, netns, reaper::Reaper, run_dir::RunDir};
+use crate::{
+    cgroup::{Cgroup, CgroupError, OomWatch},
+    config::Config,
+    coordinator::freeze::Freezable,
+    rootfs::{self, MountSpec},
+    runtime::{OciRuntime, runc::Runc},
+    sandbox::SandboxId,
+};
+
+/// A process that can be signalled without the danger of hitting another one.
+pub trait Target: Send + Sync {
+    /// Sends a signal by number.
+    fn signal(&self, signal: i32) -> io::Result<()>;
+}
+
+/// A sandbox's cgroup.
+pub trait ControlGroup: Freezable {
+    /// containerd's metrics message.
+    fn stats(&self) -> Result<Any, CgroupError>;
+    /// Calls `on_oom` whenever the kernel has killed for lack of memory. None where the host
+    /// cannot tell.
+    fn watch_oom(&self, on_oom: Box<dyn Fn() + Send + Sync>) -> Option<OomWatch>;
+    /// The same cgroup as the coordinator sees it.
+    fn freezable(self: Arc<Self>) -> Arc<dyn Freezable>;
+}
+
+impl ControlGroup for Cgroup {
+    fn stats(&self) -> Result<Any, CgroupError> {
+        Cgroup::stats(self)
+    }
+
+    fn watch_oom(&self, on_oom: Box<dyn Fn() + Send + Sync>) -> Option<OomWatch> {
+        OomWatch::new(self, on_oom)
+            .inspect_err(|e| log::warn!("no OOM events: {e}"))
+            .ok()
+    }
+
+    fn freezable(self: Arc<Self>) -> Arc<dyn Freezable> {
+        self
+    }
+}
+
+/// The machine.
+pub trait Host: Send + Sync {
+    /// Who reaps.
+    fn reaper(&self) -> &Arc<Reaper>;
+    /// Who moves stdio.
+    fn pump(&self) -> &Arc<Pump>;
+    /// Where the host's configuration is.
+    fn config_file(&self) -> &Path;
+    /// Where a sandbox's files of this boot are.
+    fn run_dir(&self, sandbox: &SandboxId) -> RunDir;
+    /// The runtime for one container.
+    fn runtime(&self, config: &Config, namespace: &str, log_dir: &Path) -> Arc<dyn OciRuntime>;
+    /// A handle on a process.
+    fn target(&self, pid: i32) -> io::Result<Box<dyn Target>>;
+    /// The cgroup that a process is in.
+    fn cgroup(&self, pid: i32) -> Result<Arc<dyn ControlGroup>, CgroupError>;
+    /// Makes a network namespace.
+    fn create_netns(&self, path: &Path) -> io::Result<()>;
+    /// Mounts a root file system.
+    fn mount(&self, mounts: &[MountSpec], target: &Path) -> Result<(), String>;
+    /// Unmounts it; one that is not mounted is no error.
+    fn unmount(&self, target: &Path) -> Result<(), String>;
+}
+
+/// The real machine.
+pub struct Linux {
+    /// Who reaps.
+    pub reaper: Arc<Reaper>,
+    /// Who moves stdio.
+    pub pump: Arc<Pump>,
+    /// Where the host's configuration is.
+    pub config_file: PathBuf,
+}
+
+struct PidFd(std::os::fd::OwnedFd);
+
+impl Target for PidFd {
+    fn signal(&self, signal: i32) -> io::Result<()> {
+        // Real-time signals have no name there, but are as good.
+        let signal = Signal::from_named_raw(signal)
+            .or_else(|| {
+                let real_time = libc::SIGRTMIN()..=libc::SIGRTMAX();
+                // SAFETY: the number is one of the kernel's real-time signals that the C library
+                // leaves to programs.
+                real_time
+                    .contains(&signal)
+                    .then(|| unsafe { Signal::from_raw_unchecked(signal) })
+            })
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
+        pidfd_send_signal(&self.0, signal).map_err(Into::into)
+    }
+}
+
+impl Host for Linux {
+    fn reaper(&self) -> &Arc<Reaper> {
+        &self.reaper
+    }
+
+    fn pump(&self) -> &Arc<Pump> {
+        &self.pump
+    }
+
+    fn config_file(&self) -> &Path {
+        &self.config_file
+    }
+
+    fn run_dir(&self, sandbox: &SandboxId) -> RunDir {
+        RunDir::of(sandbox)
+    }
+
+    fn runtime(&self, config: &Config, namespace: &str, log_dir: &Path) -> Arc<dyn OciRuntime> {
+        Arc::new(Runc {
+            binary: config.runtime.to_string_lossy().into_owned(),
+            root: config.root.join(namespace),
+            systemd_cgroup: config.systemd_cgroup,
+            log_dir: log_dir.to_owned(),
+            spawner: Arc::clone(&self.reaper) as _,
+        })
+    }
+
+    fn target(&self, pid: i32) -> io::Result<Box<dyn Target>> {
+        let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
+        Ok(Box::new(PidFd(pidfd_open(pid, PidfdFlags::empty())?)))
+    }
+
+    fn cgroup(&self, pid: i32) -> Result<Arc<dyn ControlGroup>, CgroupError> {
+        Ok(Arc::new(Cgroup::of_pid(pid)?))
+    }
+
+    fn create_netns(&self, path: &Path) -> io::Result<()> {
+        netns::create(path)
+    }
+
+    fn mount(&self, mounts: &[MountSpec], target: &Path) -> Result<(), String> {
+        rootfs::mount_all(mounts, target).map_err(|e| e.to_string())
+    }
+
+    fn unmount(&self, target: &Path) -> Result<(), String> {
+        rootfs::unmount(target).map_err(|e| e.to_string())
+    }
+}

@@ -1,0 +1,31 @@
+//! Speaks containerd: the task service, processes, their stdio, events and ends.
+//!
+//! One request, followed: [`service`] finds the [`container`]; [`create`], [`start`], [`restore`],
+//! [`checkpoint`] and [`delete`] are the chapters of its life, [`state`] says which may follow
+//! which. Children are reaped by [`reaper`], bytes moved by [`io`], and what the machine below
+//! provides is behind [`host`].
+
+pub mod bootstrap;
+pub mod checkpoint;
+pub mod container;
+pub mod control;
+pub mod create;
+pub mod delete;
+pub mod error;
+pub mod events;
+pub mod hooks;
+pub mod host;
+pub mod io;
+pub mod logger;
+pub mod netns;
+pub mod process;
+pub mod proto;
+pub mod reaper;
+pub mod restore;
+pub mod run_dir;
+pub mod service;
+pub mod spec;
+pub mod start;
+pub mod state;
+pub mod turns;
+mod undo;

@@ -1,0 +1,202 @@
+//! Start from images: containerd's restore, and an armed one (D13).
+//!
+//! Both take up init's pipes or terminal again, and the pipes of what execs had left running
+//! (D12).
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{
+    container::{Container, Leftover},
+    error::{Context, Kind, Result, ShimError},
+    hooks,
+    io::{IoContext, ProcessIo, StdioConfig},
+    proto,
+    start::{adopt_init, attach, discard, runtime_stdio},
+};
+use crate::{
+    config::{OrphanOutput, Tcp},
+    runtime::{
+        self,
+        criu_conf::{self, CriuConf},
+        descriptors::{self, Stream},
+    },
+    sandbox::TurnNo,
+};
+
+/// Where a container's processes come from instead of a boot.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// containerd's Create named images.
+    Client {
+        /// CRIU's image directory.
+        image: PathBuf,
+    },
+    /// `crab restore` armed this start.
+    Armed {
+        /// The turn to go back to.
+        turn: TurnNo,
+        /// CRIU's image directory.
+        image: PathBuf,
+        /// The writable layer, put back by Create.
+        upper: PathBuf,
+    },
+}
+
+impl Source {
+    fn image(&self) -> &Path {
+        match self {
+            Self::Client { image } | Self::Armed { image, .. } => image,
+        }
+    }
+}
+
+/// Restores the container's processes. After an error none of them is left.
+pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
+    let step = format!("{}: restore from {:?}", container.sandbox, source.image());
+    let io = container.init.io().ok_or_else(|| {
+        ShimError::new(Kind::Failed, format!("{step}: an earlier try has failed"))
+    })?;
+    let streams = descriptors::load(source.image()).context(&step)?;
+    let taken = take_up(container, &streams).context(&step)?;
+    if let Some(stream) = streams.iter().find(|s| s.exec_id.is_empty() && s.fd == 0) {
+        io.preload_stdin(&pending(stream));
+    }
+    let mut image =
+        descriptors::prepare_restore(source.image(), container.run_dir.path(), taken.fds)
+            .context(&step)?;
+    let stopped = hooks::restored_exists();
+    let home = CriuConf::for_restore(container.config.tcp == Tcp::Close, stopped)
+        .write(&container.run_dir.criu_home("restore"))
+        .context(&step)?;
+    let work = container.run_dir.criu_work();
+    fs::create_dir_all(&work).context(&step)?;
+    let (stdio, socket) = runtime_stdio(container, &io)?;
+    let pid_file = container.bundle.join("init.pid");
+    let watch = container.host.reaper().watch();
+    let extra_fds = image.take_fds();
+    let restored = container.runtime.restore(runtime::Restore {
+        id: container.sandbox.id(),
+        bundle: &container.bundle,
+        image_path: image.path(),
+        work_path: &work,
+        pid_file: &pid_file,
+        stdio,
+        extra_fds,
+        tcp_established: container.config.tcp == Tcp::Keep,
+        shell_job: container.init.stdio.terminal,
+        file_locks: true,
+        no_pivot_root: container.config.no_pivot_root,
+        home: Some(home),
+    });
+    if let Err(e) = restored {
+        discard(container);
+        let log = criu_conf::log_tail(&work.join("restore.log"));
+        let text = format!("{step}: {e}; CRIU's log says:\n{log}");
+        return Err(ShimError::new(Kind::Failed, text));
+    }
+    let begun = attach(container, &io, socket)
+        .and_then(|()| adopt_init(container, &pid_file, watch))
+        .and_then(|()| {
+            for leftover in &taken.leftovers {
+                leftover.io.start().context(&step)?;
+            }
+            if stopped {
+                hooks::run_restored(container).context(&step)?;
+            }
+            Ok(())
+        });
+    begun.inspect_err(|_| discard(container))?;
+    container.leftovers.lock().extend(taken.leftovers);
+    fs::remove_dir_all(&work).context(&step)
+}
+
+/// New pipes for what execs had left running.
+struct Taken {
+    fds: Vec<(u64, OwnedFd)>,
+    leftovers: Vec<Leftover>,
+}
+
+fn take_up(container: &Container, streams: &[Stream]) -> Result<Taken> {
+    let mut by_exec: BTreeMap<&str, Vec<&Stream>> = BTreeMap::new();
+    for stream in streams.iter().filter(|s| !s.exec_id.is_empty()) {
+        by_exec.entry(&stream.exec_id).or_default().push(stream);
+    }
+    let mut taken = Taken {
+        fds: Vec::new(),
+        leftovers: Vec::new(),
+    };
+    for (exec_id, streams) in by_exec {
+        let target = |fd| {
+            let stream = streams.iter().find(|s| s.fd == fd);
+            stream.map_or_else(String::new, |s| reopenable(&s.target))
+        };
+        let stdio = StdioConfig {
+            terminal: false,
+            stdin: String::new(),
+            stdout: target(1),
+            stderr: target(2),
+        };
+        let targets = [stdio.stdout.clone(), stdio.stderr.clone()];
+        let io = Arc::new(open_leftover(container, exec_id, &stdio)?);
+        let ends = io.take_child_fds().into_iter().flatten();
+        for (fd, end) in (0u8..).zip(ends) {
+            for stream in streams.iter().filter(|s| s.fd == fd) {
+                taken.fds.push((
+                    stream.inode,
+                    end.try_clone().context(format_args!("pipe of {exec_id}"))?,
+                ));
+                if fd == 0 {
+                    io.preload_stdin(&pending(stream));
+                }
+            }
+        }
+        taken.leftovers.push(Leftover {
+            exec_id: exec_id.to_owned(),
+            targets,
+            io,
+        });
+    }
+    Ok(taken)
+}
+
+/// A target that still means something without the client that made it: a FIFO does not.
+fn reopenable(target: &str) -> String {
+    match target.split_once("://") {
+        Some(("file" | "binary", _)) => target.to_owned(),
+        _ => String::new(),
+    }
+}
+
+fn open_leftover(container: &Container, exec_id: &str, stdio: &StdioConfig) -> Result<ProcessIo> {
+    let reaper = Arc::clone(container.host.reaper());
+    let spawner = move |command| reaper.spawn_detached(command);
+    let orphan = match container.config.orphan_output {
+        OrphanOutput::Log => container.init.io().and_then(|io| io.orphan_sink()),
+        OrphanOutput::Discard => None,
+    };
+    let context = IoContext {
+        namespace: container.sandbox.namespace(),
+        container_id: exec_id,
+        uid: container.config.io_uid,
+        gid: container.config.io_gid,
+        spawner: &spawner,
+        orphan,
+    };
+    let pump = container.host.pump();
+    if stdio == &StdioConfig::default() {
+        ProcessIo::open_orphan(pump, &context)
+    } else {
+        ProcessIo::open(pump, stdio, &context)
+    }
+    .context(format_args!("stdio of {exec_id}"))
+}
+
+fn pending(stream: &Stream) -> Vec<u8> {
+    proto::from_hex(&stream.pending).unwrap_or_default()
+}

@@ -1,0 +1,204 @@
+//! The little that the shim must know of a bundle's `config.json`.
+//!
+//! Only a few fields are read, and an edit keeps every other one as it was: the runtime may know
+//! fields that this crab does not.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::LinuxNamespaceType;
+use serde::Deserialize;
+use serde_json::Value;
+
+/// The OCI configuration's file name.
+pub const CONFIG: &str = "config.json";
+/// More than any client writes.
+const MAX_CONFIG: u64 = 64 << 20;
+
+/// What `config.json` says.
+#[derive(Debug, Default, Deserialize)]
+pub struct Spec {
+    /// The container's annotations.
+    #[serde(default)]
+    pub annotations: BTreeMap<String, String>,
+    #[serde(default)]
+    root: Option<Root>,
+    #[serde(default)]
+    linux: Option<Linux>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Root {
+    path: PathBuf,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct Linux {
+    #[serde(default)]
+    namespaces: Vec<Namespace>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Namespace {
+    #[serde(rename = "type")]
+    kind: LinuxNamespaceType,
+    #[serde(default)]
+    path: Option<PathBuf>,
+}
+
+/// A bundle that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} {}: {source}", path.display())]
+pub struct SpecError {
+    what: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl Spec {
+    /// Reads a bundle's `config.json`.
+    pub fn load(bundle: &Path) -> Result<Self, SpecError> {
+        let (path, bytes) = read(bundle)?;
+        serde_json::from_slice(&bytes).map_err(|e| SpecError {
+            what: "cannot understand",
+            path,
+            source: e.into(),
+        })
+    }
+
+    /// Where the root file system is, if `config.json` says.
+    pub fn rootfs(&self, bundle: &Path) -> PathBuf {
+        let path = self
+            .root
+            .as_ref()
+            .map_or(Path::new("rootfs"), |r| r.path.as_path());
+        bundle.join(path)
+    }
+
+    fn namespace(&self, kind: LinuxNamespaceType) -> Option<&Namespace> {
+        self.linux
+            .as_ref()?
+            .namespaces
+            .iter()
+            .find(|n| n.kind == kind)
+    }
+
+    /// Whether the container shares its pid namespace with others, so that its processes outlive
+    /// their init.
+    pub fn shares_pids(&self) -> bool {
+        self.namespace(LinuxNamespaceType::Pid)
+            .is_none_or(|n| n.path.is_some())
+    }
+
+    /// Whether the runtime would make a network namespace that the shim may make in its stead.
+    /// With a user namespace it may not: that must own the network.
+    pub fn wants_private_network(&self) -> bool {
+        self.namespace(LinuxNamespaceType::User).is_none()
+            && self
+                .namespace(LinuxNamespaceType::Network)
+                .is_some_and(|n| n.path.is_none())
+    }
+}
+
+fn read(bundle: &Path) -> Result<(PathBuf, Vec<u8>), SpecError> {
+    let path = bundle.join(CONFIG);
+    let bytes = fs::metadata(&path).and_then(|m| {
+        if m.len() > MAX_CONFIG {
+            return Err(io::Error::other(format!("{} bytes are too many", m.len())));
+        }
+        fs::read(&path)
+    });
+    match bytes {
+        Ok(bytes) => Ok((path, bytes)),
+        Err(source) => Err(SpecError {
+            what: "cannot read",
+            path,
+            source,
+        }),
+    }
+}
+
+/// Gives the network namespace in a bundle's `config.json` a path.
+pub fn set_network_path(bundle: &Path, netns: &Path) -> Result<(), SpecError> {
+    let (path, bytes) = read(bundle)?;
+    let edited = serde_json::from_slice::<Value>(&bytes)
+        .map_err(io::Error::from)
+        .and_then(|mut config| {
+            let namespaces = config
+                .pointer_mut("/linux/namespaces")
+                .and_then(Value::as_array_mut)
+                .ok_or_else(|| io::Error::other("it has no namespaces"))?;
+            for namespace in namespaces {
+                if namespace["type"] == "network" {
+                    namespace["path"] = Value::from(netns.to_string_lossy());
+                }
+            }
+            serde_json::to_vec(&config).map_err(Into::into)
+        })
+        .and_then(|bytes| {
+            let new = path.with_extension("json.crab");
+            fs::write(&new, bytes)?;
+            fs::rename(&new, &path)
+        });
+    edited.map_err(|source| SpecError {
+        what: "cannot edit",
+        path,
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bundle(config: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(CONFIG), config).unwrap();
+        dir
+    }
+
+    #[test]
+    fn an_edit_keeps_what_it_does_not_know() {
+        let dir =
+            bundle(r#"{"x":[1],"linux":{"namespaces":[{"type":"pid"},{"type":"network"}],"y":2}}"#);
+        let spec = Spec::load(dir.path()).unwrap();
+        assert!(spec.wants_private_network());
+        assert!(!spec.shares_pids());
+        set_network_path(dir.path(), Path::new("/run/n")).unwrap();
+        let spec = Spec::load(dir.path()).unwrap();
+        assert!(!spec.wants_private_network());
+        let config: Value =
+            serde_json::from_slice(&fs::read(dir.path().join(CONFIG)).unwrap()).unwrap();
+        assert_eq!(config["x"][0], 1);
+        assert_eq!(config["linux"]["y"], 2);
+        assert_eq!(config["linux"]["namespaces"][1]["path"], "/run/n");
+    }
+
+    #[test]
+    fn a_user_namespace_keeps_its_own_network() {
+        let dir = bundle(r#"{"linux":{"namespaces":[{"type":"user"},{"type":"network"}]}}"#);
+        let spec = Spec::load(dir.path()).unwrap();
+        assert!(!spec.wants_private_network());
+        assert!(spec.shares_pids());
+    }
+
+    #[test]
+    fn a_broken_config_is_named() {
+        let dir = bundle("{");
+        let error = Spec::load(dir.path()).unwrap_err().to_string();
+        assert!(
+            error.contains("config.json") && error.contains("EOF"),
+            "{error}"
+        );
+        fs::remove_file(dir.path().join(CONFIG)).unwrap();
+        assert!(
+            Spec::load(dir.path())
+                .unwrap_err()
+                .to_string()
+                .contains("cannot read")
+        );
+    }
+}

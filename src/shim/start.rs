@@ -1,0 +1,350 @@
+//! How processes start: init, execs, and both from images.
+
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
+
+use containerd_shim::protos::{
+    api::ExecProcessRequest,
+    events::task::{TaskExecAdded, TaskExecStarted, TaskOOM, TaskStart},
+};
+use serde_json::Value;
+use time::OffsetDateTime;
+
+use super::{
+    container::{Container, Place},
+    error::{Context, Kind, Result, ShimError},
+    events::TaskEvent,
+    io::{ConsoleSocket, IoContext, ProcessIo, StdioConfig},
+    process::{Process, Step},
+    reaper::{Exit, Watch},
+    restore,
+    state::{Phase, Request},
+};
+use crate::{
+    config::OrphanOutput,
+    coordinator::freeze::Freeze,
+    runtime::{self, Stdio, runc},
+    sandbox,
+};
+
+/// How long the runtime may take to send a terminal's master.
+const CONSOLE_LIMIT: Duration = Duration::from_secs(30);
+/// What containerd is told of a process that could not be started.
+const NOT_STARTED: u32 = 255;
+
+/// Opens the client's side of a process's stdio and makes the process's pipes.
+pub fn open_io(container: &Container, process: &Process) -> Result<Arc<ProcessIo>> {
+    let reaper = Arc::clone(container.host.reaper());
+    let spawner = move |command| reaper.spawn_detached(command);
+    let id = match process.exec_id.as_str() {
+        "" => container.sandbox.id(),
+        exec_id => exec_id,
+    };
+    let orphan = match container.config.orphan_output {
+        OrphanOutput::Log if !process.exec_id.is_empty() => {
+            container.init.io().and_then(|io| io.orphan_sink())
+        }
+        _ => None,
+    };
+    let context = IoContext {
+        namespace: container.sandbox.namespace(),
+        container_id: id,
+        uid: container.config.io_uid,
+        gid: container.config.io_gid,
+        spawner: &spawner,
+        orphan,
+    };
+    ProcessIo::open(container.host.pump(), &process.stdio, &context)
+        .map(Arc::new)
+        .context(&container.sandbox)
+}
+
+/// The ends that the runtime gets, and the socket to wait at if it is a terminal.
+pub fn runtime_stdio(
+    container: &Container,
+    io: &ProcessIo,
+) -> Result<(Stdio, Option<ConsoleSocket>)> {
+    let wrong = format_args!("{}: stdio", container.sandbox);
+    if io.is_terminal() {
+        let socket = ConsoleSocket::new_in(container.run_dir.path()).context(wrong)?;
+        return Ok((Stdio::Console(socket.path().to_owned()), Some(socket)));
+    }
+    let fds = io.take_child_fds().ok_or_else(|| {
+        ShimError::new(
+            Kind::Failed,
+            format!("{wrong}: used up by an earlier start"),
+        )
+    })?;
+    Ok((Stdio::Fds(fds), None))
+}
+
+/// Lets the bytes flow.
+pub fn attach(container: &Container, io: &ProcessIo, socket: Option<ConsoleSocket>) -> Result<()> {
+    let wrong = format_args!("{}: stdio", container.sandbox);
+    match socket {
+        Some(socket) => {
+            let master = socket.receive(CONSOLE_LIMIT).context(wrong)?;
+            io.attach_console(master).context(wrong)
+        }
+        None => io.start().context(wrong),
+    }
+}
+
+/// Create, up to the point where init waits for Start.
+pub fn create_init(container: &Arc<Container>) -> Result<()> {
+    let io = open_io(container, &container.init)?;
+    let (stdio, socket) = runtime_stdio(container, &io)?;
+    let pid_file = container.bundle.join("init.pid");
+    let watch = container.host.reaper().watch();
+    container
+        .runtime
+        .create(runtime::Create {
+            id: container.sandbox.id(),
+            bundle: &container.bundle,
+            pid_file: &pid_file,
+            stdio,
+            no_pivot_root: container.config.no_pivot_root,
+            no_new_keyring: container.config.no_new_keyring,
+        })
+        // A runtime that died half-way may have left a container behind.
+        .inspect_err(|_| discard(container))
+        .context(&container.sandbox)?;
+    let begun = attach(container, &io, socket).and_then(|()| {
+        container.init.set_io(io);
+        adopt_init(container, &pid_file, watch)
+    });
+    begun.inspect_err(|_| discard(container))
+}
+
+/// Removes whatever the runtime knows of a container that did not come to be.
+pub fn discard(container: &Container) {
+    if let Err(e) = container.runtime.delete(container.sandbox.id(), true) {
+        log::warn!("{}: {e}", container.sandbox);
+    }
+}
+
+/// init has a pid: from now on its end is noticed, and it has a cgroup.
+pub fn adopt_init(container: &Arc<Container>, pid_file: &Path, watch: Watch) -> Result<()> {
+    let pid = runc::read_pid(pid_file).context(&container.sandbox)?;
+    let target = container.host.target(pid).ok();
+    container.init.has_pid(pid, target);
+    match container.host.cgroup(pid) {
+        Ok(cgroup) => {
+            let events = Arc::clone(&container.events);
+            let id = container.sandbox.id().to_owned();
+            let oom = cgroup.watch_oom(Box::new(move || {
+                events.send(TaskEvent::Oom(TaskOOM {
+                    container_id: id.clone(),
+                    ..Default::default()
+                }));
+            }));
+            let freeze = Freeze::new(Arc::clone(&cgroup).freezable());
+            let place = Place {
+                cgroup,
+                freeze,
+                oom,
+            };
+            if container.place.set(place).is_err() {
+                log::warn!("{}: init has been adopted twice", container.sandbox);
+            }
+        }
+        // An init that is gone already has no cgroup; its exit follows.
+        Err(e) if e.is_gone() => {}
+        Err(e) => return Err(e).context(&container.sandbox),
+    }
+    let this = Arc::clone(container);
+    watch.claim(pid, move |exit| handle_exit(move || this.init_exited(exit)));
+    Ok(())
+}
+
+/// The reaper must not wait for anything: it has children to reap meanwhile.
+fn handle_exit(work: impl FnOnce() + Send + 'static) {
+    if let Err(e) = std::thread::Builder::new().name("exit".into()).spawn(work) {
+        log::error!("no thread for an exit, its event is lost: {e}");
+    }
+}
+
+/// Start of init.
+pub fn start_init(container: &Arc<Container>) -> Result<i32> {
+    let _alone = container.alone(Request::Start)?;
+    let _starting = Starting::new(container);
+    match &container.source {
+        None => container
+            .runtime
+            .start(container.sandbox.id())
+            .context(&container.sandbox)?,
+        Some(source) => restore::restore(container, source)?,
+    }
+    container.enter_phase(Phase::Running);
+    container.disarm();
+    let pid = container.init.pid();
+    container.events.send(TaskEvent::Start(TaskStart {
+        container_id: container.sandbox.id().to_owned(),
+        pid: pid as u32,
+        ..Default::default()
+    }));
+    container.protect();
+    Ok(pid)
+}
+
+/// Holds back the report of init's end until its start has been told.
+struct Starting<'a>(&'a Container);
+
+impl<'a> Starting<'a> {
+    fn new(container: &'a Container) -> Self {
+        container.inner.lock().starting = true;
+        Self(container)
+    }
+}
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        self.0.inner.lock().starting = false;
+        self.0.changed.notify_all();
+    }
+}
+
+/// Exec: remembers a process to start.
+pub fn add_exec(container: &Container, request: &ExecProcessRequest) -> Result<()> {
+    let exec_id = sandbox::check("exec id", &request.exec_id)?;
+    let spec = request.spec.as_ref().map_or(&[][..], |s| &s.value);
+    let invalid = |e: serde_json::Error| {
+        let text = format!("{}: exec {exec_id}: process: {e}", container.sandbox);
+        ShimError::new(Kind::InvalidArgument, text)
+    };
+    let mut spec: Value = serde_json::from_slice(spec).map_err(invalid)?;
+    spec["terminal"] = Value::Bool(request.terminal);
+    let stdio = StdioConfig {
+        terminal: request.terminal,
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+    };
+    let spec = serde_json::to_vec(&spec).map_err(invalid)?;
+    let process = Process::new(&exec_id, stdio, spec);
+    {
+        let mut inner = container.inner.lock();
+        inner.phase.allows(Request::Exec)?;
+        if inner.execs.contains_key(&exec_id) {
+            let text = format!("exec {exec_id} in {} exists already", container.sandbox);
+            return Err(ShimError::new(Kind::AlreadyExists, text));
+        }
+        inner.execs.insert(exec_id.clone(), process);
+    }
+    container.events.send(TaskEvent::ExecAdded(TaskExecAdded {
+        container_id: container.sandbox.id().to_owned(),
+        exec_id,
+        ..Default::default()
+    }));
+    Ok(())
+}
+
+/// Start of an exec.
+pub fn start_exec(container: &Arc<Container>, exec_id: &str) -> Result<i32> {
+    let process = container.process(exec_id)?;
+    if process.step() != Step::Created {
+        let text = format!("{}: exec {exec_id} was started already", container.sandbox);
+        return Err(ShimError::new(Kind::FailedPrecondition, text));
+    }
+    let entering = container.doors.enter(exec_id, is_turn(container, &process));
+    {
+        let mut inner = container.inner.lock();
+        let ready = match inner.phase.allows(Request::Exec) {
+            Ok(()) if inner.init_exit.is_some() => Err(ShimError::new(
+                Kind::FailedPrecondition,
+                format!("{}: init has ended", container.sandbox),
+            )),
+            ready => ready.map_err(Into::into),
+        };
+        if let Err(e) = ready {
+            drop(inner);
+            if entering.failed() {
+                container.turn_ended();
+            }
+            return Err(e);
+        }
+        inner.running_execs += 1;
+    }
+    match run_exec(container, &process) {
+        Ok((pid, watch)) => {
+            entering.started();
+            container
+                .events
+                .send(TaskEvent::ExecStarted(TaskExecStarted {
+                    container_id: container.sandbox.id().to_owned(),
+                    exec_id: exec_id.to_owned(),
+                    pid: pid as u32,
+                    ..Default::default()
+                }));
+            // Only now: its exit must be told after its start.
+            let this = Arc::clone(container);
+            watch.claim(pid, move |exit| {
+                handle_exit(move || this.exec_exited(&process, exit));
+            });
+            Ok(pid)
+        }
+        Err(e) => {
+            if let Some(io) = process.take_io() {
+                io.finish(Duration::ZERO);
+            }
+            process.ended(Exit {
+                pid: 0,
+                status: NOT_STARTED,
+                at: OffsetDateTime::now_utc(),
+            });
+            if entering.failed() {
+                container.turn_ended();
+            }
+            container.exec_is_over();
+            Err(e)
+        }
+    }
+}
+
+/// Whether this exec counts as a turn (D3).
+fn is_turn(container: &Container, process: &Process) -> bool {
+    let args: Vec<String> = serde_json::from_slice::<Value>(&process.spec)
+        .ok()
+        .and_then(|spec| serde_json::from_value(spec["args"].clone()).ok())
+        .unwrap_or_default();
+    container.config.is_turn(&args)
+}
+
+fn run_exec(container: &Arc<Container>, process: &Arc<Process>) -> Result<(i32, Watch)> {
+    let step = format_args!("{}: exec {}", container.sandbox, process.exec_id).to_string();
+    let io = open_io(container, process)?;
+    process.set_io(Arc::clone(&io));
+    let (stdio, socket) = runtime_stdio(container, &io)?;
+    let pid_file = container
+        .run_dir
+        .path()
+        .join(format!("{}.pid", process.exec_id));
+    let spec_file = container
+        .run_dir
+        .path()
+        .join(format!("{}.json", process.exec_id));
+    fs::write(&spec_file, &process.spec).context(&step)?;
+    let watch = container.host.reaper().watch();
+    let done = container.runtime.exec(runtime::Exec {
+        id: container.sandbox.id(),
+        process: &spec_file,
+        pid_file: &pid_file,
+        stdio,
+    });
+    let pid = done.and_then(|()| runc::read_pid(&pid_file));
+    for file in [&spec_file, &pid_file] {
+        match fs::remove_file(file) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                log::warn!("{step}: cannot remove {file:?}: {e}");
+            }
+            _ => {}
+        }
+    }
+    let pid = pid.context(&step)?;
+    process.has_pid(pid, container.host.target(pid).ok());
+    if let Err(e) = attach(container, &io, socket) {
+        // Nobody would ever see or end it.
+        let _ = process.signal(libc::SIGKILL);
+        return Err(e);
+    }
+    Ok((pid, watch))
+}

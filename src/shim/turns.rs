@@ -1,0 +1,127 @@
+//! The container as the coordinator sees it.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Weak},
+};
+
+use super::{
+    container::Container,
+    error::{Context, Kind, Result, ShimError},
+    hooks,
+    restore::Source,
+};
+use crate::{
+    coordinator::{
+        cut,
+        turns::{Settings, Subject, Turns},
+    },
+    rootfs::Overlay,
+    store::{JournalLine, Store},
+};
+
+impl Subject for Container {
+    fn parts(&self) -> std::result::Result<cut::Sandbox<'_>, String> {
+        self.cut_parts().map_err(|e| e.to_string())
+    }
+
+    fn overlay(&self) -> std::result::Result<Overlay, String> {
+        let rootfs = match &self.mounted {
+            Some(mounted) => mounted.clone(),
+            None => self.spec.rootfs(&self.bundle),
+        };
+        Overlay::from_mountinfo(&rootfs).map_err(|e| e.to_string())
+    }
+
+    fn bundle(&self) -> PathBuf {
+        self.bundle.clone()
+    }
+
+    fn scratch(&self) -> PathBuf {
+        self.run_dir.path().to_owned()
+    }
+
+    fn has_terminal(&self) -> bool {
+        self.init.stdio.terminal
+    }
+
+    fn frozen_hook(&self) -> std::result::Result<(), String> {
+        hooks::run_frozen(self)
+    }
+}
+
+impl Container {
+    /// Begins to take turns, if the container has opted in. A sandbox that cannot be protected
+    /// runs all the same, and the log says why.
+    pub(super) fn protect(self: &Arc<Self>) {
+        if !self.config.enabled || self.turns.get().is_some() {
+            return;
+        }
+        let settings = Settings {
+            gate: self.config.gate,
+            keep: self.config.keep,
+            dump_limit: self.config.dump_timeout,
+        };
+        let this: Weak<Self> = Arc::downgrade(self);
+        let started = Store::open(&self.config.store)
+            .and_then(|store| store.writer(&self.sandbox))
+            .map_err(|e| e.to_string())
+            .and_then(|store| {
+                Turns::start(this, store, Arc::clone(&self.doors), settings)
+                    .map_err(|e| e.to_string())
+            });
+        match started {
+            Ok(turns) => {
+                // protect() runs once: it is called by Start, which is alone.
+                let _ = self.turns.set(turns);
+            }
+            Err(e) => log::error!("{}: not protected: {e}", self.sandbox),
+        }
+    }
+
+    /// An armed restore has been done: the next start boots again.
+    pub(super) fn disarm(&self) {
+        if let Some(Source::Armed { .. }) = &self.source {
+            let disarmed = Store::open(&self.config.store)
+                .and_then(|store| store.writer(&self.sandbox)?.disarm());
+            if let Err(e) = disarmed {
+                log::error!("{}: stays armed: {e}", self.sandbox);
+            }
+        }
+    }
+
+    /// Takes a checkpoint now, as a turn of its own.
+    pub(super) fn checkpoint_now(&self, name: Option<String>) -> Result<JournalLine> {
+        let turns = self.turns.get().ok_or_else(|| {
+            let text = format!(
+                "{}: {}",
+                self.sandbox,
+                self.why_unprotected().unwrap_or_default()
+            );
+            ShimError::new(Kind::FailedPrecondition, text)
+        })?;
+        turns
+            .checkpoint(name)
+            .context(format_args!("{}: checkpoint", self.sandbox))
+    }
+
+    /// Why no turns are taken; None if they are.
+    pub(super) fn why_unprotected(&self) -> Option<String> {
+        match (self.turns.get(), self.config.enabled) {
+            (Some(_), _) => None,
+            (None, false) => Some(
+                "not opted in: set enabled = true in crab's configuration, or the annotation \
+                 dev.crab.enabled=true on the container"
+                    .into(),
+            ),
+            (None, true) => Some("not started yet, or the store is out of order".into()),
+        }
+    }
+
+    /// Takes no more turns.
+    pub(super) fn stop_turns(&self) {
+        if let Some(turns) = self.turns.get() {
+            turns.stop();
+        }
+    }
+}
