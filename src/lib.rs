@@ -10,3 +10,4 @@ pub mod runtime;
 pub mod sandbox;
 pub mod shim;
 pub mod store;
+pub mod tree;

@@ -70,24 +70,35 @@ def processes(init: int, inodes: dict[tuple[int, int], str], quick: bool) -> tup
     objects: dict[tuple[str, int], str] = {}
     found, ran, opened = {}, {}, []
     for pid in order:
-        entry = _identity(pid, init, pids, namespaces)
-        if entry["state"] not in ("zombie", "dead"):
-            entry["threads"] = _threads(pid, pids, quick)
-            if not quick:
-                entry.update(_details(pid))
-                maps = memory.mappings(pid)
-                tids = [int(tid) for tid in os.listdir(f"/proc/{pid}/task")]
-                entry["mappings"] = memory.describe(maps, objects)
-                entry["pages"] = memory.pages(pid, maps, memory.rseq_masks(pid, tids, maps))
-                opened += descriptors.read_all(pids[pid], pid)
-        key = str(pids[pid])
-        found[key] = entry
-        ran[key] = _ran(pid)
+        try:
+            entry, its = _one(pid, init, pids, namespaces, objects, quick)
+        except (FileNotFoundError, ProcessLookupError):  # a dead exec, reaped from outside while we read
+            continue
+        opened += its
+        found[str(pids[pid])] = entry
+        ran[str(pids[pid])] = _ran(pid)
     if not quick:
         describer = descriptors.Describer(pids, inodes, lambda: container.unix_peers(init))
         for owner, table in describer.describe(opened).items():
             found[str(owner)]["descriptors"] = table
     return found, ran
+
+
+def _one(pid: int, init: int, pids: dict[int, int], namespaces: dict[str, int],
+         objects: dict[tuple[str, int], str], quick: bool) -> tuple[Process, list[descriptors.Descriptor]]:
+    """One process, and its descriptors, which are described when those of all are known."""
+    entry = _identity(pid, init, pids, namespaces)
+    if entry["state"] in ("zombie", "dead"):
+        return entry, []
+    entry["threads"] = _threads(pid, pids, quick)
+    if quick:
+        return entry, []
+    entry.update(_details(pid))
+    maps = memory.mappings(pid)
+    tids = [int(tid) for tid in os.listdir(f"/proc/{pid}/task")]
+    entry["mappings"] = memory.describe(maps, objects)
+    entry["pages"] = memory.pages(pid, maps, memory.rseq_masks(pid, tids, maps))
+    return entry, descriptors.read_all(pids[pid], pid)
 
 
 def _namespace(pid: int, kind: str) -> int:

@@ -1,7 +1,8 @@
 """A sandbox under stock runc and CRIU, without containerd and without crab: what do they alone change?
 
-The checkpoint is taken in one freeze. The restore leaves every task stopped before its first instruction, then
-freezes the cgroup, then sends SIGCONT: so the digests of both freezes must be equal.
+The checkpoint is taken in one freeze. The restore freezes the cgroup from CRIU's action script, while CRIU still
+holds every task before its first instruction (no signal is sent, so none is left pending): the digests of both
+freezes must be equal.
 """
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -20,6 +20,18 @@ import digest
 import process
 
 IMAGE = "crab.test/agent:latest"
+#: Freezes the sandbox just before CRIU lets go of the tasks. In cgroup v1 CRIU has moved itself into the sandbox's
+#: cgroup to fork the tasks there, so it and this script must leave it first.
+_HOLD = """#!/bin/sh
+[ "$CRTOOLS_SCRIPT_ACTION" = pre-resume ] || exit 0
+if [ -d /sys/fs/cgroup/freezer ]; then
+  for pid in $PPID $$; do echo $pid >/sys/fs/cgroup/freezer/cgroup.procs; done
+  echo FROZEN >/sys/fs/cgroup/freezer/stock/{name}/freezer.state
+else
+  for pid in $PPID $$; do echo $pid >/sys/fs/cgroup/cgroup.procs; done
+  echo 1 >/sys/fs/cgroup/stock/{name}/cgroup.freeze
+fi
+"""
 _FIRST_INHERITED = 200  # descriptor numbers of `runc restore`, high enough to be free
 
 
@@ -63,7 +75,8 @@ class Sandbox:
     def __init__(self, name: str, init: list[str], mounts: list[dict[str, Any]] | None = None):
         self.name = name
         self.dir = tempfile.mkdtemp(prefix=f"stock-{name}-", dir="/var/lib/crab")
-        self.rootfs, self.images = f"{self.dir}/rootfs", f"{self.dir}/images"
+        self.rootfs, self.images = f"{self.dir}/rootfs", f"{self.dir}/images-0"
+        self.generation = 0
         for directory in (self.rootfs, f"{self.dir}/upper", f"{self.dir}/work"):
             os.mkdir(directory)
         self.lower = _layers(self.rootfs)
@@ -74,7 +87,7 @@ class Sandbox:
         self._write_spec(init, mounts or [])
         self.pipes: list[Pipes] = []
         pipes = Pipes()
-        self._spawn(["runc", "run", "-d", "--bundle", self.dir, name], pipes)
+        self._spawn(["runc", "--log", f"{self.dir}/runc.log", "run", "-d", "--bundle", self.dir, name], pipes)
 
     def _mount(self) -> None:
         run("mount", "-t", "overlay", "overlay", "-o",
@@ -101,9 +114,7 @@ class Sandbox:
 
     def _spawn(self, command: list[str], pipes: Pipes, inherited: list[int] | None = None) -> None:
         stdin, stdout, stderr = pipes.theirs
-        log = ["--log", f"{self.dir}/runc.log"]
-        done = subprocess.run([command[0], *log, *command[1:]], stdin=stdin, stdout=stdout, stderr=stderr,
-                              pass_fds=inherited or [])
+        done = subprocess.run(command, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=inherited or [])
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{self.logs()}")
         pipes.hand_over()
@@ -111,9 +122,9 @@ class Sandbox:
 
     def logs(self) -> str:
         text = ""
-        for name in ("runc.log", "images/dump.log", "images/restore.log", "work/dump.log"):
-            if os.path.exists(f"{self.dir}/{name}"):
-                with open(f"{self.dir}/{name}", errors="replace") as file:
+        for name in (f"{self.dir}/runc.log", f"{self.images}/dump.log", f"{self.images}/restore.log"):
+            if os.path.exists(name):
+                with open(name, errors="replace") as file:
                     text += f"--- {name}\n" + "".join(
                         line for line in file.readlines()[-200:] if "rror" in line or "Warn" in line)
         return text
@@ -123,10 +134,8 @@ class Sandbox:
         return int(json.loads(run("runc", "state", self.name))["pid"])
 
     def execute(self, *command: str) -> None:
-        """Starts a process that stays, through a shell that ends (a live exec is not in a dump)."""
-        pipes = Pipes()
-        pid_file = f"{self.dir}/pid"
-        self._spawn(["runc", "exec", "-d", "--pid-file", pid_file, self.name, *command], pipes)
+        """Starts a process. It is in a dump only once the exec has ended: what stays must be started by a shell."""
+        self._spawn(["runc", "--log", f"{self.dir}/runc.log", "exec", "-d", self.name, *command], Pipes())
 
     def settle(self, limit: float = 20.0) -> None:
         """Waits until no process has used CPU time for 0.3 s, and every exec has ended."""
@@ -148,6 +157,8 @@ class Sandbox:
         """Freezes, dumps, digests, kills. Returns the digest of the frozen sandbox after the dump."""
         with open(f"{self.dir}/criu.conf", "w") as file:
             file.write("ghost-limit 256M\nnetwork-lock skip\n")
+        self.generation += 1
+        self.images = f"{self.dir}/images-{self.generation}"
         os.mkdir(self.images)
         run("runc", "pause", self.name)
         command = ["runc", "--log", f"{self.dir}/runc.log", "checkpoint", "--leave-running", "--file-locks",
@@ -176,11 +187,22 @@ class Sandbox:
                 raise TimeoutError(f"{self.name} does not die")
             time.sleep(0.01)
 
-    def restore(self) -> digest.Digest:
-        """Restores, held; freezes; lets go; digests while frozen."""
+    def restore(self, time_namespace: bool = False) -> digest.Digest:
+        """Restores, frozen before the first instruction, and digests.
+
+        time_namespace: as CRIU does by itself, in a new time namespace, which later execs do not join (runc knows
+        nothing of it): what they leave behind makes the next dump one that cannot be restored. CRIU makes none
+        where its image has no clocks. (Starting `runc exec` in that namespace does not do: it then reads another
+        start time of init in /proc and takes the container for stopped.)
+        """
         run("runc", "delete", self.name)
         with open(f"{self.dir}/criu.conf", "a") as file:
-            file.write("leave-stopped\n")
+            file.write(f"action-script {self.dir}/hold\n")
+        with open(f"{self.dir}/hold", "w") as file:
+            file.write(_HOLD.replace("{name}", self.name))
+        os.chmod(f"{self.dir}/hold", 0o755)
+        if not time_namespace:
+            os.unlink(f"{self.images}/timens-0.img")
         old, self.pipes = self.pipes, []
         table: list[str] = json.load(open(f"{self.images}/descriptors.json"))
         init_pipes, inherited, number = Pipes(), [], _FIRST_INHERITED
@@ -197,17 +219,16 @@ class Sandbox:
             table[index] = key
         with open(f"{self.images}/descriptors.json", "w") as file:
             json.dump(table, file)
-        self._spawn(["runc", "restore", "-d", "--file-locks", "--tcp-established", "--image-path", self.images,
-                     "--work-path", self.images, "--bundle", self.dir, self.name], init_pipes, inherited)
+        self._spawn(["runc", "--log", f"{self.dir}/runc.log", "restore", "-d", "--file-locks", "--tcp-established",
+                     "--image-path", self.images, "--work-path", self.images, "--bundle", self.dir, self.name],
+                    init_pipes, inherited)
         for fd in inherited:
             os.close(fd)
         for pipes in new:
             pipes.hand_over()
         self.pipes += new
-        run("runc", "pause", self.name)
-        for pid in process.members(self.init):
-            os.kill(pid, signal.SIGCONT)
-        return digest.sandbox(self.init, freeze=True)
+        container.Freezer(self.init).set(True)  # v1 says FREEZING until the last task has got there
+        return digest.sandbox(self.init)
 
     def thaw(self) -> None:
         run("runc", "resume", self.name)

@@ -45,6 +45,7 @@ class Fault:
     ran_on: list[str] = field(default_factory=list)
     unequal: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
+    digest_ms: list[float] = field(default_factory=list)
     kill_ms: float = 0.0
     restore_ms: float = 0.0
 
@@ -74,6 +75,7 @@ class Hooks:
                 os.symlink(HOOK, HOOKS / moment)
             yield
         finally:
+            shutil.rmtree(self.results, ignore_errors=True)
             for moment in MOMENTS:
                 with contextlib.suppress(FileNotFoundError):
                     (HOOKS / moment).unlink()
@@ -109,6 +111,7 @@ def crash_and_restore(client: Client, crab: Crab, hooks: Hooks, turn: int, keep:
         digest.save(before, str(keep / f"turn-{turn}-before.json"))
         digest.save(after, str(keep / f"turn-{turn}-after.json"))
     fault = judge(turn, before, after, "exact" if in_cut and in_restore else "outside")
+    fault.digest_ms = [round((d["observed"]["ended_s"] - d["observed"]["started_s"]) * 1000) for d in (before, after)]
     fault.kill_ms, fault.restore_ms = (killed - started) * 1000, (ended - killed) * 1000
     return fault
 

@@ -13,16 +13,13 @@ use std::{
 };
 
 use rustix::{
-    fs::{
-        AtFlags, CWD, FileType, Gid, Mode, OFlags, SeekFrom, Stat, Timespec, Timestamps, Uid,
-        XattrFlags,
-    },
+    fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, Uid, XattrFlags},
     io::Errno,
 };
 
-use super::tree::{
-    self, DirStack, Expect, FileId, Found, ShownPath, TreeError, Visitor, failed, proc_path,
-    remove_tree,
+use crate::tree::{
+    self, DirStack, Expect, FileId, Found, ShownPath, TreeError, Visitor, failed, next_data,
+    proc_path, remove_tree,
 };
 
 /// Between two of these the caller's wish to stop is looked at.
@@ -279,19 +276,6 @@ impl Copier<'_> {
         }
         Ok(to - from)
     }
-}
-
-/// The next stretch of data at or after `at`, none if only a hole is left.
-pub(crate) fn next_data(file: &OwnedFd, at: u64, size: u64) -> Result<Option<(u64, u64)>, Errno> {
-    let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-        Ok(start) if start < size => start,
-        Ok(_) | Err(Errno::NXIO) => return Ok(None),
-        // A filesystem that doesn't know where its holes are.
-        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some((at, size))),
-        Err(e) => return Err(e),
-    };
-    let end = rustix::fs::seek(file, SeekFrom::Hole(start))?.min(size);
-    Ok(Some((start, end.max(start + 1))))
 }
 
 /// Owner first, since a change of owner takes set-id bits and capabilities away; the mode before

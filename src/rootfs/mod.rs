@@ -8,7 +8,6 @@ mod copy;
 mod mount;
 mod overlay;
 mod put_back;
-pub(crate) mod tree;
 
 #[cfg(test)]
 mod tests;
@@ -17,9 +16,6 @@ pub use copy::{CaptureStats, capture};
 pub use mount::{MountError, MountSpec, mount_all, unmount, unmount_busy_is_error};
 pub use overlay::{NoOverlay, Overlay};
 pub use put_back::{PutBackError, Replaced, put_back, remount_with};
-pub use tree::{ShownPath, TreeError, remove_tree};
-
-pub(crate) use copy::next_data;
 
 /// How names begin of what crab leaves beside an upper directory when it is interrupted.
 pub(crate) const LEFTOVER: &str = ".crab-";

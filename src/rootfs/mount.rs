@@ -13,7 +13,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::tree::proc_path;
+use crate::tree::proc_path;
 
 /// The kernel copies at most this much of a mount's data, its terminator included, and drops the
 /// rest without a word.

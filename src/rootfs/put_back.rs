@@ -18,12 +18,12 @@ use rustix::{
 };
 
 use super::{
-    CaptureStats, LEFTOVER, MountError, NoOverlay, Overlay, TreeError,
+    CaptureStats, LEFTOVER, MountError, NoOverlay, Overlay,
     copy::{capture, copy_attributes},
     mount::{mount_all, unmount_one},
     overlay::{MountEntry, parse_mountinfo},
-    tree::{self, Durably, failed, remove_tree},
 };
+use crate::tree::{self, Durably, TreeError, failed, remove_tree};
 
 /// How many processes an error names.
 const SHOWN_PROCESSES: usize = 8;

@@ -27,6 +27,7 @@ use rustix::{
 };
 
 use super::{put_back::Layer, *};
+use crate::tree::{self, TreeError, remove_tree};
 
 /// Whether a test that needs root can run.
 fn root() -> bool {
@@ -326,8 +327,9 @@ fn open_deep(root: &Path, depth: usize) -> OwnedFd {
 
 #[test]
 fn a_tree_deeper_than_any_path_is_copied_and_removed() {
-    const DEPTH: usize = 10_000;
-    let dir = tmp();
+    const DEPTH: usize = 5_000;
+    // In memory if possible: ext4 takes long to make and remove it twice.
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tmp());
     let (upper, copy) = (dir.path().join("upper"), dir.path().join("copy"));
     let bottom = make_deep(&upper, DEPTH);
     let write = OFlags::WRONLY | OFlags::CREATE;
@@ -424,6 +426,14 @@ fn a_file_that_changes_while_it_is_read_is_an_error() {
     assert!(matches!(error, TreeError::Changed { .. }), "{error}");
 }
 
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn a_directory_that_is_swapped_for_a_link_never_leads_outside() {
     let dir = tmp();
@@ -451,6 +461,8 @@ fn a_directory_that_is_swapped_for_a_link_never_leads_outside() {
                 swap("plain", "plain-link");
             }
         });
+        // Also when an assertion fails: the scope waits for the thread.
+        let _stop = StopOnDrop(&stop);
         for n in 0..200 {
             let copy = dir.path().join(format!("copy-{n}"));
             match capture(&upper, &copy, &never) {
@@ -462,7 +474,6 @@ fn a_directory_that_is_swapped_for_a_link_never_leads_outside() {
             }
             remove_tree(&copy).unwrap();
         }
-        stop.store(true, Ordering::Relaxed);
     });
     eprintln!("{done} captures, {refused} refused");
     assert!(refused > 0, "the race was never met");
@@ -482,6 +493,44 @@ fn removing_a_tree_removes_links_and_not_what_they_lead_to() {
     remove_tree(&dir.path().join("itself")).unwrap();
     assert!(outside.join("keep").exists());
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_directory_with_more_names_than_are_listed_at_once_is_removed() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tmp());
+    let full = dir.path().join("full");
+    fs::create_dir(&full).unwrap();
+    for n in 0..66_000 {
+        File::create(full.join(n.to_string())).unwrap();
+    }
+    remove_tree(&full).unwrap();
+    assert!(!full.exists());
+}
+
+#[test]
+fn what_is_too_deep_to_capture_can_still_be_removed() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tmp());
+    let upper = dir.path().join("upper");
+    drop(make_deep(&upper, 16 << 10));
+    let root = tree::open_root(&upper).unwrap();
+    let expect = tree::Expect::Unchanged;
+    let deep = tree::walk(root, &upper, expect, &never, &mut Nothing).unwrap_err();
+    assert!(matches!(deep, TreeError::Limit { .. }), "{deep}");
+    remove_tree(&upper).unwrap();
+}
+
+struct Nothing;
+
+impl tree::Visitor for Nothing {
+    fn enter(&mut self, _: &tree::Found<'_>) -> Result<(), TreeError> {
+        Ok(())
+    }
+    fn other(&mut self, _: &tree::Found<'_>) -> Result<(), TreeError> {
+        Ok(())
+    }
+    fn leave(&mut self, _: &tree::Found<'_>) -> Result<(), TreeError> {
+        Ok(())
+    }
 }
 
 #[test]
@@ -681,6 +730,12 @@ fn root_a_busy_overlay_stays_as_it_is_and_the_error_says_who_uses_it() {
         let bed = bed(1);
         bed.mount();
         let overlay = Overlay::from_mountinfo(&bed.target).unwrap();
+        let id = || {
+            let list = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+            let line = list.lines().find(|l| l.contains("root\\040fs"));
+            line.unwrap().split(' ').next().unwrap().to_owned()
+        };
+        let mounted = id();
         capture(&overlay.upperdir, &bed.saved(), &never).unwrap();
         fs::write(bed.target.join("new"), "x").unwrap();
         let open = File::open(bed.target.join("new")).unwrap();
@@ -710,6 +765,7 @@ fn root_a_busy_overlay_stays_as_it_is_and_the_error_says_who_uses_it() {
         let text = pinned.to_string();
         assert!(text.contains(&format!("process {} ", child.id())), "{text}");
         assert_eq!(bed.read("new").unwrap(), "x");
+        assert_eq!(id(), mounted, "it was mounted again");
 
         remount_with(&bed.saved(), &overlay)
             .unwrap()

@@ -217,6 +217,7 @@ impl OciRuntime for Runc {
                 c.env("HOME", home);
             }
             inherit(c, args.extra_fds);
+            neutral_oom_score(c);
             c.arg(args.id);
         })
     }
@@ -248,6 +249,26 @@ fn inherit(command: &mut Command, fds: Vec<OwnedFd>) {
                 if libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) < 0 {
                     return Err(io::Error::last_os_error());
                 }
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Starts the child with an `oom_score_adj` of 0.
+///
+/// CRIU restores a task's own value unless it is 0 (`prepare_proc_misc`): such a task would keep
+/// the shim's, which is higher by one than containerd's.
+fn neutral_oom_score(command: &mut Command) {
+    // SAFETY: the closure runs between fork and exec and calls open, write and close alone, which
+    // are async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            let fd = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY);
+            if fd >= 0 {
+                // Not critical: a value that may not be written is left as it is.
+                libc::write(fd, c"0".as_ptr().cast(), 1);
+                libc::close(fd);
             }
             Ok(())
         });

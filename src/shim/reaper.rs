@@ -35,7 +35,7 @@ pub struct Exit {
     pub at: OffsetDateTime,
 }
 
-type Handler = Box<dyn FnOnce(Exit) + Send>;
+type Handler = Box<dyn FnOnce(Exit, Ended) + Send>;
 
 #[derive(Default)]
 struct State {
@@ -72,9 +72,9 @@ impl Reaper {
             // The lock spans wait and look-up: whoever registers a handler under it either comes
             // before the exit is collected or finds it in a watch.
             let state = self.state.lock();
-            let (pid, status) = match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid, code as u32),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + signal as u32),
+            let (pid, ended) = match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, code)) => (pid, Ended::Exited(code)),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, Ended::Signaled(signal as i32)),
                 Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
                 Ok(_) | Err(Errno::EINTR) => continue,
                 Err(e) => {
@@ -84,17 +84,20 @@ impl Reaper {
             };
             let exit = Exit {
                 pid: pid.as_raw(),
-                status,
+                status: match ended {
+                    Ended::Exited(code) => code as u32,
+                    Ended::Signaled(signal) => 128 + signal as u32,
+                },
                 at: OffsetDateTime::now_utc(),
             };
-            deliver(state, exit);
+            deliver(state, exit, ended);
         }
     }
 
     /// Pretends that a process has ended: unit tests have no children.
     #[cfg(test)]
     pub fn inject(&self, exit: Exit) {
-        deliver(self.state.lock(), exit);
+        deliver(self.state.lock(), exit, Ended::Exited(exit.status as i32));
     }
 
     /// Keeps unclaimed exits from now on.
@@ -110,7 +113,7 @@ impl Reaper {
     }
 
     /// Starts a child and delivers its exit to the returned channel.
-    fn spawn(&self, command: &mut Command) -> io::Result<(i32, Receiver<Exit>)> {
+    fn spawn(&self, command: &mut Command) -> io::Result<(i32, Receiver<Ended>)> {
         let (sender, receiver) = bounded(1);
         // With the lock held the reaper cannot collect the child before it has a handler.
         let mut state = self.state.lock();
@@ -128,11 +131,11 @@ impl Reaper {
 }
 
 /// Gives an exit to whoever wants it, without the lock.
-fn deliver(mut state: MutexGuard<'_, State>, exit: Exit) {
+fn deliver(mut state: MutexGuard<'_, State>, exit: Exit, ended: Ended) {
     match state.handlers.remove(&exit.pid) {
         Some(handler) => {
             drop(state);
-            handler(exit);
+            handler(exit, ended);
         }
         None => {
             for exits in state.watches.values_mut() {
@@ -142,30 +145,21 @@ fn deliver(mut state: MutexGuard<'_, State>, exit: Exit) {
     }
 }
 
-fn deliver_to(sender: Sender<Exit>) -> Handler {
-    Box::new(move |exit| {
+fn deliver_to(sender: Sender<Ended>) -> Handler {
+    Box::new(move |_, ended| {
         // Nobody waits any more: the exit needs no other reader.
-        let _ = sender.send(exit);
+        let _ = sender.send(ended);
     })
 }
 
 impl Spawner for Reaper {
     fn run(&self, mut command: Command, limit: Duration) -> io::Result<Ended> {
         let (pid, exits) = self.spawn(&mut command)?;
-        let exit = match exits.recv_timeout(limit) {
-            Ok(exit) => exit,
-            Err(_) => {
-                // The child is unreaped as long as its handler waits, so the pid is still its own.
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-                return Err(io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    format!("no end after {limit:?}; killed it"),
-                ));
-            }
-        };
-        Ok(match exit.status {
-            status @ 0..=128 => Ended::Exited(status as i32),
-            status => Ended::Signaled(status as i32 - 128),
+        exits.recv_timeout(limit).map_err(|_| {
+            // The child is unreaped as long as its handler waits, so the pid is still its own.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            let text = format!("no end after {limit:?}; killed it");
+            io::Error::new(io::ErrorKind::TimedOut, text)
         })
     }
 }
@@ -190,7 +184,9 @@ impl Watch {
                 handler(exit);
             }
             None => {
-                state.handlers.insert(pid, Box::new(handler));
+                state
+                    .handlers
+                    .insert(pid, Box::new(move |exit, _| handler(exit)));
             }
         }
     }

@@ -11,16 +11,14 @@ use rustix::{fs::FileType, io::Errno};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use sha2::{Digest as _, Sha256};
 
-use crate::rootfs::{
-    TreeError, next_data,
-    tree::{Found, Visitor, wide},
-};
+use crate::tree::{Found, TreeError, Visitor, next_data, wide};
 
 /// Content is read in pieces of this size, and hashed in blocks of [`BLOCK`].
 const PIECE: usize = 256 << 10;
 /// Blocks that are all zeros count as holes, so that the digest does not depend on where a
 /// filesystem keeps its holes.
 const BLOCK: usize = 4096;
+static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
 /// A SHA-256, written `sha256:<hex>`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -243,7 +241,7 @@ fn content(hash: &mut Sha256, file: &OwnedFd, size: u64) -> Result<u64, Errno> {
                 return Ok(total);
             }
             for (index, block) in buf[..n].chunks(BLOCK).enumerate() {
-                if block.iter().any(|b| *b != 0) {
+                if *block != ZEROS[..block.len()] {
                     hash.update((from + (index * BLOCK) as u64).to_le_bytes());
                     hash.update(block);
                 }

@@ -49,8 +49,8 @@ pub use sandbox::{Checkpoint, SandboxStore, SandboxWriter};
 pub use verify::{Fault, What};
 
 use crate::{
-    rootfs::TreeError,
     sandbox::{SandboxId, TurnNo},
+    tree::TreeError,
 };
 
 /// Where checkpoints are kept unless the configuration says otherwise.

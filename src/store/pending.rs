@@ -21,11 +21,8 @@ use super::{
     sandbox::{Lock, TEMPORARY, checksum_line},
 };
 use crate::{
-    rootfs::{
-        TreeError, remove_tree,
-        tree::{self, Durably, Expect, Found, Visitor},
-    },
     sandbox::TurnNo,
+    tree::{self, Durably, Expect, Found, TreeError, Visitor, remove_tree},
 };
 
 /// A checkpoint that is being made: directories to fill. Dropped without [`Self::commit`], it is

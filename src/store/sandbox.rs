@@ -18,8 +18,8 @@ use super::{
     manifest::MAX_MANIFEST,
 };
 use crate::{
-    rootfs::remove_tree,
     sandbox::{SandboxId, TurnNo, check},
+    tree::remove_tree,
 };
 
 /// How a directory in `turns/` begins that is not a checkpoint yet.

@@ -14,11 +14,8 @@ use super::{
     pending::list_files,
 };
 use crate::{
-    rootfs::{
-        TreeError,
-        tree::{self, Expect, Found},
-    },
     sandbox::TurnNo,
+    tree::{self, Expect, Found, TreeError},
 };
 
 /// As many faults are named.

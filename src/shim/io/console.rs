@@ -1,12 +1,12 @@
 //! Terminals: the socket over which runc hands the pty's master, and its window size.
 
 use std::{
-    fs::DirBuilder,
+    fs::{DirBuilder, Permissions},
     io::{self, IoSliceMut},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::{
-            fs::DirBuilderExt,
+            fs::{DirBuilderExt, PermissionsExt},
             net::{UnixListener, UnixStream},
         },
     },
@@ -60,8 +60,10 @@ impl ConsoleSocket {
     /// `base` must be short: the socket's path has to stay below 100 bytes.
     pub fn new_in(base: &Path) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(base)?;
-        // tempfile makes directories with mode 0700.
-        let directory = tempfile::Builder::new().prefix("pty").tempdir_in(base)?;
+        let directory = tempfile::Builder::new()
+            .prefix("pty")
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir_in(base)?;
         let path = directory.path().join("s");
         if path.as_os_str().len() >= MAX_PATH {
             return Err(io::Error::new(

@@ -14,6 +14,7 @@ use std::{
 
 use super::{
     flow::{Flow, FlowId, Next, QUIET, Role, Unwritten},
+    pipes,
     sink::{Kind, Sink, SinkId},
 };
 
@@ -103,11 +104,14 @@ impl Core {
 
     /// A sink has room, or its reader has gone.
     pub(super) fn sink_event(&mut self, id: SinkId, reader_gone: bool) {
-        let Some(sink) = self.sinks.get(&id) else {
+        let Some(sink) = self.sinks.get_mut(&id) else {
             return;
         };
         match sink.kind {
-            Kind::Stdin | Kind::Logger if reader_gone => self.remove_sink(id),
+            Kind::Stdin | Kind::Logger if reader_gone => {
+                sink.complain(&io::ErrorKind::BrokenPipe.into());
+                self.remove_sink(id);
+            }
             _ => self.writable(id),
         }
     }
@@ -273,10 +277,10 @@ impl Core {
         let Some(flow) = self.flows.get_mut(&id) else {
             return;
         };
-        let to_pipe = flow
-            .sink
-            .and_then(|sink| self.sinks.get(&sink))
-            .is_some_and(|sink| matches!(sink.kind, Kind::Stdin));
+        let sink = flow.sink.and_then(|sink| self.sinks.get(&sink));
+        let to_pipe = sink.is_some_and(|sink| {
+            matches!(sink.kind, Kind::Stdin) && !pipes::reader_gone(sink.fd.as_fd())
+        });
         flow.keepalive = None;
         flow.source = None;
         if to_pipe && flow.active {
@@ -335,12 +339,13 @@ impl Core {
         matches!(sink.kind, Kind::Stdin).then_some(sink)
     }
 
-    /// Puts a new pipe behind a stdin flow.
-    pub(super) fn replace_stdin(&mut self, flow: FlowId, pipe: OwnedFd) {
+    /// Puts a new sink behind a flow that alone uses its own; the old one is closed, and that is
+    /// no end of anything.
+    pub(super) fn replace_own(&mut self, flow: FlowId, sink: Sink) {
         if let Some(old) = self.flows.get_mut(&flow).and_then(|flow| flow.sink.take()) {
             self.sinks.remove(&old);
         }
-        let sink = self.add_sink(Sink::stdin(pipe));
+        let sink = self.add_sink(sink);
         self.own(flow, sink);
     }
 
@@ -357,7 +362,7 @@ impl Core {
                 role: Role::Output,
                 source: Some(source),
                 ..
-            }) => super::pipes::inode(source.as_fd()).map(Some),
+            }) => pipes::inode(source.as_fd()).map(Some),
             _ => Ok(None),
         }
     }

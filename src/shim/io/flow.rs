@@ -104,9 +104,25 @@ impl Flow {
         }
     }
 
-    /// Since when nothing has come, provided that nothing waits to be moved.
+    /// Goes on with another source, once it is started again.
+    pub(super) fn replace_source(&mut self, source: OwnedFd) {
+        self.source = Some(source);
+        self.registered = false;
+        self.active = false;
+        self.readable = false;
+        self.ended = false;
+        self.hung_up = false;
+        self.exited = None;
+    }
+
+    /// Since when nothing has come, provided that nothing waits to be moved, not even something
+    /// that the pump has yet to notice.
     pub(super) fn quiet_since(&self) -> Option<Instant> {
-        let idle = !self.ended && !self.readable && !self.in_flight && self.buffer.is_empty();
+        let idle = !self.ended
+            && !self.readable
+            && !self.in_flight
+            && self.buffer.is_empty()
+            && (self.source.as_ref()).is_none_or(|source| pipes::silent(source.as_fd()));
         idle.then(|| {
             self.exited
                 .map_or(self.last_read, |exit| exit.max(self.last_read))
@@ -160,6 +176,9 @@ impl Flow {
 
     fn fill(&mut self, scratch: &mut [u8]) -> Next {
         let room = self.buffer.room().min(scratch.len());
+        if room == 0 && self.hung_up {
+            self.end(); // what else it says is not worth keeping its terminal open
+        }
         if room == 0 || self.ended {
             return Next::Wait;
         }

@@ -45,10 +45,12 @@ mod buffer;
 mod console;
 mod core;
 mod flow;
+mod open;
 mod pipes;
 mod process;
 mod pump;
 mod sink;
+mod snapshot;
 mod target;
 #[cfg(test)]
 mod tests;

@@ -78,11 +78,20 @@ pub(super) fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<Moved> {
 
 /// Has the last reader of this write end gone?
 pub(super) fn reader_gone(fd: BorrowedFd<'_>) -> bool {
-    let mut polled = [PollFd::new(fd, PollFlags::empty())];
-    poll(&mut polled, PollTimeout::ZERO).is_ok()
-        && polled[0]
-            .revents()
-            .is_some_and(|events| events.contains(PollFlags::POLLERR))
+    events(fd, PollFlags::empty()).contains(PollFlags::POLLERR)
+}
+
+/// Is there nothing to read, not even an end of file?
+pub(super) fn silent(fd: BorrowedFd<'_>) -> bool {
+    events(fd, PollFlags::POLLIN).is_empty()
+}
+
+fn events(fd: BorrowedFd<'_>, wanted: PollFlags) -> PollFlags {
+    let mut polled = [PollFd::new(fd, wanted)];
+    match poll(&mut polled, PollTimeout::ZERO) {
+        Ok(_) => polled[0].revents().unwrap_or(PollFlags::empty()),
+        Err(_) => PollFlags::empty(),
+    }
 }
 
 /// How many bytes lie in the pipe; either end may be asked.

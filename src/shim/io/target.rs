@@ -107,14 +107,13 @@ fn decode(text: &str, plus_is_space: bool) -> OsString {
 
 /// Opens the client's end of an output stream. `/dev/null` is nowhere.
 pub(super) fn open_output(stream: Stream, target: &Target) -> Result<Option<Sink>, IoError> {
-    let opened = match target {
-        Target::Nowhere | Target::Binary(_) => return Ok(None),
-        Target::File(path) => (append_to(path)
-            .map(|file| Some(Sink::file(file, label(stream, path)))))
-        .map_err(named(stream, path)),
+    match target {
+        Target::Nowhere | Target::Binary(_) => Ok(None),
+        Target::File(path) => append_to(path)
+            .map(|file| Some(Sink::file(file, label(stream, path))))
+            .map_err(named(stream, path)),
         Target::Fifo(path) => open_fifo_or_file(stream, path).map_err(named(stream, path)),
-    };
-    opened
+    }
 }
 
 fn named(stream: Stream, path: &Path) -> impl FnOnce(io::Error) -> IoError {

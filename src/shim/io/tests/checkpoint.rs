@@ -48,7 +48,7 @@ fn unread_input_can_be_seen_without_being_taken() {
     let pending = io.pending_stdin().unwrap();
     assert!(bytes[10..].starts_with(&pending) && pending.len() >= 65526);
     assert!(read_exactly(&process.stdin, bytes.len() - 10) == bytes[10..]);
-    client.join().unwrap();
+    joined(client);
 }
 
 #[test]
@@ -123,6 +123,29 @@ fn a_restored_background_process_has_the_orphan_sink_and_an_open_stdin() {
     assert!(open_and_empty(&process.stdin));
     (&process.stderr).write_all(b"hello").unwrap();
     assert_eq!(read_exactly(&client, 5), b"hello");
+    assert_eq!(io.stdio_pipes().unwrap().len(), 3);
+    drop(process);
+    wait_for("the end", || !io.is_live());
+}
+
+#[test]
+fn a_restored_background_process_keeps_its_file_and_an_open_stdin() {
+    let bed = Bed::new();
+    let init = bed.open("", &bed.fifo("init"), "");
+    let _init_process = start(&init);
+    let uri = format!("file://{}", bed.path("log").display());
+    let io = ProcessIo::open_leftover(
+        &bed.pump,
+        &config("", &uri, ""),
+        &context(init.orphan_sink()),
+    )
+    .unwrap();
+    let process = start(&io);
+    assert!(open_and_empty(&process.stdin));
+    (&process.stdout).write_all(b"more").unwrap();
+    wait_for("the log", || fs::read(bed.path("log")).unwrap() == b"more");
+    assert_asleep(&bed.pump);
+    assert!(open_and_empty(&process.stdin));
     assert_eq!(io.stdio_pipes().unwrap().len(), 3);
     drop(process);
     wait_for("the end", || !io.is_live());

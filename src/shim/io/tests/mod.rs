@@ -200,12 +200,34 @@ fn noise(n: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
+/// A pty whose ends are never inherited by another test's logger, as openpty's would be.
+fn pty() -> (OwnedFd, File) {
+    use nix::{fcntl::OFlag, pty};
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let master = pty::posix_openpt(flags).unwrap();
+    pty::grantpt(&master).unwrap();
+    pty::unlockpt(&master).unwrap();
+    let slave = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NOCTTY)
+        .open(pty::ptsname_r(&master).unwrap())
+        .unwrap();
+    (master.into(), slave)
+}
+
 /// Writes in the background, as a process would.
 fn write_all(mut file: File, bytes: Vec<u8>) -> thread::JoinHandle<File> {
     thread::spawn(move || {
         file.write_all(&bytes).unwrap();
         file
     })
+}
+
+/// What a thread came to, which must end in time.
+fn joined<T>(thread: thread::JoinHandle<T>) -> T {
+    wait_for("a thread", || thread.is_finished());
+    thread.join().unwrap()
 }
 
 /// Bytes that lie in a pipe.
@@ -228,6 +250,7 @@ fn write_until_stuck(file: &File) -> Vec<u8> {
             Ok(n) => {
                 sent += n;
                 stuck_since = None;
+                assert!(sent < bytes.len(), "the stream has no bound");
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 let since = *stuck_since.get_or_insert_with(Instant::now);

@@ -68,7 +68,7 @@ fn without_an_orphan_sink_the_output_goes_to_nowhere() {
     let (io, process) = deleted(&bed, &config("", &path, ""), None);
     let writer = write_all(process.stdout, noise(1 << 20, 4));
     wait_for("the output to vanish", || writer.is_finished());
-    drop((writer.join().unwrap(), process.stderr));
+    drop((joined(writer), process.stderr));
     wait_for("the end", || !io.is_live());
 }
 
@@ -105,5 +105,5 @@ fn a_chatty_background_process_delays_delete_up_to_the_limit_only() {
     assert!(took >= Duration::from_millis(500), "{took:?}");
     assert!(!chatter.is_finished(), "took {took:?}");
     assert!(!read_to_end(&client).is_empty());
-    chatter.join().unwrap();
+    joined(chatter);
 }

@@ -9,9 +9,7 @@ fn bytes_go_both_ways_and_ends_of_file_too() {
     let client_out = client_reader(&stdout);
     let io = bed.open(&stdin, &format!("fifo://{stdout}"), "");
     let Process {
-        mut stdin,
-        mut stdout,
-        ..
+        stdin, mut stdout, ..
     } = {
         let client_in = client_writer(bed.path("in"));
         let process = start(&io);
@@ -28,16 +26,13 @@ fn bytes_go_both_ways_and_ends_of_file_too() {
         drop(client_in);
         process
     };
-    let mut rest = Vec::new();
-    wait_event(&stdin, PollFlags::POLLIN, "input");
-    stdin.read_to_end(&mut rest).unwrap();
-    assert_eq!(rest, b"last");
+    assert_eq!(read_to_end(&stdin), b"last");
     stdout.write_all(b"bye").unwrap();
     drop((stdin, stdout));
     assert_eq!(read_to_end(&client_out), b"bye");
     io.leader_exited();
     io.finish(LIMIT);
-    wait_for("all to end", || !io.is_live());
+    assert!(!io.is_live());
 }
 
 #[test]
@@ -85,7 +80,7 @@ fn a_client_that_does_not_read_blocks_only_its_own_stream() {
     let writer = write_all(start(&io).stdout, bytes.clone());
     let got = read_exactly(&busy_client, bytes.len());
     assert!(got == bytes, "50 MB arrived changed");
-    writer.join().unwrap();
+    joined(writer);
     io.finish(LIMIT);
 
     assert_asleep(&bed.pump);
@@ -106,7 +101,7 @@ fn huge_input_waits_for_a_slow_process() {
     assert!(!client.is_finished());
     let got = read_exactly(&process.stdin, bytes.len());
     assert!(got == bytes);
-    drop(client.join().unwrap());
+    drop(joined(client));
     io.close_stdin();
     assert_eq!(read_to_end(&process.stdin), b"");
 }
@@ -138,11 +133,11 @@ fn a_reader_that_comes_after_the_exit_still_gets_everything() {
     let io = bed.open("", &path, "");
     let bytes = noise(150_000, 9); // more than the FIFO holds
     let writer = write_all(start(&io).stdout, bytes.clone());
-    drop(writer.join().unwrap());
+    drop(joined(writer));
     io.leader_exited();
-    wait_for("the process's end", || {
+    wait_for("a full buffer", || {
         let core = bed.pump.lock();
-        core.flows.values().all(|flow| flow.source.is_none())
+        core.flows.values().any(|flow| flow.buffer.room() == 0)
     });
     assert!(read_to_end(&client_reader(&path)) == bytes);
 
@@ -156,7 +151,7 @@ fn a_reader_that_comes_after_the_exit_still_gets_everything() {
     });
     let finisher = thread::spawn(move || io.finish(LIMIT));
     assert_eq!(read_to_end(&client_reader(&small)), b"tiny");
-    finisher.join().unwrap();
+    joined(finisher);
 }
 
 #[test]
@@ -187,7 +182,7 @@ fn input_for_a_process_that_closed_its_stdin_is_discarded_at_no_cost() {
     drop(stdin);
     let client = write_all(client, noise(1 << 20, 2));
     wait_for("the input to be discarded", || client.is_finished());
-    let client = client.join().unwrap();
+    let client = joined(client);
     assert_asleep(&bed.pump);
     drop((client, stdout));
 }
@@ -257,9 +252,9 @@ fn descriptors_do_not_leak() {
         let mut io = config("", "", "");
         io.terminal = true;
         let io = bed.open_for(&io, None).unwrap();
-        let pty = nix::pty::openpty(None, None).unwrap();
-        io.attach_console(pty.master).unwrap();
-        drop(pty.slave);
+        let (master, slave) = pty();
+        io.attach_console(master).unwrap();
+        drop(slave);
         io.leader_exited();
         io.finish(LIMIT);
         wait_for("the streams to end", || bed.pump.lock().is_empty());

@@ -1,6 +1,6 @@
 //! Terminals, with a pty whose slave the test holds.
 
-use nix::{pty::openpty, sys::termios};
+use nix::sys::termios;
 
 use super::*;
 
@@ -19,14 +19,14 @@ fn terminal(bed: &Bed) -> Terminal {
     let io = bed.open_for(&config, None).unwrap();
     assert!(io.is_terminal() && io.take_child_fds().is_none());
     io.resize(80, 25).unwrap();
-    let pty = openpty(None, None).unwrap();
-    let mut raw = termios::tcgetattr(&pty.slave).unwrap();
+    let (master, slave) = pty();
+    let mut raw = termios::tcgetattr(&slave).unwrap();
     termios::cfmakeraw(&mut raw);
-    termios::tcsetattr(&pty.slave, termios::SetArg::TCSANOW, &raw).unwrap();
-    io.attach_console(pty.master).unwrap();
+    termios::tcsetattr(&slave, termios::SetArg::TCSANOW, &raw).unwrap();
+    io.attach_console(master).unwrap();
     Terminal {
         io,
-        slave: pty.slave.into(),
+        slave,
         client_in: client_writer(&stdin),
         client_out,
     }
@@ -97,10 +97,10 @@ fn much_goes_through_a_terminal_both_ways() {
         }
     });
     assert!(read_exactly(&client_out, bytes.len()) == bytes);
-    let client_in = sender.join().unwrap();
+    let client_in = joined(sender);
     io.close_stdin();
     drop(client_in); // hangs up: the echo ends
-    echo.join().unwrap();
+    joined(echo);
 }
 
 #[test]
@@ -134,6 +134,34 @@ fn a_process_may_close_its_terminal_and_open_it_again() {
     drop(slave);
     io.leader_exited();
     assert_eq!(read_to_end(&client_out), b"");
+}
+
+#[test]
+fn a_rollback_gives_the_client_another_terminal_unnoticed() {
+    let bed = Bed::new();
+    let Terminal {
+        io,
+        slave,
+        client_in,
+        client_out,
+    } = terminal(&bed);
+    (&slave).write_all(b"old").unwrap();
+    assert_eq!(read_exactly(&client_out, 3), b"old");
+    drop(slave);
+    let (master, slave) = pty();
+    io.attach_console(master).unwrap();
+    assert_eq!(size(&slave), (80, 25));
+    (&slave).write_all(b"new").unwrap();
+    assert_eq!(read_exactly(&client_out, 3), b"new");
+    (&client_in).write_all(b"x\n").unwrap();
+    assert_eq!(read_exactly(&slave, 2), b"x\n");
+    io.leader_exited();
+    drop(slave);
+    assert_eq!(
+        read_to_end(&client_out),
+        b"x\r\n",
+        "the line discipline's echo, and the end"
+    );
 }
 
 #[test]
@@ -174,7 +202,7 @@ fn a_background_process_on_a_terminal_does_not_keep_the_client_waiting() {
     let slave = write_all(slave, noise(200_000, 3));
     wait_for("its output to go to nowhere", || slave.is_finished());
     io.finish(LIMIT);
-    drop(slave.join().unwrap());
+    drop(joined(slave));
     wait_for("the end", || !io.is_live());
 }
 
@@ -187,13 +215,13 @@ fn a_logger_gets_a_terminals_output_on_stdout() {
     let mut config = config("", &format!("binary:///bin/sh?{}", script.display()), "");
     config.terminal = true;
     let io = bed.open_for(&config, None).unwrap();
-    let pty = openpty(None, None).unwrap();
-    io.attach_console(pty.master).unwrap();
-    nix::unistd::write(&pty.slave, b"hello").unwrap();
+    let (master, slave) = pty();
+    io.attach_console(master).unwrap();
+    (&slave).write_all(b"hello").unwrap();
     wait_for("the log", || {
         fs::read(&out).is_ok_and(|log| log == b"hello")
     });
-    drop(pty.slave);
+    drop(slave);
 }
 
 #[test]
@@ -212,11 +240,11 @@ fn a_console_socket_receives_a_terminal_and_cleans_up() {
         let stream = std::os::fd::AsRawFd::as_raw_fd(&stream);
         sendmsg::<()>(stream, &name, &rights, MsgFlags::empty(), None).unwrap();
     };
-    let pty = openpty(None, None).unwrap();
-    send(pty.master);
+    let (master, slave) = pty();
+    send(master);
     let master = socket.receive(LIMIT).unwrap();
     nix::unistd::write(&master, b"x\n").unwrap();
-    assert_eq!(read_exactly(&File::from(pty.slave), 2), b"x\n");
+    assert_eq!(read_exactly(&slave, 2), b"x\n");
 
     send(File::open("/dev/null").unwrap().into());
     assert!(socket.receive(LIMIT).is_err(), "no terminal");

@@ -1,0 +1,43 @@
+# crab's make targets. `make test` and `make demo` install what they need themselves
+# (as root, on Debian 12 or 13, with Rust).
+
+PREFIX  ?= /usr/local
+DESTDIR ?=
+BIN     := target/release
+CARGO   ?= cargo
+
+.PHONY: build test demo bench fuzz soak install uninstall clean testbed
+
+build: ## the shim and the crab command
+	@integration/host-tools
+	$(CARGO) build --release --locked
+
+testbed: ## the bed that tests and demo run in
+	integration/testbed/build
+
+test: ## everything that CI runs
+	integration/test
+
+demo: build ## an agent's session, with a crash in the middle
+	integration/demo
+
+bench: build ## measured beside containerd's own shim
+	integration/bench/run
+
+fuzz: ## longer random tests of what reads foreign input
+	PROPTEST_CASES=20000 $(CARGO) test --release --locked --lib -- --nocapture prop
+
+soak: build ## the long forms of the end-to-end tests
+	CRAB_E2E_SOAK=1 integration/e2e/run
+
+install: build
+	install -D -m 0755 $(BIN)/containerd-shim-crab-v2 $(DESTDIR)$(PREFIX)/bin/containerd-shim-crab-v2
+	install -D -m 0755 $(BIN)/crab $(DESTDIR)$(PREFIX)/bin/crab
+	install -D -m 0644 shim-config/crab.toml $(DESTDIR)$(PREFIX)/share/doc/crab/crab.toml
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/containerd-shim-crab-v2 $(DESTDIR)$(PREFIX)/bin/crab
+	rm -rf $(DESTDIR)$(PREFIX)/share/doc/crab
+
+clean:
+	$(CARGO) clean

@@ -1,0 +1,88 @@
+"""Set-up of the end-to-end tests: every test must leave the bed as it found it."""
+
+import os
+import pathlib
+import shutil
+import tempfile
+
+import pytest
+
+pytest.register_assert_rewrite("harness")
+
+import harness  # noqa: E402
+import world  # noqa: E402
+
+LOGS = [pathlib.Path(f"/var/log/bed/{name}.log") for name in ("containerd", "dockerd")]
+GONE_WITHIN = 10
+"""Seconds. containerd ends a shim, and dockerd a container, a little after it has told the client."""
+
+
+def _leaves_nothing():
+    before = world.snapshot()
+    yield
+    left = None
+
+    def clean():
+        nonlocal left
+        left = world.snapshot() - before
+        return not left
+
+    try:
+        harness.until(clean, "nothing left", GONE_WITHIN)
+    except AssertionError:
+        pytest.fail("left behind:\n" + "\n".join(sorted(left)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_module_leaves_nothing():
+    yield from _leaves_nothing()
+
+
+@pytest.fixture(autouse=True)
+def a_test_leaves_nothing(a_module_leaves_nothing, request):
+    # Containers that a module's tests share are made before the first look.
+    for name in ("shared", "pair"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name)
+    yield from _leaves_nothing()
+
+
+@pytest.fixture
+def open_dir():
+    """A directory that every user may enter; pytest's own are for root alone."""
+    path = pathlib.Path(tempfile.mkdtemp())
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def config():
+    """Writes /etc/crab/config.toml for the time of a test."""
+
+    def write(text):
+        harness.CONFIG.parent.mkdir(exist_ok=True)
+        harness.CONFIG.write_text(text)
+
+    yield write
+    harness.CONFIG.unlink(missing_ok=True)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Shows what the daemons (and with containerd's log the shims) said during a test that fails."""
+    if call.when == "setup":
+        item.log_sizes = {log: log.stat().st_size for log in LOGS if log.exists()}
+    report = (yield).get_result()
+    if not report.failed:
+        return
+    for log, size in getattr(item, "log_sizes", {}).items():
+        with open(log, "rb") as file:
+            file.seek(size)
+            lines = file.read().decode(errors="replace").splitlines()[-40:]
+        report.sections.append((f"the end of {log}", "\n".join(lines)))
+
+
+def pytest_report_header():
+    binary = pathlib.Path("/usr/local/bin/containerd-shim-crab-v2")
+    return f"bed {os.environ.get('CRAB_BED_ID')}, shim {harness.run(binary, '-v').out.split()[2]}, {os.cpu_count()} cores"

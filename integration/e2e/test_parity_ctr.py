@@ -1,0 +1,461 @@
+"""containerd's own client sees the same of crab as of containerd's own runc shim."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+
+import pytest
+
+from harness import CRAB, IMAGE, RUNC, Ctr, Events, Terminal, both, ctr, pair, run, unique, until
+from taskapi import RESOURCES, Shim, any_of
+
+COUNTER = "i=0; while :; do i=$((i+1)); echo $i; echo $i >/count.new; mv /count.new /count; sleep 0.02; done"
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """One idle container of each runtime."""
+    containers = pair("ctr")
+    yield containers
+    for container in containers.values():
+        container.remove()
+
+
+def run_once(runtime, *command, options=(), **kwargs):
+    return ctr("run", "--rm", "--runtime", runtime, *options, IMAGE, unique("r"), *command, check=False, **kwargs)
+
+
+# run
+
+
+def test_run_gives_the_exit_code_and_both_streams():
+    def scenario(runtime):
+        done = run_once(runtime, "sh", "-c", "echo to stdout; echo to stderr >&2; exit 7")
+        return done.rc, done.out, done.err
+
+    assert both(scenario) == (7, "to stdout\n", "to stderr\n")
+
+
+def test_run_reports_a_death_by_signal():
+    assert both(lambda runtime: run_once(runtime, "sh", "-c", "kill -9 $$").rc) in (0, 137)  # init is immune to its own
+    assert both(lambda runtime: run_once(runtime, "sh", "-c", "sh -c 'kill -9 $$'; exit $?").rc) == 137
+
+
+def test_run_of_a_command_that_is_not_there_says_so():
+    def scenario(runtime):
+        done = run_once(runtime, "no-such-command")
+        return done.rc, '"no-such-command": executable file not found' in done.err.replace("\\", "")
+
+    assert both(scenario) == (1, True)
+
+
+def test_run_passes_stdin_to_its_end():
+    data = os.urandom(5 << 20)
+
+    def scenario(runtime):
+        return run_once(runtime, "sha256sum", stdin=data).out
+
+    assert both(scenario) == hashlib.sha256(data).hexdigest() + "  -\n"
+
+
+def test_run_on_a_terminal():
+    def scenario(runtime):
+        script = "test -t 0 -a -t 1 -a -t 2 && echo terminal; stty size; read x; echo got-$x; exit 5"
+        argv = ["ctr", "run", "--rm", "--tty", "--runtime", runtime, IMAGE, unique("t"), "sh", "-c", script]
+        with Terminal(*argv, rows=33, cols=99) as terminal:
+            terminal.expect("terminal\n33 99\n")
+            terminal.type("hello\n")
+            terminal.expect("got-hello\n")
+            return terminal.finish()
+
+    assert both(scenario) == (5, "")
+
+
+def test_a_terminal_follows_its_window():
+    def scenario(runtime):
+        script = "trap 'stty size; exit 3' WINCH; echo ready; while :; do sleep 0.02; done"
+        argv = ["ctr", "run", "--rm", "--tty", "--runtime", runtime, IMAGE, unique("t"), "bash", "-c", script]
+        with Terminal(*argv) as terminal:
+            terminal.expect("ready\n")
+            terminal.resize(50, 132)
+            return terminal.finish()
+
+    assert both(scenario) == (3, "50 132\n")
+
+
+def test_ctrl_c_interrupts_what_runs_on_a_terminal():
+    def scenario(runtime):
+        script = "trap 'echo caught; exit 4' INT; echo ready; while :; do sleep 0.02; done"
+        argv = ["ctr", "run", "--rm", "--tty", "--runtime", runtime, IMAGE, unique("t"), "bash", "-c", script]
+        with Terminal(*argv) as terminal:
+            terminal.expect("ready\n")
+            terminal.type("\x03")
+            return terminal.finish()
+
+    rc, out = both(scenario)
+    assert (rc, "caught" in out) == (4, True)
+
+
+def test_run_with_options_of_every_day(open_dir):
+    (open_dir / "file").write_text("from the host\n")
+
+    def scenario(runtime):
+        options = ["--env", "A=b c", "--cwd", "/usr", "--user", "1000:1000", "--read-only", "--hostname", "sandbox",
+                   "--mount", f"type=bind,src={open_dir},dst=/mnt,options=rbind:ro"]
+        script = 'echo "$A"; pwd; id -u; id -g; hostname; cat /mnt/file; touch /x 2>&1; touch /mnt/x 2>&1'
+        done = run_once(runtime, "sh", "-c", script, options=options)
+        return done.rc, done.out.splitlines()[:6], done.out.count("Read-only file system"), done.err
+
+    result = both(scenario)
+    assert result == (1, ["b c", "/usr", "1000", "1000", "sandbox", "from the host"], 2, "")
+
+
+# exec
+
+
+def test_exec_gives_the_exit_code_and_both_streams(shared):
+    def scenario(runtime):
+        done = shared[runtime].exec("sh", "-c", "echo to stdout; echo to stderr >&2; exit 3", check=False)
+        return done.rc, done.out, done.err
+
+    assert both(scenario) == (3, "to stdout\n", "to stderr\n")
+
+
+def test_exec_options(shared):
+    def scenario(runtime):
+        options = ["--cwd", "/usr/bin", "--user", "1234:5678"]
+        return shared[runtime].exec("sh", "-c", "pwd; id -u; id -g", options=options).out
+
+    assert both(scenario) == "/usr/bin\n1234\n5678\n"
+
+
+def test_exec_passes_stdin_to_its_end(shared):
+    data = os.urandom(1 << 20)
+    out = both(lambda runtime: shared[runtime].exec("sha256sum", stdin=data).out)
+    assert out == hashlib.sha256(data).hexdigest() + "  -\n"
+
+
+def test_exec_on_a_terminal(shared):
+    def scenario(runtime):
+        argv = shared[runtime].exec_argv("sh", "-c", "test -t 0 && stty size; cat; exit 6", options=["--tty"])
+        with Terminal(*argv, rows=40, cols=100) as terminal:
+            terminal.expect("40 100\n")
+            terminal.type("echoed\n\x04")
+            return terminal.finish()
+
+    assert both(scenario) == (6, "echoed\nechoed\n")
+
+
+@pytest.mark.parametrize("name", ["TERM", "KILL", "USR1", "HUP"])
+def test_exec_can_be_signalled(shared, name):
+    exec_id = unique("signalled")
+
+    def scenario(runtime):
+        container = shared[runtime]
+        with container.start_exec("sh", "-c", "echo up; exec sleep 1000", exec_id=exec_id) as client:
+            assert client.stdout.readline() == b"up\n"
+            until(lambda: "sleep 1000" in run("ps", "-eo", "args").out, "sleep runs")
+            container.kill(name, options=["--exec-id", exec_id])
+            client.stdin.close()
+            return client.wait(20)
+
+    assert both(scenario) == 128 + signal.Signals[f"SIG{name}"]
+
+
+def test_exec_of_a_command_that_is_not_there_says_so(shared):
+    def scenario(runtime):
+        done = shared[runtime].exec("no-such-command", check=False)
+        return done.rc, '"no-such-command": executable file not found' in done.err.replace("\\", "")
+
+    assert both(scenario) == (1, True)
+
+
+def test_exec_in_a_directory_that_is_not_there_says_so(shared):
+    def scenario(runtime):
+        done = shared[runtime].exec("true", options=["--cwd", "/no/such"], check=False)
+        return done.rc, "/no/such" in done.err and "no such file or directory" in done.err
+
+    assert both(scenario) == (1, True)
+
+
+# pause, ps, metrics, update
+
+
+def test_pause_stops_and_resume_goes_on():
+    def scenario(runtime):
+        with Ctr(runtime, "sh", "-c", COUNTER) as container:
+            count = until(lambda: container.exec("cat", "/count", check=False).out, "the counter counts")
+            ctr("task", "pause", container.id)
+            pid, status = container.status
+            refused = container.exec("true", check=False)
+            again = ctr("task", "pause", container.id, check=False)
+            seen = os.stat(f"/proc/{pid}/root/count").st_mtime_ns
+            ctr("task", "resume", container.id)
+            until(lambda: os.stat(f"/proc/{pid}/root/count").st_mtime_ns != seen, "the counter goes on")
+            resumed = ctr("task", "resume", container.id, check=False)
+            return (int(count) > 0, status, refused.rc, "paused" in refused.err, again.rc, container.status[1],
+                    resumed.rc, container.sh("echo alive"))
+
+    assert both(scenario) == (True, "PAUSED", 1, True, 1, "RUNNING", 1, "alive\n")
+
+
+def test_a_paused_container_can_be_killed():
+    def scenario(runtime):
+        with Ctr(runtime) as container:
+            ctr("task", "pause", container.id)
+            container.kill()
+            ctr("task", "resume", container.id, check=False)  # runc.v2 and a v1 freezer: dies when it is thawed
+            container.stopped()
+            return container.delete_task()
+
+    assert both(scenario) == 137
+
+
+def test_ps_shows_every_process(shared):
+    def scenario(runtime):
+        container = shared[runtime]
+        exec_id = unique("shown")
+        with container.start_exec("sh", "-c", "sleep 1000 & echo up; wait", exec_id=exec_id) as client:
+            assert client.stdout.readline() == b"up\n"
+            table = ctr("task", "ps", container.id).out.replace(exec_id, "EXEC")
+            container.exec("pkill", "--exact", "--full", "sleep 1000")
+            client.communicate(timeout=20)
+        return sorted(re.sub(r"\d+", "N", line) for line in table.splitlines())
+
+    lines = both(scenario)
+    assert len(lines) == 4 and sum("EXEC" in line for line in lines) == 1
+
+
+def keys(value, at=""):
+    """The paths of all keys; lists count as one element."""
+    if isinstance(value, dict):
+        return {path for key, inner in value.items() for path in keys(inner, f"{at}/{key}")} or {at}
+    if isinstance(value, list):
+        return {path for inner in value for path in keys(inner, f"{at}/*")} or {at}
+    return {at}
+
+
+BUSY = """
+import mmap, os, signal
+memory = os.urandom(32 << 20)
+with open("/file", "wb+") as file:
+    file.write(memory[:1 << 20]); file.flush()
+    mapped = mmap.mmap(file.fileno(), 0); mapped[0]
+    open("/ready", "w").close()
+    signal.pause()
+"""
+
+
+def test_metrics_have_the_same_keys_and_plausible_values():
+    def scenario(runtime):
+        with Ctr(runtime, "python3", "-c", BUSY) as container:
+            until(lambda: container.exec("test", "-e", "/ready", check=False).rc == 0, "memory is used")
+            metrics = json.loads(ctr("task", "metrics", "--format", "json", container.id).out)
+            # A counter that is zero is not shown: these depend on what the disk and the kernel's reclaim did.
+            vague = re.compile("blkio|file|maj_fault|dirty|writeback|pg_out|inactive|throttling")
+            return metrics["pids"]["current"], {k for k in keys(metrics) if not vague.search(k)}, {
+                "memory": 32 << 20 < metrics["memory"]["usage"]["usage"] < 100 << 20,
+                "anonymous": 32 << 20 < metrics["memory"]["total_rss"] < 80 << 20,
+                "cpu": 10**6 < metrics["cpu"]["usage"]["total"] < 10**10,
+                "cores": len(metrics["cpu"]["usage"]["per_cpu"]),
+            }
+
+    pids, _, plausible = both(scenario)
+    assert pids == 1
+    assert plausible == {"memory": True, "anonymous": True, "cpu": True, "cores": os.cpu_count()}
+
+
+def test_limits_of_run_and_update_reach_the_cgroup():
+    def limits(container):
+        read = lambda controller, name: int((container.cgroup(controller) / name).read_text())
+        return {
+            "memory": read("memory", "memory.limit_in_bytes"),
+            "pids": (container.cgroup("pids") / "pids.max").read_text().strip(),
+            "quota": read("cpu", "cpu.cfs_quota_us"),
+            "period": read("cpu", "cpu.cfs_period_us"),
+            "shares": read("cpu", "cpu.shares"),
+        }
+
+    def scenario(runtime):
+        options = ["--memory-limit", str(64 << 20), "--cpus", "0.5"]
+        with Ctr(runtime, options=options) as container, Shim.of(container) as shim:
+            before = limits(container)
+            resources = {"memory": {"limit": 96 << 20}, "pids": {"limit": 33},
+                         "cpu": {"quota": 70000, "period": 100000, "shares": 512}}
+            shim.call("Update", {1: container.id, 2: any_of(RESOURCES, resources)})
+            return before, limits(container), container.sh("echo alive")
+
+    before, after, alive = both(scenario)
+    assert (before["memory"], before["quota"], before["period"]) == (64 << 20, 50000, 100000)
+    assert after == {"memory": 96 << 20, "pids": "33", "quota": 70000, "period": 100000, "shares": 512}
+    assert alive == "alive\n"
+
+
+def test_a_container_that_uses_too_much_memory_is_killed_and_an_event_says_so():
+    def scenario(runtime):
+        with Events() as events:
+            hungry = "x = bytearray(200 << 20)"
+            with Ctr(runtime, "sh", "-c", f"sleep 0.2; python3 -c '{hungry}'; exit $?", options=["--memory-limit", str(64 << 20)]) as c:
+                c.stopped()
+                events.wait_for(c.id, "/tasks/exit")
+                topics = [topic for topic, _ in events.of(c.id)]
+                return c.delete_task(), "/tasks/oom" in topics
+
+    assert both(scenario) == (137, True)
+
+
+# signals and ends
+
+
+@pytest.mark.parametrize("name,number", [("TERM", 15), ("USR1", 10), ("RTMIN+3", 37)])
+def test_a_signal_reaches_init(name, number):
+    def scenario(runtime):
+        script = f"trap 'exit 42' {number}; touch /ready; while :; do sleep 0.02; done"
+        with Ctr(runtime, "bash", "-c", script) as container:
+            until(lambda: container.exec("test", "-e", "/ready", check=False).rc == 0, "the trap is set")
+            container.kill(str(number))
+            container.stopped()
+            return container.delete_task()
+
+    assert both(scenario) == 42
+
+
+def test_kill_all_reaches_every_process():
+    def scenario(runtime):
+        script = """trap 'wait $child; echo init >>/log; exit 0' TERM
+            (trap 'echo child >>/log; exit 0' TERM; touch /ready; while :; do sleep 0.02; done) & child=$!
+            while :; do sleep 0.02; done"""
+        with Ctr(runtime, "bash", "-c", script) as container:
+            until(lambda: container.exec("test", "-e", "/ready", check=False).rc == 0, "the traps are set")
+            log = container.bundle / "rootfs/log"
+            container.kill("TERM", options=["--all"])
+            container.stopped()
+            return log.read_text().split()
+
+    assert both(scenario) == ["child", "init"]
+
+
+def test_the_end_of_init_ends_everything():
+    def scenario(runtime):
+        with Ctr(runtime, "sh", "-c", "until test -e /go; do sleep 0.02; done; exit 9") as container:
+            with container.start_exec("sh", "-c", "echo up; exec sleep 1000") as client:
+                assert client.stdout.readline() == b"up\n"
+                container.exec("touch", "/go", check=False)  # it may be faster than its own report
+                rc = client.wait(20)
+                client.stdin.close()
+            container.stopped()
+            return rc, container.delete_task(), container.status
+
+    assert both(scenario) == (137, 9, None)
+
+
+def test_calls_after_the_end_are_refused_alike():
+    def scenario(runtime):
+        with Ctr(runtime, "true") as container:
+            container.stopped()
+            with Shim.of(container) as shim:
+                kinds = {}
+                requests = {
+                    "State": {1: container.id}, "Start": {1: container.id}, "Pause": {1: container.id},
+                    "Resume": {1: container.id}, "Kill": {1: container.id, 3: 15}, "Pids": {1: container.id},
+                    "Delete": {1: container.id, 2: "nobody"}, "CloseIO": {1: container.id, 3: True},
+                    "ResizePty": {1: container.id, 3: 1, 4: 1}, "Wait": {1: container.id},
+                }
+                for method, fields in requests.items():
+                    try:
+                        shim.call(method, fields)
+                        kinds[method] = "ok"
+                    except Exception as e:
+                        kinds[method] = "refused"
+                return kinds
+
+    refused = both(scenario)
+    assert refused["Start"] == refused["Pause"] == refused["Kill"] == refused["Delete"] == "refused"
+
+
+def test_events_come_in_the_same_order():
+    def scenario(runtime):
+        with Events() as events:
+            container = Ctr(runtime, "sh", "-c", "until test -e /go; do sleep 0.02; done; exit 4")
+            with container:
+                container.exec("sh", "-c", "exit 3", exec_id="one", check=False)
+                ctr("task", "pause", container.id)
+                ctr("task", "resume", container.id)
+                with container.start_exec("sh", "-c", "echo up; exec sleep 1000", exec_id="two") as client:
+                    assert client.stdout.readline() == b"up\n"
+                    container.kill("KILL", options=["--exec-id", "two"])
+                    client.communicate(timeout=20)
+                (container.bundle / "rootfs/go").touch()
+                container.stopped()
+            events.wait_for(container.id, "/tasks/delete")
+            plain = ("exec_id", "id", "exit_status")
+            return [
+                (topic, {k: v.replace(container.id, "ID") if isinstance(v, str) else v for k, v in m.items() if k in plain}, sorted(m))
+                for topic, m in events.of(container.id)
+            ]
+
+    topics = [(topic, m.get("exec_id") or m.get("id"), m.get("exit_status")) for topic, m, _ in both(scenario)]
+    assert topics == [
+        ("/tasks/create", None, None), ("/tasks/start", None, None),
+        ("/tasks/exec-added", "one", None), ("/tasks/exec-started", "one", None), ("/tasks/exit", "one", 3),
+        ("/tasks/paused", None, None), ("/tasks/resumed", None, None),
+        ("/tasks/exec-added", "two", None), ("/tasks/exec-started", "two", None), ("/tasks/exit", "two", 137),
+        ("/tasks/exit", "ID", 4), ("/tasks/delete", None, 4),
+    ]  # fmt: skip
+
+
+# checkpoint and restore
+
+
+def remove_image(name):
+    ctr("images", "rm", "--sync", name, check=False)
+
+
+def test_a_checkpoint_of_ctr_leaves_the_container_running_and_can_be_restored():
+    def scenario(runtime):
+        image = unique("checkpoint.test/") + ":latest"
+        restored_id = unique("restored")
+        with Ctr(runtime, "sh", "-c", COUNTER) as container:
+            until(lambda: container.exec("test", "-s", "/count", check=False).rc == 0, "the counter counts")
+            ctr("container", "checkpoint", "--rw", "--image", "--task", container.id, image)
+            was = int(container.exec("cat", "/count").out)
+            until(lambda: int(container.exec("cat", "/count").out) > was, "the counter goes on")
+        client = subprocess.Popen(
+            ["ctr", "container", "restore", "--rw", "--live", restored_id, image], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            # ctr of 1.7 starts the restored task and leaves; what it writes goes into FIFOs that nobody reads.
+            rc = client.wait(20)
+            restored = Ctr.__new__(Ctr)
+            restored.id, restored._execs = restored_id, iter(f"{n}" for n in range(1, 1000))
+            seen = int(restored.exec("cat", "/count").out)
+            until(lambda: int(restored.exec("cat", "/count").out) > seen, "the restored counter counts")
+            return rc, seen > 1
+        finally:
+            client.kill()
+            client.communicate()
+            ctr("task", "delete", "--force", restored_id, check=False)
+            ctr("container", "delete", restored_id, check=False)
+            remove_image(image)
+
+    assert both(scenario) == (0, True)
+
+
+def test_ctr_task_checkpoint_leaves_the_container_running(config, tmp_path):
+    config("checkpoint_stops = false\n")  # see docs/differences.md
+
+    def scenario(runtime):
+        with Ctr(runtime, "sh", "-c", COUNTER) as container:
+            until(lambda: container.exec("test", "-s", "/count", check=False).rc == 0, "the counter counts")
+            done = ctr("task", "checkpoint", container.id)
+            image = done.out.strip()
+            was = int(container.exec("cat", "/count").out)
+            until(lambda: int(container.exec("cat", "/count").out) > was, "the counter goes on")
+            remove_image(image)
+            return image.replace(container.id, "ID").rsplit(":", 1)[0], container.status[1]
+
+    name, status = both(scenario)
+    assert name.startswith("containerd.io/checkpoint/ID") and status == "RUNNING"
