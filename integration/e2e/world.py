@@ -28,6 +28,7 @@ def files():
     found = set()
     for root in map(os.path.realpath, RUN):
         for top, dirs, names in os.walk(root):
+            dirs[:] = [d for d in dirs if d != "rootfs"]
             found.update(f"file {top}/{n}" for n in names)
             found.update(f"directory {top}/{d}" for d in dirs if not is_shared(f"{top}/{d}"))
     return found

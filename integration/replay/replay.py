@@ -124,6 +124,17 @@ def describe(line: crabs.Line | None) -> str:
     return text + (f"  [{line['note']}]" if line.get("note") else "")
 
 
+def in_words(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    return (f"{'good' if summary['good'] else 'NOT GOOD'}: {summary['turns']} turns in {summary['wall_s']} s, "
+            f"{summary['codes_as_recorded']} of {summary['codes_recorded']} exit codes as recorded, "
+            f"{summary['faults']} crashes, {summary['restores_equal']} restores equal "
+            f"({summary['restores_exact']} to the byte, nothing run in between), "
+            f"{summary['bytes_written'] / 1e6:.1f} MB of checkpoints"
+            + (f", unexpected exit codes in turns {summary['codes_not_as_expected']}"
+               if summary["codes_not_as_expected"] else ""))
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, required=True)
@@ -138,6 +149,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sandbox", default=f"replay-{os.getpid()}", metavar="NAME")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the digests of every fault there")
+    parser.add_argument("--brief", action="store_true", help="end with a sentence instead of an object")
     parser.add_argument("--verbose", action="store_true", help="show the output of commands that fail unexpectedly")
     args = parser.parse_args(arguments)
     args.runtime = args.runtime or (STOCK_RUNTIME if args.no_crab else crabs.RUNTIME)
@@ -169,7 +181,7 @@ def main() -> int:
     finally:
         client.remove()
     summary = replay.summary() | {"failure": failure, "good": replay.is_good() and failure is None}
-    print(json.dumps(summary, indent=1))
+    print(in_words(summary) if args.brief else json.dumps(summary, indent=1))
     if args.json:
         args.json.write_text(json.dumps({"summary": summary, "turns": replay.turns,
                                          "faults": [fault.as_json() for fault in replay.faults]}, indent=1) + "\n")

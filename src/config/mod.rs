@@ -139,7 +139,7 @@ impl Default for Config {
             gate: Gate::Strict,
             not_turns: Vec::new(),
             tcp: Tcp::Close,
-            exec_linger: Duration::from_secs(10),
+            exec_linger: Duration::from_secs(1),
             dump_timeout: Duration::from_secs(60),
         }
     }

@@ -62,6 +62,13 @@ pub enum CutError {
         /// Host pids of all processes that would be lost.
         pids: Vec<i32>,
     },
+    /// CRIU would hang in the kernel: a task that is stopped never answers in a v1 freezer.
+    #[error(
+        "the sandbox has stopped processes (host pid {}), on which CRIU hangs with cgroup v1: \
+         continue or end them",
+        list(.0)
+    )]
+    Stopped(Vec<i32>),
     /// An exec was being started for too long.
     #[error("an exec has been starting for {LATCH_LIMIT:?}")]
     Latch,
@@ -90,9 +97,13 @@ pub enum CutError {
     Capture(String),
 }
 
-fn list_execs(execs: &[String], pids: &[i32]) -> String {
+fn list(pids: &[i32]) -> String {
     let pids: Vec<String> = pids.iter().map(ToString::to_string).collect();
-    let pids = pids.join(", ");
+    pids.join(", ")
+}
+
+fn list_execs(execs: &[String], pids: &[i32]) -> String {
+    let pids = list(pids);
     match execs {
         [] => format!("processes (host pid {pids})"),
         execs => format!("live execs ({}; host pid {pids})", execs.join(", ")),
@@ -124,6 +135,13 @@ impl Sandbox<'_> {
     ) -> Result<Done<T>, CutError> {
         let _latched = self.doors.latch(LATCH_LIMIT).ok_or(CutError::Latch)?;
         let begin = Instant::now();
+        if self.freeze.cgroup().hangs_on_stopped() {
+            let mut stopped = self.freeze.cgroup().procs()?;
+            stopped.retain(|pid| is_stopped(*pid));
+            if !stopped.is_empty() {
+                return Err(CutError::Stopped(stopped));
+            }
+        }
         let held = self.freeze.hold()?;
         let before: BTreeSet<i32> = self.freeze.cgroup().procs()?.into_iter().collect();
         let strangers = strangers(&before, self.scene.init_pid());
@@ -184,16 +202,34 @@ fn strangers(procs: &BTreeSet<i32>, init: i32) -> Vec<i32> {
     procs
         .iter()
         .copied()
-        .filter(|pid| *pid != init && !parent(*pid).is_some_and(|p| procs.contains(&p)))
+        .filter(|pid| *pid != init && !stat(*pid).is_some_and(|s| procs.contains(&s.parent)))
         .collect()
 }
 
-/// The parent's pid, from `/proc/PID/stat`, whose second field may contain anything.
-fn parent(pid: i32) -> Option<i32> {
+/// Whether a signal has stopped this process. In a frozen cgroup its state is that of a frozen
+/// one, and only the place where it waits tells.
+fn is_stopped(pid: i32) -> bool {
+    let wchan = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("wchan"));
+    stat(pid).is_some_and(|stat| stat.state == 'T')
+        || wchan.is_ok_and(|place| place == "do_signal_stop")
+}
+
+/// What `/proc/PID/stat` says first.
+struct Stat {
+    state: char,
+    parent: i32,
+}
+
+/// Reads `/proc/PID/stat`, whose second field may contain anything.
+fn stat(pid: i32) -> Option<Stat> {
     let stat = fs::read(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
     let stat = String::from_utf8_lossy(&stat);
     let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_whitespace().nth(1)?.parse().ok()
+    let mut words = rest.split_whitespace();
+    Some(Stat {
+        state: words.next()?.chars().next()?,
+        parent: words.next()?.parse().ok()?,
+    })
 }
 
 #[cfg(test)]
@@ -203,7 +239,7 @@ mod tests {
     #[test]
     fn a_process_whose_parent_is_outside_is_a_stranger() {
         let me = std::process::id() as i32;
-        let init = parent(me).unwrap();
+        let init = stat(me).unwrap().parent;
         // With the parent inside I am one of them.
         assert!(strangers(&BTreeSet::from([init, me]), init).is_empty());
         assert_eq!(strangers(&BTreeSet::from([me]), init), [me]);

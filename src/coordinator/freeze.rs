@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 
-use crate::cgroup::{Cgroup, CgroupError, FreezerState};
+use crate::cgroup::{Cgroup, CgroupError, FreezerState, Layout};
 
 /// How long the kernel may take to freeze everything.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -22,6 +22,8 @@ pub trait Freezable: Send + Sync {
     fn is_frozen(&self) -> Result<bool, CgroupError>;
     /// Host pids of every process inside, descendants included.
     fn procs(&self) -> Result<Vec<i32>, CgroupError>;
+    /// Whether CRIU hangs on stopped tasks with this freezer, as it does with that of v1.
+    fn hangs_on_stopped(&self) -> bool;
 }
 
 impl Freezable for Cgroup {
@@ -39,6 +41,10 @@ impl Freezable for Cgroup {
 
     fn procs(&self) -> Result<Vec<i32>, CgroupError> {
         Cgroup::procs(self)
+    }
+
+    fn hangs_on_stopped(&self) -> bool {
+        self.layout() != Layout::V2
     }
 }
 
@@ -176,6 +182,9 @@ pub(crate) mod fake {
         }
         fn procs(&self) -> Result<Vec<i32>, CgroupError> {
             Ok(self.procs.lock().clone())
+        }
+        fn hangs_on_stopped(&self) -> bool {
+            true
         }
     }
 }

@@ -32,15 +32,15 @@ impl CriuConf {
     }
 
     /// Options for a restore. `close_tcp` gives established connections an error instead of a
-    /// peer that has long moved on; `leave_stopped` leaves every task stopped before its first
-    /// instruction.
-    pub fn for_restore(close_tcp: bool, leave_stopped: bool) -> Self {
+    /// peer that has long moved on; `script` is run at CRIU's stages, also when every task is
+    /// restored and none has been let go yet.
+    pub fn for_restore(close_tcp: bool, script: Option<&Path>) -> Self {
         let mut lines = vec!["network-lock skip".to_owned()];
         if close_tcp {
             lines.push("tcp-close".into());
         }
-        if leave_stopped {
-            lines.push("leave-stopped".into());
+        if let Some(script) = script {
+            lines.push(format!("action-script {}", script.display()));
         }
         Self { lines }
     }

@@ -22,6 +22,8 @@ use serde::{Deserialize, Serialize};
 const DESCRIPTORS: &str = "descriptors.json";
 /// crab's file beside it. CRIU ignores what it doesn't know.
 const STREAMS: &str = "crab-streams.json";
+/// CRIU's image of the clocks' offsets.
+const TIME_NAMESPACE: &str = "timens-0.img";
 /// Neither file is ever large; a hostile one is not read to its end.
 const MAX_FILE: u64 = 16 << 20;
 /// Numbers below this belong to the runtime.
@@ -47,6 +49,9 @@ pub struct Stream {
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Streams {
     version: u32,
+    /// The boot during which the dump was made.
+    #[serde(default)]
+    boot_id: String,
     streams: Vec<Stream>,
 }
 
@@ -72,6 +77,7 @@ pub fn save(image: &Path, streams: &[Stream]) -> Result<(), DescriptorsError> {
     let path = image.join(STREAMS);
     let file = Streams {
         version: 1,
+        boot_id: boot_id(),
         streams: streams.to_vec(),
     };
     serde_json::to_vec(&file)
@@ -80,11 +86,26 @@ pub fn save(image: &Path, streams: &[Stream]) -> Result<(), DescriptorsError> {
         .map_err(at("cannot write", &path))
 }
 
+fn boot_id() -> String {
+    // Without it no dump counts as one of this boot, which is the safe side.
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
+}
+
+/// Whether crab made these images since the machine was booted.
+pub fn of_this_boot(image: &Path) -> bool {
+    let boot = boot_id();
+    load_file(image).is_ok_and(|file| !boot.is_empty() && file.boot_id == boot)
+}
+
 /// The streams of a dump; none if another shim has made it.
 pub fn load(image: &Path) -> Result<Vec<Stream>, DescriptorsError> {
+    load_file(image).map(|file| file.streams)
+}
+
+fn load_file(image: &Path) -> Result<Streams, DescriptorsError> {
     let path = image.join(STREAMS);
     let bytes = match read(&path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Streams::default()),
         read => read.map_err(at("cannot read", &path))?,
     };
     let file: Streams = serde_json::from_slice(&bytes)
@@ -94,7 +115,7 @@ pub fn load(image: &Path) -> Result<Vec<Stream>, DescriptorsError> {
         let why = format!("version {} is newer than this crab", file.version);
         return Err(at("cannot use", &path)(io::Error::other(why)));
     }
-    Ok(file.streams)
+    Ok(file)
 }
 
 fn read(path: &Path) -> io::Result<Vec<u8>> {
@@ -129,10 +150,16 @@ impl RestoreImage {
 /// The images are hard links, so the directory lies within the image directory; where that cannot
 /// be written they are copies below `fallback`. Symbolic links would not do: CRIU opens images
 /// from inside the restored mount namespace, where they lead nowhere.
+///
+/// `same_boot` leaves out the time namespace. CRIU would make one for the restored tasks, which
+/// later execs are not in; what an exec leaves running could then be dumped, and never restored
+/// ("Can't restore sub-task in NS"). The monotonic clock goes on while the sandbox is dead, then.
+/// After another boot it would run backwards, so there the namespace stays.
 pub fn prepare_restore(
     image: &Path,
     fallback: &Path,
     extra: Vec<(u64, OwnedFd)>,
+    same_boot: bool,
 ) -> Result<RestoreImage, DescriptorsError> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(".crab-restore-");
@@ -146,7 +173,8 @@ pub fn prepare_restore(
         let kind = entry
             .file_type()
             .map_err(at("cannot list the images in", image))?;
-        if entry.file_name() == DESCRIPTORS || kind.is_dir() {
+        let name = entry.file_name();
+        if name == DESCRIPTORS || kind.is_dir() || (same_boot && name == TIME_NAMESPACE) {
             continue;
         }
         let (from, to) = (entry.path(), dir.path().join(entry.file_name()));
@@ -196,9 +224,11 @@ mod tests {
         let image = tempfile::tempdir().unwrap();
         fs::write(image.path().join(DESCRIPTORS), r#"["a","pipe:[7]","c"]"#).unwrap();
         fs::write(image.path().join("pages-1.img"), "x").unwrap();
+        fs::write(image.path().join(TIME_NAMESPACE), "x").unwrap();
         let dir = tempfile::tempdir().unwrap();
         let (_, end) = io::pipe().unwrap();
-        let mut made = prepare_restore(image.path(), dir.path(), vec![(99, end.into())]).unwrap();
+        let mut made =
+            prepare_restore(image.path(), dir.path(), vec![(99, end.into())], true).unwrap();
         let (dir, fds) = (made.path().to_owned(), made.take_fds());
         let names: Vec<String> =
             serde_json::from_slice(&fs::read(dir.join(DESCRIPTORS)).unwrap()).unwrap();
@@ -206,6 +236,7 @@ mod tests {
         assert_eq!(names[fds[0].as_raw_fd() as usize], "pipe:[99]");
         assert!(fds[0].as_raw_fd() >= FIRST_FD);
         assert_eq!(fs::read(dir.join("pages-1.img")).unwrap(), b"x");
+        assert!(!dir.join(TIME_NAMESPACE).exists());
         // The image itself is as it was.
         assert_eq!(
             fs::read(image.path().join(DESCRIPTORS)).unwrap(),
@@ -219,7 +250,7 @@ mod tests {
     fn a_directory_that_is_no_checkpoint_is_refused_by_name() {
         let image = tempfile::tempdir().unwrap();
         let dir = tempfile::tempdir().unwrap();
-        let error = prepare_restore(image.path(), dir.path(), Vec::new())
+        let error = prepare_restore(image.path(), dir.path(), Vec::new(), false)
             .err()
             .unwrap();
         assert!(error.to_string().contains("not a checkpoint"), "{error}");

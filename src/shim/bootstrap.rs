@@ -25,6 +25,7 @@ use super::{
     control::ControlService,
     delete,
     events::RemoteSink,
+    hold,
     host::{Host, Linux},
     io::Pump,
     logger,
@@ -46,6 +47,9 @@ const FLUSH: Duration = Duration::from_secs(5);
 /// Does what the command line says.
 pub fn main() -> anyhow::Result<()> {
     let args: Vec<_> = env::args_os().skip(1).collect();
+    if args.first().is_some_and(|word| word == hold::WORD) {
+        return hold::main();
+    }
     let flags = containerd_shim::parse(&args)?;
     if flags.version {
         println!("{}:", env::args().next().unwrap_or_default());

@@ -27,17 +27,10 @@ pub fn run_frozen(container: &Container) -> Result<(), String> {
     run(container, FROZEN)
 }
 
-/// Runs the hook of a restore and lets the stopped processes go.
-///
-/// CRIU has left every task stopped by a signal. The sandbox is frozen first, so that SIGCONT
-/// takes effect only with the thaw.
+/// Runs the hook of a restore and lets the processes go, which [`super::hold`] has frozen.
 pub fn run_restored(container: &Container) -> Result<(), String> {
     let place = container.place().map_err(|e| e.to_string())?;
     let held = place.freeze.hold().map_err(|e| e.to_string())?;
-    for pid in place.cgroup.procs().map_err(|e| e.to_string())? {
-        let target = container.host.target(pid).map_err(|e| e.to_string())?;
-        target.signal(libc::SIGCONT).map_err(|e| e.to_string())?;
-    }
     let done = run(container, RESTORED);
     drop(held);
     done

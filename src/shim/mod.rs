@@ -13,6 +13,7 @@ pub mod create;
 pub mod delete;
 pub mod error;
 pub mod events;
+pub mod hold;
 pub mod hooks;
 pub mod host;
 pub mod io;

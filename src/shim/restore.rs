@@ -14,7 +14,7 @@ use std::{
 use super::{
     container::{Container, Leftover},
     error::{Context, Kind, Result, ShimError},
-    hooks,
+    hold, hooks,
     io::{IoContext, ProcessIo, StdioConfig},
     proto,
     start::{adopt_init, attach, discard, runtime_stdio},
@@ -67,11 +67,19 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
     if let Some(stream) = streams.iter().find(|s| s.exec_id.is_empty() && s.fd == 0) {
         io.preload_stdin(&pending(stream));
     }
-    let mut image =
-        descriptors::prepare_restore(source.image(), container.run_dir.path(), taken.fds)
-            .context(&step)?;
-    let stopped = hooks::restored_exists();
-    let home = CriuConf::for_restore(container.config.tcp == Tcp::Close, stopped)
+    let mut image = descriptors::prepare_restore(
+        source.image(),
+        container.run_dir.path(),
+        taken.fds,
+        descriptors::of_this_boot(source.image()),
+    )
+    .context(&step)?;
+    let held = hooks::restored_exists();
+    let script = match held {
+        true => Some(hold::write_script(container.run_dir.path()).context(&step)?),
+        false => None,
+    };
+    let home = CriuConf::for_restore(container.config.tcp == Tcp::Close, script.as_deref())
         .write(&container.run_dir.criu_home("restore"))
         .context(&step)?;
     let work = container.run_dir.criu_work();
@@ -106,7 +114,7 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
             for leftover in &taken.leftovers {
                 leftover.io.start().context(&step)?;
             }
-            if stopped {
+            if held {
                 hooks::run_restored(container).context(&step)?;
             }
             Ok(())
@@ -188,13 +196,8 @@ fn open_leftover(container: &Container, exec_id: &str, stdio: &StdioConfig) -> R
         spawner: &spawner,
         orphan,
     };
-    let pump = container.host.pump();
-    if stdio == &StdioConfig::default() {
-        ProcessIo::open_orphan(pump, &context)
-    } else {
-        ProcessIo::open(pump, stdio, &context)
-    }
-    .context(format_args!("stdio of {exec_id}"))
+    ProcessIo::open_leftover(container.host.pump(), stdio, &context)
+        .context(format_args!("stdio of {exec_id}"))
 }
 
 fn pending(stream: &Stream) -> Vec<u8> {

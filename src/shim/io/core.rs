@@ -91,14 +91,7 @@ impl Core {
     pub(super) fn source_event(&mut self, id: FlowId) {
         if let Some(flow) = self.flows.get_mut(&id) {
             flow.readable = true;
-            let console = (flow.role == Role::Console).then_some(id);
             self.enqueue(id);
-            // Somebody may have opened the terminal again.
-            if let Some(output) = console
-                && let Some(sink) = self.console_of(output)
-            {
-                self.writable(sink);
-            }
         }
     }
 
@@ -257,6 +250,17 @@ impl Core {
         }
         self.borrow(id);
         self.enqueue(id);
+    }
+
+    /// Delete: gives up on a FIFO that is full and that nobody reads.
+    pub(super) fn abandon_if_unread(&mut self, id: SinkId) {
+        if self
+            .sinks
+            .get_mut(&id)
+            .is_some_and(Sink::is_full_and_unread)
+        {
+            self.remove_sink(id);
+        }
     }
 
     /// Sends a background process's output to the orphan sink, if that is still open.

@@ -18,6 +18,10 @@ use super::{
     sink::{Sink, SinkId},
 };
 
+/// How long Delete keeps output for a client that has no reader on its FIFO. Clients open theirs
+/// before they ask for the process.
+const READER_GRACE: Duration = Duration::from_millis(100);
+
 /// The stdio of one process: init or an exec. All methods may be called from any thread.
 ///
 /// Dropping it is `finish` without any patience; streams of background processes live on.
@@ -173,10 +177,16 @@ impl ProcessIo {
         };
         self.pump.wake();
         let outputs: Vec<FlowId> = outputs.into_iter().flatten().collect();
+        let own: Vec<SinkId> = self.sinks.into_iter().flatten().collect();
+        let grace = deadline.min(Instant::now() + READER_GRACE);
         let mut core = self.pump.lock();
         // 1. Until every output has ended or is a silent background process's.
         loop {
             let now = Instant::now();
+            if now >= grace {
+                own.iter().for_each(|id| core.abandon_if_unread(*id));
+                self.pump.wake();
+            }
             let left = outputs.iter().filter_map(|id| core.flows.get(id));
             let quiet: Vec<Option<Instant>> = left
                 .filter(|flow| flow.active)
@@ -190,17 +200,19 @@ impl ProcessIo {
             if now >= until {
                 break;
             }
-            self.pump.wait(&mut core, until);
+            self.pump.wait(
+                &mut core,
+                if now < grace { until.min(grace) } else { until },
+            );
         }
         outputs.iter().for_each(|id| core.retire_output(*id));
         // 2. Until a reader has come for what lies in a FIFO.
         let lingers = |core: &Core, id: &SinkId| {
             (core.sinks.get(id)).is_some_and(|sink| sink.lingering.is_some())
         };
-        let own: Vec<SinkId> = self.sinks.into_iter().flatten().collect();
         self.pump.wake();
-        while own.iter().any(|id| lingers(&core, id)) && Instant::now() < deadline {
-            self.pump.wait(&mut core, deadline);
+        while own.iter().any(|id| lingers(&core, id)) && Instant::now() < grace {
+            self.pump.wait(&mut core, grace);
         }
         for id in own {
             if (core.sinks.get(&id)).is_some_and(|sink| sink.owners == 0) {

@@ -122,7 +122,7 @@ impl Sink {
                 self.writable = false;
                 Wrote::Blocked
             }
-            // No process has the terminal open at the moment: one may open it again.
+            // As Go's shim has it: temporary, a process may open the terminal again.
             Err(error)
                 if matches!(self.kind, Kind::Console { .. })
                     && error.raw_os_error() == Some(libc::EIO) =>
@@ -153,6 +153,17 @@ impl Sink {
             }
         }
         true
+    }
+
+    /// Is this a FIFO with no room left and no reader? Lets go of our own reader to find out.
+    pub(super) fn is_full_and_unread(&mut self) -> bool {
+        match &mut self.kind {
+            Kind::Fifo { keepalive } if !self.writable => {
+                *keepalive = None;
+                pipes::reader_gone(self.fd.as_fd())
+            }
+            _ => false,
+        }
     }
 
     /// Would closing a lingering sink lose nothing?

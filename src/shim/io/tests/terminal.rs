@@ -121,16 +121,16 @@ fn a_process_may_close_its_terminal_and_open_it_again() {
     drop(slave);
     assert_asleep(&bed.pump);
     assert!(open_and_empty(&client_out), "the leader is still there");
+    (&client_in).write_all(b"typed\n").unwrap();
     let slave = OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(libc::O_NOCTTY)
         .open(name.unwrap())
         .unwrap();
+    assert_eq!(read_exactly(&slave, 6), b"typed\n");
     (&slave).write_all(b"b").unwrap();
     assert_eq!(read_exactly(&client_out, 1), b"b");
-    (&client_in).write_all(b"c\n").unwrap();
-    assert_eq!(read_exactly(&slave, 2), b"c\n");
     drop(slave);
     io.leader_exited();
     assert_eq!(read_to_end(&client_out), b"");
