@@ -30,7 +30,9 @@ def _leaves_nothing():
     try:
         harness.until(clean, "nothing left", GONE_WITHIN)
     except AssertionError:
-        pytest.fail("left behind:\n" + "\n".join(sorted(left)))
+        # Not every cgroup controller of every container.
+        lines = sorted(line for line in left if not line.startswith("cgroup") or "/unified/" in line)
+        pytest.fail("\n".join(["left behind:", *(lines or sorted(left))[:40]]))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -39,6 +39,12 @@ pub struct Runc {
 }
 
 impl Runc {
+    /// Whether the binary is crun, going by its name: its restore knows fewer flags.
+    fn is_crun(&self) -> bool {
+        let name = Path::new(&self.binary).file_name();
+        name.is_some_and(|name| name.to_string_lossy().starts_with("crun"))
+    }
+
     fn command(&self, log: &LogFile, verb: &str) -> Command {
         let mut command = Command::new(&self.binary);
         command.arg("--root").arg(&self.root);
@@ -208,11 +214,15 @@ impl OciRuntime for Runc {
             option(c, "--image-path", args.image_path);
             option(c, "--work-path", args.work_path);
             option(c, "--pid-file", args.pid_file);
-            c.args(["--detach", "--no-subreaper"]);
+            c.arg("--detach");
+            if !self.is_crun() {
+                // crun has neither: nobody is made a subreaper, and it always pivots.
+                c.arg("--no-subreaper");
+                flag(c, args.no_pivot_root, "--no-pivot");
+            }
             flag(c, args.tcp_established, "--tcp-established");
             flag(c, args.shell_job, "--shell-job");
             flag(c, args.file_locks, "--file-locks");
-            flag(c, args.no_pivot_root, "--no-pivot");
             if let Some(home) = &args.home {
                 c.env("HOME", home);
             }

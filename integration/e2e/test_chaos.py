@@ -1,0 +1,137 @@
+"""Shims that die at any moment leave nothing; many busy containers lose nothing.
+
+The random numbers are seeded; CRAB_E2E_SEED repeats a run.
+"""
+
+import os
+import pathlib
+import random
+import signal
+import threading
+import time
+
+from harness import CRAB, IMAGE, Ctr, ctr, daemon_pid, run, shim_pid, together, unique, until
+from taskapi import PROCESS, Shim, any_of
+
+QUICK = os.environ.get("CRAB_E2E_QUICK") == "1"
+SEED = int(os.environ.get("CRAB_E2E_SEED", 0)) or random.SystemRandom().randrange(1, 1 << 32)
+CYCLES = 60 if QUICK else 300
+
+
+def open_files(daemon):
+    return sorted(os.readlink(f) for f in pathlib.Path(f"/proc/{daemon_pid(daemon)}/fd").iterdir() if f.is_symlink())
+
+
+def kinds(files):
+    """How many of each kind; numbers of pipes and sockets say nothing."""
+    counted = {}
+    for file in files:
+        kind = file.split(":")[0]
+        counted[kind] = counted.get(kind, 0) + 1
+    return counted
+
+
+def network_namespaces():
+    return set(run("lsns", "-nrt", "net", "-o", "NS", check=False).out.split())
+
+
+def cycle(rng):
+    """One container's life, cut short at a random moment; what each step comes to does not matter, only that it ends."""
+    id = unique("chaos")
+    moment = rng.uniform(0, 0.35)
+    doomed = rng.random() < 0.8
+    verb = rng.choice(["kill", "pause", "exec", "none"])
+    steps = [
+        ["ctr", "run", "--detach", "--runtime", CRAB, IMAGE, id, "sh", "-c", "echo begun; sleep 1000 & sleep 1000"],
+        {"kill": ["ctr", "task", "kill", "-s", "TERM", id],
+         "pause": ["ctr", "task", "pause", id],
+         "exec": ["ctr", "task", "exec", "--exec-id", "x", id, "sh", "-c", "sleep 0.05; echo x"],
+         "none": ["true"]}[verb],
+    ]  # fmt: skip
+
+    killed = threading.Event()
+
+    def kill_shim():
+        time.sleep(moment)  # the moment is what is random here; nothing is waited for
+        pid = shim_pid(id)
+        if pid and doomed:
+            os.kill(pid, signal.SIGKILL)
+            killed.set()
+
+    killer = threading.Thread(target=kill_shim)
+    killer.start()
+    for step in steps:
+        run(*step, check=False, limit=60)
+    killer.join()
+    # Until it is gone: containerd may be at its own cleaning up.
+    def gone():
+        ctr("task", "delete", "--force", id, check=False, limit=60)
+        return "not found" in (done := ctr("container", "delete", id, check=False)).err or done.rc == 0
+
+    until(gone, f"{id} is deleted", 30)
+    return killed.is_set()
+
+
+def test_shims_that_die_at_random_moments_leave_nothing():
+    print(f"CRAB_E2E_SEED={SEED}")
+    files, netns = kinds(open_files("containerd")), network_namespaces()
+    rngs = [random.Random(f"{SEED} {n}") for n in range(CYCLES)]
+    start = time.monotonic()
+    killed = together([lambda r=r: cycle(r) for r in rngs], workers=6)
+    took = time.monotonic() - start
+    print(f"{CYCLES} cycles, {sum(killed)} shims killed, {took:.0f} s")
+    assert sum(killed) > CYCLES / 4, "too few shims were killed for this to say anything"
+    assert took < 90
+
+    def as_before():
+        now = kinds(open_files("containerd"))
+        # containerd keeps some connections and database files open as it likes; a leak would be one for each cycle.
+        more = {kind: count - files.get(kind, 0) for kind, count in now.items()}
+        return all(count < max(10, CYCLES / 10) for count in more.values()) and network_namespaces() <= netns
+
+    until(as_before, "containerd's files and the network namespaces are as before")
+
+
+CONTAINERS, SECONDS = (10, 4) if QUICK else (50, 20)
+
+
+def busy(container, directory, deadline, rng):
+    """Execs one after the other; returns (how many, what went wrong)."""
+    wrong, count = [], 0
+    with Shim.of(container) as shim:
+        while time.monotonic() < deadline:
+            count += 1
+            id, code = f"b{count}", rng.randrange(256)
+            token = "".join(rng.choices("abcdefgh", k=rng.choice([10, 100, 5000])))
+            path = directory / f"{container.id}-{id}"
+            os.mkfifo(path)
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            args = ["sh", "-c", f"echo {token}; exit {code}"]
+            process = any_of(PROCESS, {"args": args, "cwd": "/", "env": ["PATH=/usr/bin:/bin"], "user": {"uid": 0, "gid": 0}})
+            shim.call("Exec", {1: container.id, 2: id, 5: str(path), 7: process})
+            shim.call("Start", {1: container.id, 2: id})
+            seen = shim.call("Wait", {1: container.id, 2: id}).get(1, 0)
+            shim.call("Delete", {1: container.id, 2: id})
+            data = b""
+            while more := os.read(fd, 65536):
+                data += more
+            os.close(fd)
+            path.unlink()
+            if seen != code or data != token.encode() + b"\n":
+                wrong.append((container.id, id, code, seen, len(token), len(data)))
+    return count, wrong
+
+
+def test_many_busy_containers_lose_no_end_and_no_byte(tmp_path):
+    print(f"CRAB_E2E_SEED={SEED}")
+    containers = []
+    try:
+        together([lambda: containers.append(Ctr(CRAB, name="busy")) for _ in range(CONTAINERS)], workers=6)
+        deadline = time.monotonic() + SECONDS
+        jobs = [lambda c=c: busy(c, tmp_path, deadline, random.Random(f"{SEED} {c.id}")) for c in containers]
+        results = together(jobs, workers=CONTAINERS)
+    finally:
+        together([c.remove for c in containers], workers=6)
+    print(f"{sum(count for count, _ in results)} execs in {CONTAINERS} containers")
+    assert [w for _, wrong in results for w in wrong] == []
+    assert all(count > 1 for count, _ in results), "nobody starved"
