@@ -57,9 +57,6 @@ DROPPABLE = "dp"
 #: What CRIU puts before the name of anonymous shared memory: it rebuilds it as a memfd.
 RENAMED_SHARED_MEMORY = "/memfd:"
 
-#: SIGCONT, and the SIGCHLD that a parent gets of it. (A mask as in SigPnd: bit N - 1 is signal N.)
-RESUME_SIGNALS = 1 << 17 | 1 << 16
-
 #: An open flag without meaning on 64-bit kernels, where every file is a large one.
 O_LARGEFILE = 0o100000
 
@@ -104,8 +101,6 @@ NORMALISED: dict[str, str] = {
                          "as zeros: the kernel writes them whenever the thread moves to another CPU.",
     "SYSCALL_RESTART": "a thread's program counter directly after a system call instruction is reported as the "
                        "instruction's own address: CRIU restores an interrupted call to be made again.",
-    "RESUME_SIGNALS": "a pending SIGCONT or SIGCHLD is not compared: a restore that holds its tasks until the sandbox "
-                      "is frozen stops and continues them, and parents are told.",
     "DROPPABLE": "contents of MAP_DROPPABLE mappings are not compared: the kernel may empty them at any time, CRIU "
                  "does. (The state of glibc's random numbers: it must not be in two sandboxes anyway.)",
     "RENAMED_SHARED_MEMORY": "shared anonymous memory comes back as `/memfd:/dev/zero`: the prefix is left out.",

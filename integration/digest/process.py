@@ -8,7 +8,7 @@ from typing import Any, Callable
 import container
 import descriptors
 import memory
-from definition import RESUME_SIGNALS, STATUS_FIELDS, THREAD_FIELDS
+from definition import STATUS_FIELDS, THREAD_FIELDS
 
 Process = dict[str, Any]
 
@@ -138,18 +138,12 @@ def _identity(pid: int, init: int, pids: dict[int, int], namespaces: dict[str, i
     for name in STATUS_FIELDS:
         if name in status:
             entry[name] = " ".join(status[name])
-    entry["ShdPnd"] = _without_resume(entry["ShdPnd"])
     return entry
 
 
 def _level(status: dict[str, list[str]], pid: int) -> int:
     """Which of the columns of NSpid is the sandbox's."""
     return status["NSpid"].index(str(pid)) if status["NSpid"][-1] != str(pid) else -1
-
-
-def _without_resume(mask: str) -> str:
-    """Rule RESUME_SIGNALS."""
-    return f"{int(mask, 16) & ~RESUME_SIGNALS:016x}"
 
 
 def _link(path: str) -> str:
@@ -197,7 +191,6 @@ def _threads(pid: int, pids: dict[int, int], quick: bool) -> dict[str, Any]:
         entry: dict[str, Any] = {"state": _state(stat[3]), "comm": _read(f"{base}/comm").rstrip("\n")}
         if not quick:
             entry |= {name: " ".join(status[name]) for name in THREAD_FIELDS if name in status}
-            entry["SigPnd"] = _without_resume(entry["SigPnd"])
             entry |= {"nice": int(stat[19]), "realtime_priority": int(stat[40]), "policy": int(stat[41])}
             entry |= _stack_and_counter(pid, base)
         found[status["NSpid"][_level(_status(f"/proc/{pid}/status"), pids[pid])]] = entry
