@@ -11,6 +11,7 @@ import concurrent.futures
 import difflib
 import errno
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -193,6 +194,7 @@ class Ctr:
     def remove(self):
         self.delete_task()
         ctr("container", "delete", self.id, check=False)
+        forget_socket(self.runtime, "default", self.id)
 
 
 class Docker:
@@ -254,6 +256,8 @@ class Docker:
 
     def remove(self):
         docker("rm", "--force", "--volumes", self.name, check=False)
+        if hasattr(self, "id"):
+            forget_socket(self.runtime, "moby", self.id)
 
 
 CONTAINER = {"ctr": Ctr, "docker": Docker}
@@ -299,6 +303,13 @@ def shim_pid(container_id):
         if "containerd-shim" in argv[0] and container_id in argv and "start" not in argv and "delete" not in argv:
             return pid
     return None
+
+
+def forget_socket(runtime, namespace, id):
+    """runc.v2 leaves its socket when it was killed. crab must not, so of crab none is removed here."""
+    if runtime == RUNC:
+        name = hashlib.sha256(f"/run/containerd/containerd.sock/{namespace}/{id}".encode()).hexdigest()
+        pathlib.Path("/run/containerd/s", name).unlink(missing_ok=True)
 
 
 def alive(pid):

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 
-from harness import CRAB, IMAGE, Ctr, ctr, daemon_pid, run, shim_pid, together, unique, until
+from harness import CRAB, IMAGE, Ctr, alive, ctr, daemon_pid, run, shim_pid, together, unique, until
 from taskapi import PROCESS, Shim, any_of
 
 QUICK = os.environ.get("CRAB_E2E_QUICK") == "1"
@@ -36,37 +36,41 @@ def network_namespaces():
 
 
 def cycle(rng):
-    """One container's life, cut short at a random moment; what each step comes to does not matter, only that it ends."""
+    """One container's life, cut short; what each step comes to does not matter, only that it ends."""
     id = unique("chaos")
-    moment = rng.uniform(0, 0.35)
-    doomed = rng.random() < 0.8
-    verb = rng.choice(["kill", "pause", "exec", "none"])
+    doomed, moment = rng.random() < 0.8, rng.uniform(0, 0.4)
     steps = [
         ["ctr", "run", "--detach", "--runtime", CRAB, IMAGE, id, "sh", "-c", "echo begun; sleep 1000 & sleep 1000"],
-        {"kill": ["ctr", "task", "kill", "-s", "TERM", id],
-         "pause": ["ctr", "task", "pause", id],
-         "exec": ["ctr", "task", "exec", "--exec-id", "x", id, "sh", "-c", "sleep 0.05; echo x"],
-         "none": ["true"]}[verb],
+        rng.choice([
+            ["ctr", "task", "kill", "-s", "TERM", id],
+            ["ctr", "task", "pause", id],
+            ["ctr", "task", "exec", "--exec-id", "x", id, "sh", "-c", "sleep 0.05; echo x"],
+            ["ctr", "task", "exec", "--exec-id", "y", id, "sh", "-c", "sleep 1000 & sleep 0.05"],
+        ]),
+        rng.choice([["ctr", "task", "kill", "-s", "KILL", id], ["ctr", "task", "delete", "--force", id], ["true"]]),
     ]  # fmt: skip
-
+    over = threading.Event()
     killed = threading.Event()
 
     def kill_shim():
-        time.sleep(moment)  # the moment is what is random here; nothing is waited for
-        pid = shim_pid(id)
-        if pid and doomed:
+        pid = until(lambda: shim_pid(id) or over.is_set(), "a shim, or the end")
+        time.sleep(moment)  # its length is what is tried out; nothing is waited for
+        if pid is not True and alive(pid):
             os.kill(pid, signal.SIGKILL)
             killed.set()
 
-    killer = threading.Thread(target=kill_shim)
+    killer = threading.Thread(target=kill_shim if doomed else lambda: None)
     killer.start()
     for step in steps:
         run(*step, check=False, limit=60)
+    over.set()
     killer.join()
-    # Until it is gone: containerd may be at its own cleaning up.
+
     def gone():
+        """containerd may still be cleaning up itself."""
         ctr("task", "delete", "--force", id, check=False, limit=60)
-        return "not found" in (done := ctr("container", "delete", id, check=False)).err or done.rc == 0
+        done = ctr("container", "delete", id, check=False)
+        return done.rc == 0 or "not found" in done.err
 
     until(gone, f"{id} is deleted", 30)
     return killed.is_set()

@@ -8,8 +8,9 @@ use std::{
 use ttrpc::{Client, context};
 
 use super::{
-    LINK,
+    LINK, SHIMS,
     api::{CheckpointRequest, ControlClient, ListRequest, Sandbox},
+    sweep,
 };
 use crate::sandbox::SandboxId;
 
@@ -56,7 +57,9 @@ fn connect(socket: &Path) -> Result<ControlClient, ControlError> {
 pub fn list(run: &Path) -> (Vec<Sandbox>, Vec<ControlError>) {
     let mut sandboxes = Vec::new();
     let mut errors = Vec::new();
-    let sockets = fs::read_dir(run.join("shims")).into_iter().flatten();
+    let dir = run.join(SHIMS);
+    sweep(&dir);
+    let sockets = fs::read_dir(&dir).into_iter().flatten();
     for socket in sockets.flatten().map(|entry| entry.path()) {
         let listed = connect(&socket).and_then(|client| {
             client

@@ -44,6 +44,22 @@ use ttrpc::Server;
 /// The socket's name in a sandbox's run directory: a link to its shim's socket.
 pub const LINK: &str = "control.sock";
 
+/// Removes the sockets of shims that were killed: each is named after its pid.
+pub fn sweep(dir: &Path) {
+    for socket in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = socket.file_name();
+        let pid = name.to_str().and_then(|n| n.strip_suffix(".sock"));
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists())
+            && let Err(e) = fs::remove_file(socket.path())
+        {
+            log::warn!("cannot remove the socket of a dead shim: {e}");
+        }
+    }
+}
+
+/// The directory of the sockets below `/run/crab`.
+pub const SHIMS: &str = "shims";
+
 /// A shim's control socket. Removed when dropped.
 pub struct ControlSocket {
     path: PathBuf,

@@ -22,6 +22,8 @@ use serde::{Deserialize, Serialize};
 const DESCRIPTORS: &str = "descriptors.json";
 /// crab's file beside it. CRIU ignores what it doesn't know.
 const STREAMS: &str = "crab-streams.json";
+/// CRIU's image of what else there is.
+const INVENTORY: &str = "inventory.img";
 /// CRIU's image of the clocks' offsets.
 const TIME_NAMESPACE: &str = "timens-0.img";
 /// Neither file is ever large; a hostile one is not read to its end.
@@ -161,6 +163,11 @@ pub fn prepare_restore(
     extra: Vec<(u64, OwnedFd)>,
     same_boot: bool,
 ) -> Result<RestoreImage, DescriptorsError> {
+    let inventory = image.join(INVENTORY);
+    if !inventory.exists() {
+        let why = io::Error::other("it has no such file");
+        return Err(at("not a checkpoint of CRIU: cannot read", &inventory)(why));
+    }
     let mut builder = tempfile::Builder::new();
     builder.prefix(".crab-restore-");
     let dir = builder
@@ -225,6 +232,7 @@ mod tests {
         fs::write(image.path().join(DESCRIPTORS), r#"["a","pipe:[7]","c"]"#).unwrap();
         fs::write(image.path().join("pages-1.img"), "x").unwrap();
         fs::write(image.path().join(TIME_NAMESPACE), "x").unwrap();
+        fs::write(image.path().join(INVENTORY), "x").unwrap();
         let dir = tempfile::tempdir().unwrap();
         let (_, end) = io::pipe().unwrap();
         let mut made =

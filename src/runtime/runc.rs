@@ -96,7 +96,7 @@ impl Runc {
             None => {}
         }
         prepare(&mut command);
-        let message = match self.spawner.run(command, limit) {
+        let full = match self.spawner.run(command, limit) {
             Ok(Ended::Exited(0)) => return Ok(()),
             Ok(Ended::Exited(code)) => match log.last_error() {
                 Some(message) => message,
@@ -108,10 +108,12 @@ impl Runc {
             ),
             Err(e) => return Err(self.error(verb, e)),
         };
+        // runc begins many of its messages in the same way as ours do.
+        let message = full.strip_prefix(&format!("runc {verb} failed: "));
         Err(RuntimeError::Refused {
             runtime: self.binary.clone(),
             verb,
-            message,
+            message: message.unwrap_or(&full).to_owned(),
         })
     }
 }

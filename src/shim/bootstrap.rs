@@ -2,7 +2,8 @@
 
 use std::{
     env, fs,
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
+    os::unix::net::UnixStream,
     path::Path,
     sync::Arc,
     time::Duration,
@@ -18,7 +19,7 @@ use containerd_shim::{
     },
     publisher::RemotePublisher,
     spawn,
-    util::{read_address, write_address},
+    util::write_address,
 };
 
 use super::{
@@ -34,7 +35,11 @@ use super::{
     service::{Service, Stop},
     spec::Spec,
 };
-use crate::{config, control::ControlSocket, sandbox::SandboxId};
+use crate::{
+    config,
+    control::{self, ControlSocket, SHIMS},
+    sandbox::SandboxId,
+};
 
 /// The runtime's name in containerd.
 pub const RUNTIME: &str = "io.containerd.crab.v2";
@@ -138,6 +143,7 @@ fn request_options(input: &[u8]) -> Option<Any> {
 struct Crab {
     namespace: String,
     id: String,
+    socket: String,
     debug: bool,
     exit: Arc<ExitSignal>,
     running: parking_lot::Mutex<Option<Running>>,
@@ -162,6 +168,7 @@ impl Shim for Crab {
         Self {
             namespace: args.namespace.clone(),
             id: args.id.clone(),
+            socket: args.socket.clone(),
             debug: args.debug,
             exit: Arc::default(),
             running: parking_lot::Mutex::default(),
@@ -190,18 +197,19 @@ impl Shim for Crab {
             .ok_or_else(|| failed("delete", "no bundle"))?;
         let sandbox = SandboxId::new(&self.namespace, &self.id).map_err(|e| failed("delete", e))?;
         let host = linux().map_err(|e| failed("delete", e))?;
+        control::sweep(&Path::new(RUN).join(SHIMS));
+        remove_dead_socket(&bundle);
         Ok(delete::after_death(&host, &sandbox, &bundle))
     }
 
     fn wait(&mut self) {
         self.exit.wait();
+        // containerd may have removed the bundle, and with it the file that names the socket.
+        let _ = fs::remove_file(socket_path(&self.socket));
         let running = self.running.lock().take();
         if let Some(running) = running {
             running.events.flush(FLUSH);
             drop(running.control);
-        }
-        if let Ok(address) = read_address() {
-            let _ = fs::remove_file(address.trim_start_matches("unix://"));
         }
         // Everything is done; joining the server's threads would wait for its clients.
         std::process::exit(0);
@@ -215,6 +223,23 @@ impl Shim for Crab {
                 std::process::exit(1);
             }
         }
+    }
+}
+
+fn socket_path(address: &str) -> &str {
+    address.trim_start_matches("unix://")
+}
+
+/// Removes the task API's socket of a shim that was killed, unless one of its group listens.
+fn remove_dead_socket(bundle: &Path) {
+    let Ok(address) = fs::read_to_string(bundle.join("address")) else {
+        return;
+    };
+    let path = socket_path(address.trim());
+    let refused =
+        UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
+    if refused && let Err(e) = fs::remove_file(path) {
+        log::warn!("cannot remove {path}: {e}");
     }
 }
 
@@ -243,7 +268,7 @@ impl Crab {
             Arc::clone(&self.exit) as _,
         );
         let control = ControlService(service.clone());
-        let control = ControlSocket::serve(&Path::new(RUN).join("shims"), Arc::new(control))
+        let control = ControlSocket::serve(&Path::new(RUN).join(SHIMS), Arc::new(control))
             .inspect_err(|e| log::error!("no control socket: {e}"))
             .ok();
         if let Some(control) = &control {

@@ -11,7 +11,7 @@ use std::{
 
 use oci_spec::runtime::LinuxNamespaceType;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// The OCI configuration's file name.
 pub const CONFIG: &str = "config.json";
@@ -62,11 +62,14 @@ impl Spec {
     /// Reads a bundle's `config.json`.
     pub fn load(bundle: &Path) -> Result<Self, SpecError> {
         let (path, bytes) = read(bundle)?;
-        serde_json::from_slice(&bytes).map_err(|e| SpecError {
-            what: "cannot understand",
-            path,
-            source: e.into(),
-        })
+        // Into an object first: serde would take an array for a struct as well.
+        serde_json::from_slice::<Map<String, Value>>(&bytes)
+            .and_then(|object| serde_json::from_value(Value::Object(object)))
+            .map_err(|e| SpecError {
+                what: "cannot understand",
+                path,
+                source: e.into(),
+            })
     }
 
     /// Where the root file system is, if `config.json` says.
@@ -193,6 +196,8 @@ mod tests {
             error.contains("config.json") && error.contains("EOF"),
             "{error}"
         );
+        fs::write(dir.path().join(CONFIG), "[]").unwrap();
+        assert!(Spec::load(dir.path()).is_err());
         fs::remove_file(dir.path().join(CONFIG)).unwrap();
         assert!(
             Spec::load(dir.path())

@@ -309,6 +309,21 @@ fn is_turn(container: &Container, process: &Process) -> bool {
     container.config.is_turn(&args)
 }
 
+/// A runtime may die after it has started the process: nobody would ever see or end that.
+fn end_half_started(container: &Container, pid_file: &Path) {
+    let Ok(pid) = runc::read_pid(pid_file) else {
+        return;
+    };
+    if let Ok(target) = container.host.target(pid)
+        && target.signal(libc::SIGKILL).is_ok()
+    {
+        log::warn!(
+            "{}: ended process {pid} of a failed exec",
+            container.sandbox
+        );
+    }
+}
+
 fn run_exec(container: &Arc<Container>, process: &Arc<Process>) -> Result<(i32, Watch)> {
     let step = format_args!("{}: exec {}", container.sandbox, process.exec_id).to_string();
     let io = open_io(container, process)?;
@@ -330,6 +345,9 @@ fn run_exec(container: &Arc<Container>, process: &Arc<Process>) -> Result<(i32, 
         pid_file: &pid_file,
         stdio,
     });
+    if done.is_err() {
+        end_half_started(container, &pid_file);
+    }
     let pid = done.and_then(|()| runc::read_pid(&pid_file));
     for file in [&spec_file, &pid_file] {
         match fs::remove_file(file) {
