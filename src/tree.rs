@@ -28,6 +28,8 @@ use rustix::{
 /// with a few thousand levels, and the kernel's own work grows with the square (0.4 ms for one
 /// `rmdir` 10,000 levels deep).
 const MAX_DEPTH: usize = 16 << 10;
+/// How often the kernel is asked again for a path that a race has disturbed.
+const OPEN_TRIES: u32 = 1000;
 /// How many levels of a deep tree are kept open; the others are reopened through `..`.
 const OPEN_LEVELS: usize = 64;
 /// Bound on the memory for names that were listed and not yet visited.
@@ -480,16 +482,32 @@ fn still_the_same(found: &Found<'_>, expect: Expect) -> Result<(), TreeError> {
 
 /// Opens one name below a directory without acting on what it names.
 pub(crate) fn look_at(dir: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
-    rustix::fs::openat2(
+    open_within(
         dir,
         name,
         OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-        Mode::empty(),
         ResolveFlags::BENEATH
             | ResolveFlags::NO_SYMLINKS
             | ResolveFlags::NO_MAGICLINKS
             | ResolveFlags::NO_XDEV,
     )
+}
+
+/// `openat2`, again if the kernel says so: any mount or rename on the host may disturb its check
+/// that a path stays within (openat2(2), EAGAIN).
+pub(crate) fn open_within(
+    dir: BorrowedFd<'_>,
+    path: impl rustix::path::Arg + Copy,
+    flags: OFlags,
+    resolve: ResolveFlags,
+) -> Result<OwnedFd, Errno> {
+    let mut tries = 0;
+    loop {
+        match rustix::fs::openat2(dir, path, flags, Mode::empty(), resolve) {
+            Err(Errno::AGAIN) if tries < OPEN_TRIES => tries += 1,
+            opened => return opened,
+        }
+    }
 }
 
 /// Opens for reading the directory that an `O_PATH` descriptor stands for.

@@ -110,6 +110,10 @@ def docker(*args, **kwargs):
     return run("docker", *args, **kwargs)
 
 
+def crab(*args, **kwargs):
+    return run("crab", *args, **kwargs)
+
+
 class Ctr:
     """A container made by ctr."""
 

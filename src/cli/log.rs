@@ -1,6 +1,6 @@
 //! `crab log`: the turns of a sandbox, newest last.
 
-use std::{collections::BTreeMap, process::ExitCode};
+use std::process::ExitCode;
 
 use super::{Scope, print, printable};
 use crate::store::{Action, JournalLine};
@@ -8,9 +8,7 @@ use crate::store::{Action, JournalLine};
 pub(super) fn run(scope: &Scope, word: &str) -> anyhow::Result<ExitCode> {
     let sandbox = scope.find(word)?;
     let journal = scope.store()?.sandbox(&sandbox).journal()?;
-    // A later line about a turn replaces the earlier one.
-    let turns: BTreeMap<u64, &JournalLine> = journal.lines.iter().map(|l| (l.turn.0, l)).collect();
-    for line in turns.into_values() {
+    for line in &journal.lines {
         if scope.json {
             print(&serde_json::to_string(line)?)?;
         } else {

@@ -69,6 +69,9 @@ pub enum CutError {
         list(.0)
     )]
     Stopped(Vec<i32>),
+    /// Another cut has taken longer than one may take.
+    #[error("another checkpoint of the sandbox does not end")]
+    Busy,
     /// An exec was being started for too long.
     #[error("an exec has been starting for {LATCH_LIMIT:?}")]
     Latch,
@@ -133,6 +136,10 @@ impl Sandbox<'_> {
         args: &runtime::Checkpoint,
         capture: impl FnOnce() -> Result<T, String>,
     ) -> Result<Done<T>, CutError> {
+        let _alone = self
+            .doors
+            .cut_alone(args.limit + LATCH_LIMIT)
+            .ok_or(CutError::Busy)?;
         let _latched = self.doors.latch(LATCH_LIMIT).ok_or(CutError::Latch)?;
         let begin = Instant::now();
         if self.freeze.cgroup().hangs_on_stopped() {

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use time::OffsetDateTime;
 
 /// Nobody waits longer than this at the door, whatever holds it shut (D11).
@@ -28,8 +28,9 @@ struct State {
     inside: BTreeMap<String, bool>,
     /// A turn would have ended, had not another exec been on the doorstep.
     owed: bool,
-    /// How long the gate has held execs up since it was last asked.
-    exposed: Duration,
+    /// Turns waiting at the door, and since when the first of them has.
+    waiting: u32,
+    first_wait: Option<Instant>,
     /// When the first exec of the current turn entered.
     turn_start: Option<OffsetDateTime>,
     /// No more cuts: whoever waits may go on and meet its end.
@@ -54,6 +55,8 @@ impl State {
 /// The doors of one sandbox.
 #[derive(Default)]
 pub struct Doors {
+    /// Held by the one cut under way.
+    cut: Mutex<()>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -72,7 +75,11 @@ impl Doors {
         let mut state = self.state.lock();
         let mut waited = false;
         while !state.dying && (state.latched > 0 || (is_turn && state.closed > 0)) {
-            waited = true;
+            if is_turn && !waited {
+                state.waiting += 1;
+                state.first_wait.get_or_insert(begin);
+                waited = true;
+            }
             let end = begin + GATE_LIMIT;
             if self.changed.wait_until(&mut state, end).timed_out() {
                 log::warn!(
@@ -82,7 +89,10 @@ impl Doors {
             }
         }
         if waited {
-            state.exposed = state.exposed.max(begin.elapsed());
+            state.waiting -= 1;
+            if state.waiting == 0 {
+                state.first_wait = None;
+            }
         }
         state.starting += 1;
         if is_turn {
@@ -105,11 +115,19 @@ impl Doors {
         ended
     }
 
-    /// The turn whose end shut the gate is durable (or will never be).
-    pub fn open(&self) {
+    /// The turn whose end shut the gate is durable (or will never be). Returns how long the next
+    /// turn has been held up: the exposed delay.
+    pub fn open(&self) -> Duration {
         let mut state = self.state.lock();
         state.closed = state.closed.saturating_sub(1);
         self.changed.notify_all();
+        state.first_wait.map_or(Duration::ZERO, |t| t.elapsed())
+    }
+
+    /// Waits until no other cut is under way; none may begin as long as this is held. A client's
+    /// checkpoint and a turn's would thaw each other's processes.
+    pub fn cut_alone(&self, limit: Duration) -> Option<MutexGuard<'_, ()>> {
+        self.cut.try_lock_for(limit)
     }
 
     /// Shuts the door for a cut and waits until no exec is half-way through it.
@@ -132,11 +150,6 @@ impl Doors {
         self.state.lock().inside.keys().cloned().collect()
     }
 
-    /// The longest time an exec was held up since the last call.
-    pub fn take_exposed(&self) -> Duration {
-        std::mem::take(&mut self.state.lock().exposed)
-    }
-
     /// When the turn that ended last had begun.
     pub fn take_turn_start(&self) -> Option<OffsetDateTime> {
         self.state.lock().turn_start.take()
@@ -151,6 +164,11 @@ impl Doors {
     pub fn give_up(&self) {
         self.state.lock().dying = true;
         self.changed.notify_all();
+    }
+
+    /// It is not: it could not be killed.
+    pub fn take_heart(&self) {
+        self.state.lock().dying = false;
     }
 }
 
@@ -241,10 +259,10 @@ mod tests {
         // A health check passes meanwhile.
         doors.enter("health", false).started();
         assert!(entered.recv_timeout(Duration::from_millis(50)).is_err());
-        doors.open();
+        assert!(doors.open() >= Duration::from_millis(50));
         entered.recv_timeout(SOON).unwrap();
         waiter.join().unwrap();
-        assert!(doors.take_exposed() >= Duration::from_millis(50));
+        assert_eq!(doors.open(), Duration::ZERO);
     }
 
     #[test]

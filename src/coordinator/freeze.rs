@@ -59,6 +59,9 @@ struct Owners {
 /// One sandbox's freezer and who holds it.
 pub struct Freeze {
     cgroup: Arc<dyn Freezable>,
+    /// Held while the kernel freezes: one at a time. Locked before `owners`.
+    freezing: Mutex<()>,
+    /// Never held while the kernel freezes: death does not wait for that.
     owners: Mutex<Owners>,
 }
 
@@ -78,6 +81,7 @@ impl Freeze {
     pub fn new(cgroup: Arc<dyn Freezable>) -> Arc<Self> {
         Arc::new(Self {
             cgroup,
+            freezing: Mutex::default(),
             owners: Mutex::default(),
         })
     }
@@ -89,17 +93,29 @@ impl Freeze {
 
     /// The client's Pause.
     pub fn pause(&self) -> Result<(), FreezeError> {
-        let mut owners = self.owners.lock();
-        if owners.dying {
+        self.freeze(|owners| owners.client = true)
+    }
+
+    fn freeze(&self, own: impl FnOnce(&mut Owners)) -> Result<(), FreezeError> {
+        let _freezing = self.freezing.lock();
+        if self.is_dying() {
             return Err(FreezeError::Dying);
         }
-        self.cgroup.freeze()?;
-        owners.client = true;
+        let frozen = self.cgroup.freeze();
+        let mut owners = self.owners.lock();
+        if owners.dying {
+            // It may have been frozen after it was let go.
+            if_not_gone(self.cgroup.thaw())?;
+            return Err(FreezeError::Dying);
+        }
+        frozen?;
+        own(&mut owners);
         Ok(())
     }
 
     /// The client's Resume. The processes go on unless crab holds them.
     pub fn resume(&self) -> Result<(), FreezeError> {
+        let _freezing = self.freezing.lock();
         let mut owners = self.owners.lock();
         owners.client = false;
         if !owners.crab {
@@ -110,13 +126,8 @@ impl Freeze {
 
     /// crab's own freeze, until the returned value is dropped.
     pub fn hold(self: &Arc<Self>) -> Result<Held, FreezeError> {
-        let mut owners = self.owners.lock();
-        if owners.dying {
-            return Err(FreezeError::Dying);
-        }
         // Also when the client holds it already: this confirms that it stands still.
-        self.cgroup.freeze()?;
-        owners.crab = true;
+        self.freeze(|owners| owners.crab = true)?;
         Ok(Held(Arc::clone(self)))
     }
 
@@ -125,10 +136,8 @@ impl Freeze {
     pub fn release_for_death(&self) {
         let mut owners = self.owners.lock();
         owners.dying = true;
-        if (owners.client || owners.crab)
-            && let Err(e) = self.cgroup.thaw()
-            && !e.is_gone()
-        {
+        // Also when nobody holds it: a freeze may be under way, or a restore have left it frozen.
+        if let Err(e) = if_not_gone(self.cgroup.thaw()) {
             log::warn!("cannot thaw a dying sandbox: {e}");
         }
     }
@@ -144,16 +153,22 @@ pub struct Held(Arc<Freeze>);
 
 impl Drop for Held {
     fn drop(&mut self) {
+        let _freezing = self.0.freezing.lock();
         let mut owners = self.0.owners.lock();
         owners.crab = false;
         if (!owners.client || owners.dying)
-            && let Err(e) = self.0.cgroup.thaw()
+            && let Err(e) = if_not_gone(self.0.cgroup.thaw())
         {
-            // With the cgroup gone there is nobody left to thaw.
-            if !e.is_gone() {
-                log::error!("cannot thaw the sandbox: {e}");
-            }
+            log::error!("cannot thaw the sandbox: {e}");
         }
+    }
+}
+
+/// With the cgroup gone there is nobody left to thaw.
+fn if_not_gone(thawed: Result<(), CgroupError>) -> Result<(), CgroupError> {
+    match thawed {
+        Err(e) if e.is_gone() => Ok(()),
+        thawed => thawed,
     }
 }
 

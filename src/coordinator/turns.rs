@@ -56,8 +56,28 @@ pub struct Settings {
 type Reply = Sender<Result<JournalLine, String>>;
 
 enum Job {
-    Boundary(Instant),
+    Boundary { at: Instant, gate: ShutGate },
     Manual { name: Option<String>, reply: Reply },
+}
+
+/// A gate that the end of a turn has shut. Opens when dropped, at the latest: also when the job
+/// that holds it is never done.
+struct ShutGate(Option<Arc<Doors>>);
+
+impl ShutGate {
+    /// No gate: nobody waits for this turn.
+    const NONE: Self = Self(None);
+
+    /// Opens it; returns the exposed delay, once.
+    fn open(&mut self) -> Duration {
+        self.0.take().map_or(Duration::ZERO, |doors| doors.open())
+    }
+}
+
+impl Drop for ShutGate {
+    fn drop(&mut self) {
+        self.open();
+    }
 }
 
 /// The turns of one sandbox.
@@ -104,12 +124,12 @@ impl Turns {
 
     /// A turn has ended; the doors' gate is shut.
     pub fn boundary(&self) {
+        let mut gate = ShutGate(Some(Arc::clone(&self.doors)));
         if self.gate == Gate::Off {
-            self.doors.open();
+            gate.open();
         }
-        if !self.send(Job::Boundary(Instant::now())) && self.gate != Gate::Off {
-            self.doors.open();
-        }
+        let at = Instant::now();
+        self.send(Job::Boundary { at, gate });
     }
 
     /// Takes a checkpoint now and waits until it is durable.
@@ -140,32 +160,16 @@ struct Worker {
     settings: Settings,
 }
 
-/// Opens the gate when dropped, at the latest.
-struct GateKeeper<'a>(Option<&'a Doors>);
-
-impl GateKeeper<'_> {
-    fn open(&mut self) {
-        if let Some(doors) = self.0.take() {
-            doors.open();
-        }
-    }
-}
-
-impl Drop for GateKeeper<'_> {
-    fn drop(&mut self) {
-        self.open();
-    }
-}
-
 impl Worker {
     fn run(&self, jobs: &Receiver<Job>) {
         for job in jobs {
-            let (trigger, begin, name, reply) = match job {
-                Job::Boundary(at) => (Trigger::Exec, at, None, None),
-                Job::Manual { name, reply } => (Trigger::Manual, Instant::now(), name, Some(reply)),
+            let (trigger, begin, mut gate, name, reply) = match job {
+                Job::Boundary { at, gate } => (Trigger::Exec, at, gate, None, None),
+                Job::Manual { name, reply } => {
+                    let now = Instant::now();
+                    (Trigger::Manual, now, ShutGate::NONE, name, Some(reply))
+                }
             };
-            let shut = trigger == Trigger::Exec && self.settings.gate != Gate::Off;
-            let mut gate = GateKeeper(shut.then_some(&*self.doors));
             let Some(subject) = self.subject.upgrade() else {
                 return;
             };
@@ -188,7 +192,7 @@ impl Worker {
         trigger: Trigger,
         begin: Instant,
         name: Option<&str>,
-        gate: &mut GateKeeper<'_>,
+        gate: &mut ShutGate,
     ) -> Result<JournalLine, String> {
         let parent = self.store.latest().map_err(text)?.map(|c| c.turn());
         let turn = self.next_turn().map_err(text)?;
@@ -222,9 +226,15 @@ impl Worker {
         if let Err(e) = &taken {
             line.note = Some(format!("not protected: {e}"));
         }
-        gate.open();
-        line.exposed_us = micros(self.doors.take_exposed());
-        self.store.append(&line, Durability::Now).map_err(text)?;
+        // Before the gate opens: the journal never lacks a turn that the next one follows. It need
+        // not be on the disk by itself, the checkpoint is.
+        self.store.append(&line, Durability::Later).map_err(text)?;
+        let exposed = micros(gate.open());
+        if exposed > line.exposed_us {
+            // A later line about a turn takes the place of the earlier one.
+            line.exposed_us = exposed;
+            self.store.append(&line, Durability::Later).map_err(text)?;
+        }
         taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
         if let Some(name) = name {
             self.store.name(name, turn).map_err(text)?;
@@ -247,13 +257,14 @@ impl Worker {
         subject: &dyn Subject,
         turn: TurnNo,
         parent: Option<TurnNo>,
-        gate: &mut GateKeeper<'_>,
+        gate: &mut ShutGate,
         line: &mut JournalLine,
     ) -> Result<Checkpoint, String> {
         let overlay = subject.overlay()?;
         let pending = self.store.begin(turn).map_err(text)?;
         let scratch = subject.scratch();
-        let work = scratch.join("criu-work");
+        // Not the client's: both may be about to dump.
+        let work = scratch.join("criu-turn-work");
         fs::create_dir_all(&work).map_err(|e| format!("{work:?}: {e}"))?;
         let home = CriuConf::for_dump(false)
             .write(&scratch.join("criu-turn"))
@@ -279,7 +290,7 @@ impl Worker {
         });
         let done = done.map_err(text)?;
         if self.settings.gate == Gate::Async {
-            gate.open();
+            line.exposed_us = micros(gate.open());
         }
         line.freeze_us = micros(done.frozen);
         line.changed_files = done.captured.entries();

@@ -13,7 +13,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::tree::proc_path;
+use crate::tree::{open_within, proc_path};
 
 /// The kernel copies at most this much of a mount's data, its terminator included, and drops the
 /// rest without a word.
@@ -258,7 +258,7 @@ impl Place {
         let root = rustix::fs::openat(CWD, target, flags | OFlags::DIRECTORY, Mode::empty())
             .map_err(raw)?;
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        let fd = rustix::fs::openat2(&root, within, flags, Mode::empty(), resolve).map_err(raw)?;
+        let fd = open_within(root.as_fd(), within, flags, resolve).map_err(raw)?;
         Ok(Self {
             path: proc_path(fd.as_fd()).into(),
             _fd: Some(fd),

@@ -16,7 +16,7 @@ use containerd_shim::protos::{
     protobuf::{MessageField, well_known_types::any::Any},
     shim::oci::ProcessDetails,
 };
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::{
     error::{Context, Kind, Result, ShimError},
@@ -68,12 +68,16 @@ pub(super) struct Inner {
     pub phase: Phase,
     busy: bool,
     pausing: bool,
-    /// init is being started: its end, however soon, is told after its start.
+    /// init's creation or start is still to be told, and its end, however soon, after that.
     pub starting: bool,
+    /// A signal for an init that is being restored and has no pid yet.
+    kill_at_start: Option<i32>,
     pub execs: BTreeMap<String, Arc<Process>>,
     /// Execs between their start and the report of their end.
     pub running_execs: usize,
-    /// init has ended; told to the client when the last exec has been.
+    /// init has ended: no exec starts any more.
+    pub init_gone: bool,
+    /// How init has ended; told to the client when the last exec has been.
     pub init_exit: Option<Exit>,
 }
 
@@ -126,9 +130,11 @@ impl Inner {
             phase,
             busy: false,
             pausing: false,
-            starting: false,
+            starting: true,
+            kill_at_start: None,
             execs: BTreeMap::new(),
             running_execs: 0,
+            init_gone: false,
             init_exit: None,
         }
     }
@@ -146,11 +152,13 @@ impl Container {
         Ok(Alone(self))
     }
 
-    /// Moves on to another phase, unless the container has stopped meanwhile.
-    pub(super) fn enter_phase(&self, phase: Phase) {
+    /// Moves on to another phase and tells it, in one step for every client, unless the container
+    /// has stopped meanwhile.
+    pub(super) fn enter_phase(&self, phase: Phase, event: TaskEvent) {
         let mut inner = self.inner.lock();
         if inner.phase != Phase::Stopped || phase == Phase::Deleted {
             inner.phase = phase;
+            self.events.send(event);
         }
     }
 
@@ -187,7 +195,7 @@ impl Container {
             };
         }
         match process.step() {
-            Step::Created => Status::CREATED,
+            Step::Created | Step::Starting => Status::CREATED,
             Step::Running => Status::RUNNING,
             Step::Stopped => Status::STOPPED,
         }
@@ -214,11 +222,11 @@ impl Container {
         let paused = place.freeze.pause();
         self.inner.lock().pausing = false;
         paused.context(format_args!("{}: pause", self.sandbox))?;
-        self.enter_phase(Phase::Paused);
-        self.events.send(TaskEvent::Paused(TaskPaused {
+        let event = TaskEvent::Paused(TaskPaused {
             container_id: self.sandbox.id().to_owned(),
             ..Default::default()
-        }));
+        });
+        self.enter_phase(Phase::Paused, event);
         Ok(())
     }
 
@@ -227,11 +235,11 @@ impl Container {
         let _alone = self.alone(Request::Resume)?;
         let resumed = self.place()?.freeze.resume();
         resumed.context(format_args!("{}: resume", self.sandbox))?;
-        self.enter_phase(Phase::Running);
-        self.events.send(TaskEvent::Resumed(TaskResumed {
+        let event = TaskEvent::Resumed(TaskResumed {
             container_id: self.sandbox.id().to_owned(),
             ..Default::default()
-        }));
+        });
+        self.enter_phase(Phase::Running, event);
         Ok(())
     }
 
@@ -257,14 +265,7 @@ impl Container {
             .ok_or_else(|| {
                 ShimError::new(Kind::InvalidArgument, format!("{signal} is no signal"))
             })?;
-        if exec_id.is_empty() && self.inner.lock().phase == Phase::CreatedCheckpoint {
-            // There is no process yet: this is the end of a container that never began.
-            let exit = Exit {
-                pid: 0,
-                status: 128 + signal as u32,
-                at: time::OffsetDateTime::now_utc(),
-            };
-            self.init_exited(exit);
+        if exec_id.is_empty() && self.kill_before_restore(signal) {
             return Ok(());
         }
         let deadly = signal == libc::SIGKILL && exec_id.is_empty();
@@ -281,10 +282,41 @@ impl Container {
         } else {
             process.signal(signal)
         };
-        if deadly {
-            self.release();
+        match &sent {
+            Ok(()) if deadly => self.release(),
+            Err(e) if deadly && e.kind != Kind::NotFound => self.doors.take_heart(),
+            _ => {}
         }
         sent
+    }
+
+    /// Signals an init that no image has been read for yet; false if there is one.
+    fn kill_before_restore(&self, signal: i32) -> bool {
+        let mut inner = self.inner.lock();
+        if inner.phase != Phase::CreatedCheckpoint || self.init.pid() != 0 {
+            return false;
+        }
+        if inner.busy {
+            inner.kill_at_start = Some(signal);
+        } else {
+            // There is no process yet: this is the end of a container that never began.
+            inner.init_exit = Some(never_began(signal));
+            self.tell_init_exit(inner);
+        }
+        true
+    }
+
+    /// The restore is over: a signal that came meanwhile reaches what it has made.
+    pub(super) fn kill_restored(&self) {
+        let mut inner = self.inner.lock();
+        let Some(signal) = inner.kill_at_start.take() else {
+            return;
+        };
+        if self.init.pid() == 0 {
+            inner.init_exit = Some(never_began(signal));
+        } else if let Err(e) = self.init.signal(signal) {
+            log::warn!("{}: {e}", self.sandbox);
+        }
     }
 
     /// A frozen process does not die (v1): whoever holds it lets go, and nobody freezes it again.
@@ -330,13 +362,17 @@ impl Container {
 
     /// An exec has ended.
     pub(super) fn exec_exited(&self, process: &Process, exit: Exit) {
-        process.ended(exit);
+        // The gate is shut before the client hears of the end, and so before it can go on.
+        let turn_ended = self.doors.leave(&process.exec_id);
         if let Some(io) = process.io() {
             io.leader_exited();
         }
-        // The gate is shut before the client hears of the end, and so before it can go on.
-        let turn_ended = self.doors.leave(&process.exec_id);
-        self.report_exit(&process.exec_id, exit);
+        {
+            // One step for every client: whoever sees it stopped acts after its end was told.
+            let _inner = self.inner.lock();
+            process.ended(exit);
+            self.report_exit(&process.exec_id, exit);
+        }
         if turn_ended {
             self.turn_ended();
         }
@@ -347,7 +383,9 @@ impl Container {
     pub(super) fn turn_ended(&self) {
         match self.turns.get() {
             Some(turns) => turns.boundary(),
-            None => self.doors.open(),
+            None => {
+                self.doors.open();
+            }
         }
     }
 
@@ -355,14 +393,20 @@ impl Container {
     pub(super) fn exec_is_over(&self) {
         let mut inner = self.inner.lock();
         inner.running_execs -= 1;
-        if let (0, Some(exit)) = (inner.running_execs, inner.init_exit) {
-            drop(inner);
-            self.report_init_exit(exit);
-        }
+        self.tell_init_exit(inner);
+    }
+
+    /// init's creation or start has been told (or will never be).
+    pub(super) fn init_told(&self) {
+        let mut inner = self.inner.lock();
+        inner.starting = false;
+        self.tell_init_exit(inner);
     }
 
     /// init has ended.
     pub(super) fn init_exited(&self, exit: Exit) {
+        // Before the doors open: whoever waits there must not go on.
+        self.inner.lock().init_gone = true;
         self.doors.give_up();
         self.release();
         if self.spec.shares_pids()
@@ -373,23 +417,24 @@ impl Container {
         }
         let mut inner = self.inner.lock();
         inner.init_exit = Some(exit);
-        while inner.starting {
-            self.changed.wait(&mut inner);
-        }
-        if inner.running_execs == 0 {
-            drop(inner);
-            self.report_init_exit(exit);
-        }
+        self.tell_init_exit(inner);
     }
 
-    fn report_init_exit(&self, exit: Exit) {
+    /// Tells init's end once, when all that comes before it has been told.
+    fn tell_init_exit(&self, mut inner: MutexGuard<'_, Inner>) {
+        let over = matches!(inner.phase, Phase::Stopped | Phase::Deleted);
+        let due = !over && !inner.starting && inner.running_execs == 0;
+        let Some(exit) = inner.init_exit.filter(|_| due) else {
+            return;
+        };
         if let Some(io) = self.init.io() {
             io.leader_exited();
         }
-        self.inner.lock().phase = Phase::Stopped;
+        // One step for every client: whoever sees it stopped acts after its end was told.
+        inner.phase = Phase::Stopped;
         self.init.ended(exit);
-        self.changed.notify_all();
         self.report_exit("", exit);
+        drop(inner);
         // Lets go of the store, so that a restore can be armed before the task is deleted.
         self.stop_turns();
     }
@@ -427,6 +472,15 @@ impl Container {
             )
         }));
         all
+    }
+}
+
+/// The end of an init that was killed before it had a process.
+fn never_began(signal: i32) -> Exit {
+    Exit {
+        pid: 0,
+        status: 128 + signal as u32,
+        at: time::OffsetDateTime::now_utc(),
     }
 }
 

@@ -1,10 +1,11 @@
 //! How processes and containers go: Delete, and what is done after the shim's own death.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use containerd_shim::protos::{
     api::DeleteResponse, events::task::TaskDelete, protobuf::MessageField,
 };
+use crossbeam_channel::after;
 use time::OffsetDateTime;
 
 use super::{
@@ -20,6 +21,8 @@ use super::{
 };
 use crate::{config::Config, sandbox::SandboxId};
 
+/// How long the end of an init that the runtime has killed may take to be seen.
+const END_LIMIT: Duration = Duration::from_secs(10);
 /// What containerd hears of a container whose shim was killed.
 const KILLED: u32 = 128 + libc::SIGKILL as u32;
 
@@ -38,7 +41,7 @@ fn response(process: &Process) -> DeleteResponse {
 /// Delete of an exec. Its background processes go on.
 pub fn delete_exec(container: &Container, exec_id: &str) -> Result<DeleteResponse> {
     let process = container.process(exec_id)?;
-    if process.step() == Step::Running {
+    if matches!(process.step(), Step::Starting | Step::Running) {
         let text = format!(
             "{}: cannot delete running exec {exec_id}",
             container.sandbox
@@ -62,17 +65,27 @@ pub fn delete_exec(container: &Container, exec_id: &str) -> Result<DeleteRespons
 /// Delete of the container.
 pub fn delete_container(container: &Arc<Container>) -> Result<DeleteResponse> {
     let _alone = container.alone(Request::Delete)?;
-    let unstarted = container.phase() == Phase::CreatedCheckpoint;
+    let phase = container.phase();
     container.stop_turns();
     if let Some(io) = container.init.take_io() {
         io.finish(container.config.exec_linger);
     }
     container.leftovers.lock().clear();
-    if !unstarted {
+    if phase != Phase::CreatedCheckpoint {
         container
             .runtime
             .delete(container.sandbox.id(), false)
             .context(&container.sandbox)?;
+    }
+    if phase == Phase::Created {
+        // The runtime has killed it, and its end is told before its deletion.
+        container.init.wait(&after(END_LIMIT)).map_err(|_| {
+            let text = format!(
+                "{}: delete: init has not ended within {END_LIMIT:?}",
+                container.sandbox
+            );
+            ShimError::new(Kind::Failed, text)
+        })?;
     }
     if let Some(rootfs) = &container.mounted {
         container
@@ -84,15 +97,15 @@ pub fn delete_container(container: &Arc<Container>) -> Result<DeleteResponse> {
         .run_dir
         .remove()
         .context(format_args!("{}: clean up", container.sandbox))?;
-    container.enter_phase(Phase::Deleted);
     let response = response(&container.init);
-    container.events.send(TaskEvent::Delete(TaskDelete {
+    let event = TaskEvent::Delete(TaskDelete {
         container_id: container.sandbox.id().to_owned(),
         pid: response.pid,
         exit_status: response.exit_status,
         exited_at: response.exited_at.clone(),
         ..Default::default()
-    }));
+    });
+    container.enter_phase(Phase::Deleted, event);
     Ok(response)
 }
 

@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use containerd_shim::protos::ttrpc::{self, Code};
 
-use super::state::Refused;
+use super::state::{Phase, Refused};
 use crate::sandbox::BadName;
 
 /// What kind of no it is. containerd's clients act on this alone.
@@ -64,7 +64,12 @@ impl<T, E: Display> Context<T> for std::result::Result<T, E> {
 
 impl From<Refused> for ShimError {
     fn from(refused: Refused) -> Self {
-        Self::new(Kind::FailedPrecondition, refused.to_string())
+        let kind = match refused.phase {
+            // It goes from the service's list a moment later.
+            Phase::Deleted => Kind::NotFound,
+            _ => Kind::FailedPrecondition,
+        };
+        Self::new(kind, refused.to_string())
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{
     cgroup::{Cgroup, CgroupError, OomWatch},
     config::Config,
     coordinator::freeze::Freezable,
-    rootfs::{self, MountSpec},
+    rootfs::{self, MountSpec, Overlay},
     runtime::{OciRuntime, runc::Runc},
     sandbox::SandboxId,
 };
@@ -74,6 +74,8 @@ pub trait Host: Send + Sync {
     fn create_netns(&self, path: &Path) -> io::Result<()>;
     /// Mounts a root file system.
     fn mount(&self, mounts: &[MountSpec], target: &Path) -> Result<(), String>;
+    /// The overlay that is mounted at a path.
+    fn overlay(&self, rootfs: &Path) -> Result<Overlay, String>;
     /// Unmounts it; one that is not mounted is no error.
     fn unmount(&self, target: &Path) -> Result<(), String>;
 }
@@ -149,6 +151,10 @@ impl Host for Linux {
 
     fn mount(&self, mounts: &[MountSpec], target: &Path) -> Result<(), String> {
         rootfs::mount_all(mounts, target).map_err(|e| e.to_string())
+    }
+
+    fn overlay(&self, rootfs: &Path) -> Result<Overlay, String> {
+        Overlay::from_mountinfo(rootfs).map_err(|e| e.to_string())
     }
 
     fn unmount(&self, target: &Path) -> Result<(), String> {

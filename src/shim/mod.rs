@@ -28,5 +28,7 @@ pub mod service;
 pub mod spec;
 pub mod start;
 pub mod state;
+#[cfg(test)]
+mod tests;
 pub mod turns;
 mod undo;

@@ -17,6 +17,8 @@ use super::{
 pub enum Step {
     /// Known, not started.
     Created,
+    /// Its only start is under way.
+    Starting,
     /// It has a pid.
     Running,
     /// It has ended, or could not be started.
@@ -95,12 +97,34 @@ impl Process {
         self.state.lock().io.take()
     }
 
+    /// Claims its only start.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` when another start has been made, or is under way.
+    pub fn begin(&self) -> Result<()> {
+        let mut state = self.state.lock();
+        if state.step != Step::Created {
+            let text = format!("exec {} was started already", self.exec_id);
+            return Err(ShimError::new(Kind::FailedPrecondition, text));
+        }
+        state.step = Step::Starting;
+        Ok(())
+    }
+
+    /// Nothing was tried after [`Process::begin`]: it may be started later.
+    pub fn not_begun(&self) {
+        let mut state = self.state.lock();
+        if state.step == Step::Starting {
+            state.step = Step::Created;
+        }
+    }
+
     /// It got a pid. `target` is missing if it was gone already.
     pub fn has_pid(&self, pid: i32, target: Option<Box<dyn Target>>) {
         let mut state = self.state.lock();
         state.pid = pid;
         state.target = target;
-        if state.step == Step::Created {
+        if matches!(state.step, Step::Created | Step::Starting) {
             state.step = Step::Running;
         }
     }
@@ -117,7 +141,7 @@ impl Process {
     }
 
     /// Waits for its end, or until the client has gone.
-    pub fn wait(&self, gone: &Receiver<()>) -> Result<Exit> {
+    pub fn wait<T>(&self, gone: &Receiver<T>) -> Result<Exit> {
         crossbeam_channel::select! {
             recv(self.done) -> _ => {}
             recv(gone) -> _ => {}
@@ -142,7 +166,7 @@ impl Process {
                 let text = format!("cannot send signal {signal} to pid {}: {e}", state.pid);
                 ShimError::new(kind, text)
             }),
-            (None, Step::Created) => Err(ShimError::new(
+            (None, Step::Created | Step::Starting) => Err(ShimError::new(
                 Kind::FailedPrecondition,
                 "process not started",
             )),

@@ -49,6 +49,17 @@ pub enum Source {
 }
 
 impl Source {
+    /// Adds to an error what can be done about it.
+    pub fn way_out(&self, mut error: ShimError) -> ShimError {
+        if let Self::Armed { turn, .. } = self {
+            error.message += &format!(
+                "\nTurn {turn} stays armed. `crab restore CONTAINER@TURN` chooses another one (`crab \
+                 log` lists them), `crab restore CONTAINER --cancel` lets the next start boot."
+            );
+        }
+        error
+    }
+
     fn image(&self) -> &Path {
         match self {
             Self::Client { image } | Self::Armed { image, .. } => image,

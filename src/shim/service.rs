@@ -59,6 +59,18 @@ struct Shared {
     control: OnceLock<PathBuf>,
 }
 
+/// An id that is given back when its container does not come to be.
+struct Reserved<'a> {
+    containers: &'a Mutex<HashMap<String, Slot>>,
+    id: &'a str,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.containers.lock().remove(self.id);
+    }
+}
+
 type Answer<T> = ttrpc::Result<T>;
 
 impl Service {
@@ -119,20 +131,15 @@ impl Service {
             events: &self.0.events,
             control: self.0.control.get().map(PathBuf::as_path),
         };
-        let created = create::create(&world, &request);
-        let mut containers = self.0.containers.lock();
-        let container = match created {
-            Ok(container) => container,
-            Err(e) => {
-                containers.remove(&id);
-                return Err(e);
-            }
+        let reserved = Reserved {
+            containers: &self.0.containers,
+            id: &id,
         };
-        containers.insert(id.clone(), Slot::Taken(Arc::clone(&container)));
-        drop(containers);
+        let container = create::create(&world, &request)?;
+        std::mem::forget(reserved);
         let pid = container.init.pid() as u32;
         self.0.events.send(TaskEvent::Create(TaskCreate {
-            container_id: id,
+            container_id: id.clone(),
             bundle: request.bundle,
             rootfs: request.rootfs,
             io: MessageField::some(TaskIO {
@@ -146,6 +153,11 @@ impl Service {
             pid,
             ..Default::default()
         }));
+        // Nobody finds it, and its end is not told, before its creation is.
+        container.init_told();
+        let mut containers = self.0.containers.lock();
+        containers.insert(id, Slot::Taken(container));
+        drop(containers);
         Ok(CreateTaskResponse {
             pid,
             ..Default::default()

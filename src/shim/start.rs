@@ -6,7 +6,7 @@ use containerd_shim::protos::{
     api::ExecProcessRequest,
     events::task::{TaskExecAdded, TaskExecStarted, TaskOOM, TaskStart},
 };
-use serde_json::Value;
+use serde_json::{Map, Value};
 use time::OffsetDateTime;
 
 use super::{
@@ -14,7 +14,7 @@ use super::{
     error::{Context, Kind, Result, ShimError},
     events::TaskEvent,
     io::{ConsoleSocket, IoContext, ProcessIo, StdioConfig},
-    process::{Process, Step},
+    process::Process,
     reaper::{Exit, Watch},
     restore,
     state::{Phase, Request},
@@ -172,16 +172,20 @@ pub fn start_init(container: &Arc<Container>) -> Result<i32> {
             .runtime
             .start(container.sandbox.id())
             .context(&container.sandbox)?,
-        Some(source) => restore::restore(container, source)?,
+        Some(source) => {
+            let restored = restore::restore(container, source);
+            container.kill_restored();
+            restored.map_err(|e| source.way_out(e))?;
+        }
     }
-    container.enter_phase(Phase::Running);
     container.disarm();
     let pid = container.init.pid();
-    container.events.send(TaskEvent::Start(TaskStart {
+    let event = TaskEvent::Start(TaskStart {
         container_id: container.sandbox.id().to_owned(),
         pid: pid as u32,
         ..Default::default()
-    }));
+    });
+    container.enter_phase(Phase::Running, event);
     container.protect();
     Ok(pid)
 }
@@ -198,8 +202,7 @@ impl<'a> Starting<'a> {
 
 impl Drop for Starting<'_> {
     fn drop(&mut self) {
-        self.0.inner.lock().starting = false;
-        self.0.changed.notify_all();
+        self.0.init_told();
     }
 }
 
@@ -211,8 +214,8 @@ pub fn add_exec(container: &Container, request: &ExecProcessRequest) -> Result<(
         let text = format!("{}: exec {exec_id}: process: {e}", container.sandbox);
         ShimError::new(Kind::InvalidArgument, text)
     };
-    let mut spec: Value = serde_json::from_slice(spec).map_err(invalid)?;
-    spec["terminal"] = Value::Bool(request.terminal);
+    let mut spec: Map<String, Value> = serde_json::from_slice(spec).map_err(invalid)?;
+    spec.insert("terminal".to_owned(), Value::Bool(request.terminal));
     let stdio = StdioConfig {
         terminal: request.terminal,
         stdin: request.stdin.clone(),
@@ -229,27 +232,25 @@ pub fn add_exec(container: &Container, request: &ExecProcessRequest) -> Result<(
             return Err(ShimError::new(Kind::AlreadyExists, text));
         }
         inner.execs.insert(exec_id.clone(), process);
+        // Before the lock is gone: nobody can start it before it was told.
+        container.events.send(TaskEvent::ExecAdded(TaskExecAdded {
+            container_id: container.sandbox.id().to_owned(),
+            exec_id,
+            ..Default::default()
+        }));
     }
-    container.events.send(TaskEvent::ExecAdded(TaskExecAdded {
-        container_id: container.sandbox.id().to_owned(),
-        exec_id,
-        ..Default::default()
-    }));
     Ok(())
 }
 
 /// Start of an exec.
 pub fn start_exec(container: &Arc<Container>, exec_id: &str) -> Result<i32> {
     let process = container.process(exec_id)?;
-    if process.step() != Step::Created {
-        let text = format!("{}: exec {exec_id} was started already", container.sandbox);
-        return Err(ShimError::new(Kind::FailedPrecondition, text));
-    }
+    process.begin()?;
     let entering = container.doors.enter(exec_id, is_turn(container, &process));
     {
         let mut inner = container.inner.lock();
         let ready = match inner.phase.allows(Request::Exec) {
-            Ok(()) if inner.init_exit.is_some() => Err(ShimError::new(
+            Ok(()) if inner.init_gone => Err(ShimError::new(
                 Kind::FailedPrecondition,
                 format!("{}: init has ended", container.sandbox),
             )),
@@ -257,6 +258,7 @@ pub fn start_exec(container: &Arc<Container>, exec_id: &str) -> Result<i32> {
         };
         if let Err(e) = ready {
             drop(inner);
+            process.not_begun();
             if entering.failed() {
                 container.turn_ended();
             }

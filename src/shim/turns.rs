@@ -30,7 +30,7 @@ impl Subject for Container {
             Some(mounted) => mounted.clone(),
             None => self.spec.rootfs(&self.bundle),
         };
-        Overlay::from_mountinfo(&rootfs).map_err(|e| e.to_string())
+        self.host.overlay(&rootfs)
     }
 
     fn bundle(&self) -> PathBuf {

@@ -115,7 +115,7 @@ pub enum Sync {
 /// A journal as it was read.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Journal {
-    /// The turns, oldest first.
+    /// The turns, oldest first, each once.
     pub lines: Vec<JournalLine>,
     /// What could not be read. A torn last line isn't among them: it was never completed.
     pub broken: Vec<BrokenLine>,
@@ -203,6 +203,17 @@ pub(super) fn mend(path: &Path) -> Result<(), StoreError> {
     .map_err(files::io("mend", path))
 }
 
+impl Journal {
+    /// A later line about a turn replaces the earlier one: what a gate held up is known only
+    /// after the turn has been written down.
+    fn take(&mut self, line: JournalLine) {
+        match self.lines.last_mut() {
+            Some(last) if last.turn == line.turn => *last = line,
+            _ => self.lines.push(line),
+        }
+    }
+}
+
 /// Reads all lines; an absent journal is empty.
 pub(super) fn read(path: &Path) -> Result<Journal, StoreError> {
     let text = files::read(path, MAX_JOURNAL)?.unwrap_or_default();
@@ -216,7 +227,7 @@ pub(super) fn read(path: &Path) -> Result<Journal, StoreError> {
             _ => serde_json::from_slice(line).map_err(|e| e.to_string()),
         };
         match parsed {
-            Ok(line) => journal.lines.push(line),
+            Ok(line) => journal.take(line),
             Err(reason) => journal.broken.push(BrokenLine {
                 number: index + 1,
                 reason,

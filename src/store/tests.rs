@@ -433,6 +433,20 @@ fn a_journal_line_has_exactly_the_documented_keys() {
 }
 
 #[test]
+fn a_later_line_about_a_turn_replaces_the_earlier_one() {
+    let bed = bed();
+    let writer = bed.writer();
+    writer.append(&line(1), Sync::Later).unwrap();
+    writer.append(&line(2), Sync::Later).unwrap();
+    let later = JournalLine {
+        exposed_us: 99,
+        ..line(2)
+    };
+    writer.append(&later, Sync::Later).unwrap();
+    assert_eq!(writer.journal().unwrap().lines, [line(1), later]);
+}
+
+#[test]
 fn a_torn_last_line_is_ignored_and_mended_and_a_broken_one_is_reported() {
     let bed = bed();
     let writer = bed.writer();
