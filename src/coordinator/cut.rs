@@ -3,14 +3,15 @@
 use std::{
     collections::BTreeSet,
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
 use super::{
     doors::Doors,
-    freeze::{Freeze, FreezeError},
+    freeze::{Freeze, FreezeError, Held},
 };
 use crate::{
     cgroup::CgroupError,
@@ -22,6 +23,9 @@ use crate::{
 
 /// How long a cut waits for execs that are half-way through the door.
 const LATCH_LIMIT: Duration = Duration::from_secs(30);
+/// A vforked child needs a few hundred microseconds to its exec.
+const VFORK_PAUSE: Duration = Duration::from_millis(3);
+const VFORK_TRIES: u32 = 100;
 
 /// What a cut must know of the sandbox's processes.
 pub trait Scene: Send + Sync {
@@ -69,6 +73,9 @@ pub enum CutError {
         list(.0)
     )]
     Stopped(Vec<i32>),
+    /// A process stays between vfork and exec.
+    #[error("a process waits for its vforked child all the time, and CRIU cannot dump it so")]
+    Vfork,
     /// Another cut has taken longer than one may take.
     #[error("another checkpoint of the sandbox does not end")]
     Busy,
@@ -149,7 +156,7 @@ impl Sandbox<'_> {
                 return Err(CutError::Stopped(stopped));
             }
         }
-        let held = self.freeze.hold()?;
+        let held = self.hold_outside_vfork()?;
         let before: BTreeSet<i32> = self.freeze.cgroup().procs()?.into_iter().collect();
         let strangers = strangers(&before, self.scene.init_pid());
         if !strangers.is_empty() {
@@ -179,9 +186,30 @@ impl Sandbox<'_> {
         })
     }
 
+    /// Freezes at a moment when no process is between vfork and exec.
+    ///
+    /// Its parent waits for it where CRIU cannot seize it, and CRIU would give up after 10 s. The
+    /// child is let run on for a moment.
+    fn hold_outside_vfork(&self) -> Result<Held, CutError> {
+        for _ in 0..VFORK_TRIES {
+            let held = self.freeze.hold()?;
+            let procs = self.freeze.cgroup().procs()?;
+            if !procs.iter().any(|pid| waits_for_vfork(*pid)) {
+                return Ok(held);
+            }
+            drop(held);
+            thread::sleep(VFORK_PAUSE);
+        }
+        Err(CutError::Vfork)
+    }
+
     fn dump(&self, args: &runtime::Checkpoint) -> Result<(), CutError> {
+        // CRIU and an init that dies under its hands wait for each other. With --exit it is CRIU
+        // that kills.
+        let init = self.scene.init_pid();
+        let stop = || args.leave_running && (self.freeze.is_dying() || is_dying(init));
         self.runtime
-            .checkpoint(self.id, args)
+            .checkpoint(self.id, args, &stop)
             .map_err(|source| CutError::Dump {
                 source,
                 log: criu_conf::log_tail(&args.work_path.join("dump.log")),
@@ -213,10 +241,39 @@ fn strangers(procs: &BTreeSet<i32>, init: i32) -> Vec<i32> {
         .collect()
 }
 
+/// Whether a process has been killed, be it that it has not noticed yet.
+fn is_dying(pid: i32) -> bool {
+    const PF_EXITING: u64 = 4;
+    const SIGKILL: u64 = 1 << (9 - 1);
+    let Some(stat) = stat(pid) else {
+        return true;
+    };
+    let status = fs::read_to_string(proc(pid).join("status")).unwrap_or_default();
+    let pending = status
+        .lines()
+        .filter(|line| line.starts_with("SigPnd:") || line.starts_with("ShdPnd:"))
+        .filter_map(|line| u64::from_str_radix(line.split_whitespace().nth(1)?, 16).ok());
+    matches!(stat.state, 'Z' | 'X')
+        || stat.flags & PF_EXITING != 0
+        || pending.into_iter().any(|mask| mask & SIGKILL != 0)
+}
+
+/// Whether one of a process's threads waits for its vforked child.
+fn waits_for_vfork(pid: i32) -> bool {
+    let tasks = fs::read_dir(proc(pid).join("task"));
+    tasks.into_iter().flatten().flatten().any(|task| {
+        fs::read_to_string(task.path().join("wchan")).is_ok_and(|place| place.contains("vfork"))
+    })
+}
+
+fn proc(pid: i32) -> PathBuf {
+    Path::new("/proc").join(pid.to_string())
+}
+
 /// Whether a signal has stopped this process. In a frozen cgroup its state is that of a frozen
 /// one, and only the place where it waits tells.
 fn is_stopped(pid: i32) -> bool {
-    let wchan = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("wchan"));
+    let wchan = fs::read_to_string(proc(pid).join("wchan"));
     stat(pid).is_some_and(|stat| stat.state == 'T')
         || wchan.is_ok_and(|place| place == "do_signal_stop")
 }
@@ -225,17 +282,19 @@ fn is_stopped(pid: i32) -> bool {
 struct Stat {
     state: char,
     parent: i32,
+    flags: u64,
 }
 
 /// Reads `/proc/PID/stat`, whose second field may contain anything.
 fn stat(pid: i32) -> Option<Stat> {
-    let stat = fs::read(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
+    let stat = fs::read(proc(pid).join("stat")).ok()?;
     let stat = String::from_utf8_lossy(&stat);
     let (_, rest) = stat.rsplit_once(')')?;
     let mut words = rest.split_whitespace();
     Some(Stat {
         state: words.next()?.chars().next()?,
         parent: words.next()?.parse().ok()?,
+        flags: words.nth(4)?.parse().ok()?,
     })
 }
 

@@ -36,6 +36,14 @@ pub trait Spawner: Send + Sync {
     /// # Errors
     /// When the command cannot be started, or has not ended within `limit` (it is killed then).
     fn run(&self, command: Command, limit: Duration) -> io::Result<Ended>;
+
+    /// The same, in a process group of its own, which is killed also as soon as `stop` says so.
+    fn run_unless(
+        &self,
+        command: Command,
+        limit: Duration,
+        stop: &dyn Fn() -> bool,
+    ) -> io::Result<Ended>;
 }
 
 /// What went wrong in a call to the OCI runtime.
@@ -185,8 +193,14 @@ pub trait OciRuntime: Send + Sync {
     fn kill_all(&self, id: &str, signal: i32) -> Result<(), RuntimeError>;
     /// Removes the container; with `force`, kills it first. An unknown one is no error.
     fn delete(&self, id: &str, force: bool) -> Result<(), RuntimeError>;
-    /// Dumps the container's processes.
-    fn checkpoint(&self, id: &str, args: &Checkpoint) -> Result<(), RuntimeError>;
+    /// Dumps the container's processes. When `stop` says so, the dump is killed, which only a
+    /// sandbox that is to die can bear.
+    fn checkpoint(
+        &self,
+        id: &str,
+        args: &Checkpoint,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), RuntimeError>;
     /// Makes a running container from images.
     fn restore(&self, args: Restore<'_>) -> Result<(), RuntimeError>;
     /// Changes limits; `resources` is the JSON of OCI `LinuxResources`.

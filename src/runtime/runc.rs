@@ -78,6 +78,18 @@ impl Runc {
         stdio: Option<Stdio>,
         prepare: impl FnOnce(&mut Command),
     ) -> Result<(), RuntimeError> {
+        self.run_by(verb, stdio, prepare, |command| {
+            self.spawner.run(command, limit)
+        })
+    }
+
+    fn run_by(
+        &self,
+        verb: &'static str,
+        stdio: Option<Stdio>,
+        prepare: impl FnOnce(&mut Command),
+        spawn: impl FnOnce(Command) -> io::Result<Ended>,
+    ) -> Result<(), RuntimeError> {
         let log = LogFile::new(&self.log_dir, verb).map_err(|e| RuntimeError::File {
             what: "cannot make a log file in",
             path: self.log_dir.clone(),
@@ -96,7 +108,7 @@ impl Runc {
             None => {}
         }
         prepare(&mut command);
-        let full = match self.spawner.run(command, limit) {
+        let full = match spawn(command) {
             Ok(Ended::Exited(0)) => return Ok(()),
             Ok(Ended::Exited(code)) => match log.last_error() {
                 Some(message) => message,
@@ -185,8 +197,14 @@ impl OciRuntime for Runc {
         }
     }
 
-    fn checkpoint(&self, id: &str, args: &Checkpoint) -> Result<(), RuntimeError> {
-        self.run("checkpoint", args.limit, None, |c| {
+    fn checkpoint(
+        &self,
+        id: &str,
+        args: &Checkpoint,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), RuntimeError> {
+        let spawn = |command| self.spawner.run_unless(command, args.limit, stop);
+        let prepare = |c: &mut Command| {
             option(c, "--image-path", &args.image_path);
             option(c, "--work-path", &args.work_path);
             if let Some(parent) = &args.parent_path {
@@ -207,7 +225,8 @@ impl OciRuntime for Runc {
                 c.env("HOME", home);
             }
             c.arg(id);
-        })
+        };
+        self.run_by("checkpoint", None, prepare, spawn)
     }
 
     fn restore(&self, args: Restore<'_>) -> Result<(), RuntimeError> {

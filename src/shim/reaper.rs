@@ -7,13 +7,21 @@
 //! A process may be gone before its starter knows its pid. A [`Watch`], taken before the start,
 //! keeps the exits that nobody has claimed.
 
-use std::{collections::HashMap, io, process::Command, sync::Arc, thread, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    os::unix::process::CommandExt,
+    process::Command,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::{
     errno::Errno,
     sys::{
-        signal::{Signal, kill},
+        signal::{Signal, kill, killpg},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
     unistd::Pid,
@@ -152,16 +160,48 @@ fn deliver_to(sender: Sender<Ended>) -> Handler {
     })
 }
 
+/// How often somebody who may stop a command is asked.
+const ASK: Duration = Duration::from_millis(20);
+
 impl Spawner for Reaper {
     fn run(&self, mut command: Command, limit: Duration) -> io::Result<Ended> {
-        let (pid, exits) = self.spawn(&mut command)?;
-        exits.recv_timeout(limit).map_err(|_| {
+        let (pid, ends) = self.spawn(&mut command)?;
+        ends.recv_timeout(limit).map_err(|_| {
             // The child is unreaped as long as its handler waits, so the pid is still its own.
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            let text = format!("no end after {limit:?}; killed it");
-            io::Error::new(io::ErrorKind::TimedOut, text)
+            late(limit)
         })
     }
+
+    fn run_unless(
+        &self,
+        mut command: Command,
+        limit: Duration,
+        stop: &dyn Fn() -> bool,
+    ) -> io::Result<Ended> {
+        command.process_group(0);
+        let (pid, ends) = self.spawn(&mut command)?;
+        let end = Instant::now() + limit;
+        loop {
+            if let Ok(ended) = ends.recv_timeout(ASK) {
+                return Ok(ended);
+            }
+            let stopped = stop();
+            if stopped || Instant::now() >= end {
+                // Unreaped as above; its children share the group.
+                let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+                return Err(match stopped {
+                    true => io::Error::other("stopped: the sandbox is to die"),
+                    false => late(limit),
+                });
+            }
+        }
+    }
+}
+
+fn late(limit: Duration) -> io::Error {
+    let text = format!("no end after {limit:?}; killed it");
+    io::Error::new(io::ErrorKind::TimedOut, text)
 }
 
 /// See [`Reaper::watch`].

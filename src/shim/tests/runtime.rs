@@ -61,7 +61,7 @@ impl OciRuntime for FakeRuntime {
         Ok(())
     }
 
-    fn checkpoint(&self, id: &str, args: &Checkpoint) -> Answer {
+    fn checkpoint(&self, id: &str, args: &Checkpoint, _: &dyn Fn() -> bool) -> Answer {
         self.0.record(format!("checkpoint {id}"));
         self.0.record_dump(args);
         fs::write(args.work_path.join("dump.log"), "CRIU was here\n").unwrap();
