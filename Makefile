@@ -25,10 +25,10 @@ bench: build ## measured beside containerd's own shim
 	integration/bench/run
 
 fuzz: ## longer random tests of what reads foreign input
-	PROPTEST_CASES=20000 $(CARGO) test --release --locked --lib -- --nocapture prop
+	PROPTEST_CASES=$${CASES:-20000} $(CARGO) test --release --locked --lib -- no_list_of_mounts no_bytes shim::tests::random
 
-soak: build ## the long forms of the end-to-end tests
-	CRAB_E2E_SOAK=1 integration/e2e/run
+soak: build ## the end-to-end tests with chaos in them, again and again
+	for i in $$(seq $${ROUNDS:-10}); do integration/e2e/run -k 'chaos or armed or restart' || exit 1; done
 
 install: build
 	install -D -m 0755 $(BIN)/containerd-shim-crab-v2 $(DESTDIR)$(PREFIX)/bin/containerd-shim-crab-v2

@@ -149,9 +149,9 @@ impl RestoreImage {
 /// Makes a directory from which one restore may read: every image, and a `descriptors.json` that
 /// names `extra` pipes by inode.
 ///
-/// The images are hard links, so the directory lies within the image directory; where that cannot
-/// be written they are copies below `fallback`. Symbolic links would not do: CRIU opens images
-/// from inside the restored mount namespace, where they lead nowhere.
+/// The directory is made in the first of `places` that can be written, under a hidden name. The
+/// images in it are hard links, or copies where that is another file system. Symbolic links would
+/// not do: CRIU opens images from inside the restored mount namespace, where they lead nowhere.
 ///
 /// `same_boot` leaves out the time namespace. CRIU would make one for the restored tasks, which
 /// later execs are not in; what an exec leaves running could then be dumped, and never restored
@@ -159,7 +159,7 @@ impl RestoreImage {
 /// After another boot it would run backwards, so there the namespace stays.
 pub fn prepare_restore(
     image: &Path,
-    fallback: &Path,
+    places: &[&Path],
     extra: Vec<(u64, OwnedFd)>,
     same_boot: bool,
 ) -> Result<RestoreImage, DescriptorsError> {
@@ -169,11 +169,19 @@ pub fn prepare_restore(
         return Err(at("not a checkpoint of CRIU: cannot read", &inventory)(why));
     }
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".crab-restore-");
-    let dir = builder
-        .tempdir_in(image)
-        .or_else(|_| builder.tempdir_in(fallback))
-        .map_err(at("cannot make a directory in", fallback))?;
+    builder.prefix(".tmp-restore-");
+    let mut made = Err(at("no place to prepare", image)(io::Error::other(
+        "none named",
+    )));
+    for place in places {
+        made = builder
+            .tempdir_in(place)
+            .map_err(at("cannot make a directory in", place));
+        if made.is_ok() {
+            break;
+        }
+    }
+    let dir = made?;
     let entries = fs::read_dir(image).map_err(at("cannot list the images in", image))?;
     for entry in entries {
         let entry = entry.map_err(at("cannot list the images in", image))?;
@@ -236,7 +244,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (_, end) = io::pipe().unwrap();
         let mut made =
-            prepare_restore(image.path(), dir.path(), vec![(99, end.into())], true).unwrap();
+            prepare_restore(image.path(), &[dir.path()], vec![(99, end.into())], true).unwrap();
         let (dir, fds) = (made.path().to_owned(), made.take_fds());
         let names: Vec<String> =
             serde_json::from_slice(&fs::read(dir.join(DESCRIPTORS)).unwrap()).unwrap();
@@ -258,7 +266,7 @@ mod tests {
     fn a_directory_that_is_no_checkpoint_is_refused_by_name() {
         let image = tempfile::tempdir().unwrap();
         let dir = tempfile::tempdir().unwrap();
-        let error = prepare_restore(image.path(), dir.path(), Vec::new(), false)
+        let error = prepare_restore(image.path(), &[dir.path()], Vec::new(), false)
             .err()
             .unwrap();
         assert!(error.to_string().contains("not a checkpoint"), "{error}");

@@ -172,6 +172,7 @@ fn source_of(
         turn,
         image: checkpoint.image_dir(),
         upper: checkpoint.upper_dir(),
+        scratch: store.scratch_dir(),
     }))
 }
 

@@ -45,6 +45,8 @@ pub enum Source {
         image: PathBuf,
         /// The writable layer, put back by Create.
         upper: PathBuf,
+        /// A directory on the same file system, which the store tidies.
+        scratch: PathBuf,
     },
 }
 
@@ -67,6 +69,16 @@ impl Source {
     }
 }
 
+impl Source {
+    /// Where a restore may put links to the images: not among those that the store answers for.
+    fn scratch(&self) -> &Path {
+        match self {
+            Self::Client { image } => image,
+            Self::Armed { scratch, .. } => scratch,
+        }
+    }
+}
+
 /// Restores the container's processes. After an error none of them is left.
 pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
     let step = format!("{}: restore from {:?}", container.sandbox, source.image());
@@ -80,7 +92,7 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
     }
     let mut image = descriptors::prepare_restore(
         source.image(),
-        container.run_dir.path(),
+        &[source.scratch(), container.run_dir.path()],
         taken.fds,
         descriptors::of_this_boot(source.image()),
     )

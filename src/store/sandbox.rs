@@ -76,6 +76,12 @@ impl SandboxStore {
         &self.id
     }
 
+    /// Where a name that begins with `.tmp-` may be made, on the file system of the checkpoints.
+    /// The next writer removes what was left there.
+    pub fn scratch_dir(&self) -> PathBuf {
+        self.turns_dir()
+    }
+
     /// Where.
     pub fn dir(&self) -> &Path {
         &self.dir
