@@ -118,7 +118,7 @@ def main():
             "root": [oct(root.st_mode), root.st_uid, root.st_gid, sorted(os.listdir("/"))],
             "hosts": text("/etc/hosts"), "resolver": text("/etc/resolv.conf"),
             "label": text("/proc/self/attr/current"),
-            "keyring": re.sub(r"(?m)^\S+ | \d+ ", "", text("/proc/keys")).count("_ses"),
+            "keyring": "_ses" in text("/proc/keys"),
             "sysctl": {p: text(f"/proc/sys/{p}") for p in ("net/ipv4/ip_unprivileged_port_start", "net/ipv4/ping_group_range", "kernel/msgmax")},
             "writable": {p: os.access(p, os.W_OK) for p in ("/proc/sys", "/proc/sysrq-trigger", "/sys", "/sys/fs/cgroup", "/proc/irq", "/", "/tmp")},
             "masked": {p: bool(text(p)) if not os.path.isdir(p) else os.listdir(p)

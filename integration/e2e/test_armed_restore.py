@@ -92,7 +92,7 @@ class Sandbox:
         if self.kind == "docker":
             until(lambda: self.container.state["Status"] == "exited", "Docker knows")
         elif with_shim:
-            until(lambda: self.container.status is None, "containerd has cleaned up")
+            until(lambda: self.container.status is None and not self.container.bundle.exists(), "containerd has cleaned up")
         else:
             self.container.stopped()
             self.container.delete_task()

@@ -114,7 +114,7 @@ def test_a_killed_shim_leaves_nothing_of_its_container():
             pid, shim = container.pid, container.shim
             os.kill(shim, signal.SIGKILL)
             events.wait_for(container.id, "/tasks/delete")
-            until(lambda: not alive(pid) and container.status is None, "containerd has cleaned up")
+            until(lambda: not alive(pid) and container.status is None and not container.bundle.exists(), "containerd has cleaned up")
             exits = [m["exit_status"] for topic, m in events.of(container.id) if topic == "/tasks/exit" and m["id"] == container.id]
             container.restart()
             assert container.sh("echo alive") == "alive\n"

@@ -18,7 +18,7 @@ use containerd_shim::{
         types::introspection::{RuntimeInfo, RuntimeRequest, RuntimeVersion},
     },
     publisher::RemotePublisher,
-    spawn,
+    socket_address, spawn,
     util::write_address,
 };
 
@@ -143,6 +143,7 @@ fn request_options(input: &[u8]) -> Option<Any> {
 struct Crab {
     namespace: String,
     id: String,
+    address: String,
     socket: String,
     debug: bool,
     exit: Arc<ExitSignal>,
@@ -168,6 +169,7 @@ impl Shim for Crab {
         Self {
             namespace: args.namespace.clone(),
             id: args.id.clone(),
+            address: args.address.clone(),
             socket: args.socket.clone(),
             debug: args.debug,
             exit: Arc::default(),
@@ -176,13 +178,9 @@ impl Shim for Crab {
     }
 
     fn start_shim(&mut self, opts: StartOpts) -> Result<String, Error> {
-        let spec = Spec::load(&env::current_dir().map_err(|e| failed("bundle", e))?)
-            .map_err(|e| failed("start", e))?;
-        let group = GROUPS
-            .iter()
-            .find_map(|label| spec.annotations.get(*label))
-            .cloned()
-            .unwrap_or_else(|| opts.id.clone());
+        let bundle = env::current_dir().map_err(|e| failed("bundle", e))?;
+        Spec::load(&bundle).map_err(|e| failed("start", e))?;
+        let group = group(&bundle, &opts.id);
         let (pid, address) = spawn(opts, &group, Vec::new())?;
         containerd_shim::cgroup::set_cgroup_and_oom_score(pid)?;
         write_address(&address)?;
@@ -198,7 +196,11 @@ impl Shim for Crab {
         let sandbox = SandboxId::new(&self.namespace, &self.id).map_err(|e| failed("delete", e))?;
         let host = linux().map_err(|e| failed("delete", e))?;
         control::sweep(&Path::new(RUN).join(SHIMS));
-        remove_dead_socket(&bundle);
+        remove_dead_socket(&socket_address(
+            &self.address,
+            &self.namespace,
+            &group(&bundle, &self.id),
+        ));
         Ok(delete::after_death(&host, &sandbox, &bundle))
     }
 
@@ -230,12 +232,18 @@ fn socket_path(address: &str) -> &str {
     address.trim_start_matches("unix://")
 }
 
-/// Removes the task API's socket of a shim that was killed, unless one of its group listens.
-fn remove_dead_socket(bundle: &Path) {
-    let Ok(address) = fs::read_to_string(bundle.join("address")) else {
-        return;
-    };
-    let path = socket_path(address.trim());
+/// The containers of one group share a shim; most are a group of their own.
+fn group(bundle: &Path, id: &str) -> String {
+    let annotations = Spec::load(bundle).map(|spec| spec.annotations);
+    let annotations = annotations.unwrap_or_default();
+    let group = GROUPS.iter().find_map(|label| annotations.get(*label));
+    group.map_or_else(|| id.to_owned(), Clone::clone)
+}
+
+/// Removes the task API's socket of a shim that was killed, unless one of its group listens. The
+/// bundle's `address` may not have been written yet.
+fn remove_dead_socket(address: &str) {
+    let path = socket_path(address);
     let refused =
         UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
     if refused && let Err(e) = fs::remove_file(path) {

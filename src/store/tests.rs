@@ -606,32 +606,3 @@ proptest! {
         prop_assert_eq!(verify::before(&escaped(&a), &escaped(&b)), a < b);
     }
 }
-
-/// `cargo test --lib store::tests::cost -- --ignored --nocapture`
-#[test]
-#[ignore = "a measurement"]
-fn cost() {
-    let bed = bed();
-    let writer = bed.writer();
-    let mut turn = 0;
-    for (what, files, size) in [
-        ("nothing", 0, 0),
-        ("1000 files of 4 KB", 1000, 4000),
-        ("200 MB in 4 files", 4, 50 << 20),
-    ] {
-        for _ in 0..3 {
-            turn += 1;
-            let pending = writer.begin(TurnNo(turn)).unwrap();
-            fs::create_dir(pending.upper_dir()).unwrap();
-            for n in 0..files {
-                fs::write(pending.upper_dir().join(n.to_string()), vec![1; size]).unwrap();
-            }
-            let start = std::time::Instant::now();
-            pending.commit(facts()).unwrap();
-            let commit = start.elapsed();
-            let start = std::time::Instant::now();
-            writer.verify(TurnNo(turn)).unwrap();
-            println!("{what}: commit {commit:?}, verify {:?}", start.elapsed());
-        }
-    }
-}
