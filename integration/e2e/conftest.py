@@ -1,5 +1,6 @@
 """Set-up of the end-to-end tests: every test must leave the bed as it found it."""
 
+import fnmatch
 import os
 import pathlib
 import shutil
@@ -89,6 +90,25 @@ def pytest_runtest_makereport(item, call):
             file.seek(size)
             lines = file.read().decode(errors="replace").splitlines()[-40:]
         report.sections.append((f"the end of {log}", "\n".join(lines)))
+
+
+SKIPS = pathlib.Path("/src/integration/skips.txt")
+skipped = []
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped:
+        skipped.append(report.nodeid.removeprefix("integration/e2e/"))
+
+
+def pytest_sessionfinish(session):
+    """A skip that nobody has listed with its reason is a failure."""
+    lines = [line for line in SKIPS.read_text().splitlines() if line and not line.startswith("#")]
+    listed = [line.split(maxsplit=1)[0] for line in lines]
+    unlisted = [name for name in skipped if not any(fnmatch.fnmatch(name, pattern) for pattern in listed)]
+    if unlisted:
+        print(f"\nskipped, and not listed in {SKIPS}: {', '.join(unlisted)}")
+        session.exitstatus = 1
 
 
 def pytest_report_header():

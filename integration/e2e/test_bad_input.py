@@ -194,6 +194,22 @@ def test_a_runtime_that_dies_at_a_checkpoint_or_delete(dying, action, tmp_path):
         flag.unlink()
 
 
+@pytest.mark.parametrize("action", [BEFORE, AFTER], ids=["before", "after"])
+def test_a_runtime_that_dies_at_restore(dying, action):
+    flag = dying("restore", action)
+    with Docker(CRAB) as container:
+        docker("checkpoint", "create", container.name, "one")
+        until(lambda: container.state["Status"] == "exited", "it has stopped")
+        collect_garbage("moby")
+        flag.touch()
+        done = docker("start", "--checkpoint", "one", container.name, check=False)
+        flag.unlink()
+        assert done.rc != 0 and "wrapper restore" in done.err and "signal 9" in done.err, done
+        collect_garbage("moby")
+        docker("start", "--checkpoint", "one", container.name)
+        assert container.sh("echo alive") == "alive\n"
+
+
 # images
 
 
