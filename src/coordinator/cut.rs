@@ -258,11 +258,14 @@ fn is_dying(pid: i32) -> bool {
         || pending.into_iter().any(|mask| mask & SIGKILL != 0)
 }
 
-/// Whether one of a process's threads waits for its vforked child.
+/// Whether one of a process's threads waits for its vforked child: in `wait_for_vfork_done`, or,
+/// where the compiler has inlined that (kernel 6.18), in `kernel_clone`, which waits for nothing
+/// else.
 fn waits_for_vfork(pid: i32) -> bool {
     let tasks = fs::read_dir(proc(pid).join("task"));
     tasks.into_iter().flatten().flatten().any(|task| {
-        fs::read_to_string(task.path().join("wchan")).is_ok_and(|place| place.contains("vfork"))
+        fs::read_to_string(task.path().join("wchan"))
+            .is_ok_and(|place| place == "wait_for_vfork_done" || place == "kernel_clone")
     })
 }
 
