@@ -327,3 +327,12 @@ def test_wrong_usage_is_2_and_an_unknown_sandbox_is_1():
     assert crab("restore", check=False).rc == 2
     done = crab("log", "nobody", check=False)
     assert done.rc == 1 and "nobody" in done.err
+
+
+def test_a_sandbox_that_shares_its_ipc_namespace_is_refused_by_name(tmp_path):
+    # What belongs to others would come back private: a checkpoint that lies.
+    with Sandbox("ctr", tmp_path, options=["--with-ns", "ipc:/proc/1/ns/ipc"]) as box:
+        box.exec("true")
+        said = crab("checkpoint", box.name, check=False)
+        assert said.rc == 1 and "shares its IPC namespace" in said.err, said
+        assert all(line["action"] == "skip" for line in box.turns())

@@ -4,6 +4,7 @@
 //! the cuts, so that neither the client's calls nor the reports of exits wait for one.
 
 use std::{
+    cell::Cell,
     fs,
     path::PathBuf,
     sync::{Arc, Weak},
@@ -103,6 +104,7 @@ impl Turns {
             store,
             doors: Arc::clone(&doors),
             settings,
+            last_turn: Cell::new(None),
         };
         let thread = thread::Builder::new()
             .name("turns".into())
@@ -158,6 +160,8 @@ struct Worker {
     store: SandboxWriter,
     doors: Arc<Doors>,
     settings: Settings,
+    /// The newest number given away.
+    last_turn: Cell<Option<TurnNo>>,
 }
 
 impl Worker {
@@ -244,11 +248,19 @@ impl Worker {
         Ok(line)
     }
 
-    /// The number after every one that was ever given away.
+    /// The number after every one that was ever given away. The journal is read for the first one
+    /// alone: it grows with every turn.
     fn next_turn(&self) -> Result<TurnNo, StoreError> {
-        let journal = self.store.journal()?.lines.iter().map(|l| l.turn).max();
-        let kept = self.store.turns()?.into_iter().max();
-        Ok(journal.max(kept).unwrap_or_default().next())
+        let last = match self.last_turn.get() {
+            Some(last) => last,
+            None => {
+                let journal = self.store.journal()?.lines.iter().map(|l| l.turn).max();
+                let kept = self.store.turns()?.into_iter().max();
+                journal.max(kept).unwrap_or_default()
+            }
+        };
+        self.last_turn.set(Some(last.next()));
+        Ok(last.next())
     }
 
     /// Takes the cut and makes it durable.
@@ -296,7 +308,10 @@ impl Worker {
         line.changed_files = done.captured.entries();
         let checkpoint = commit(subject, pending, parent, &done)?;
         line.bytes_captured = checkpoint.manifest.contents.bytes;
-        fs::remove_dir_all(&work).map_err(|e| format!("{work:?}: {e}"))?;
+        // The checkpoint exists from here on: nothing may make its turn count as unprotected.
+        if let Err(e) = fs::remove_dir_all(&work) {
+            log::warn!("{}: cannot remove {work:?}: {e}", self.store.id());
+        }
         Ok(checkpoint)
     }
 }

@@ -96,6 +96,19 @@ impl Spec {
             .is_none_or(|n| n.path.is_some())
     }
 
+    /// Why the container's processes cannot be dumped, if it shares what a dump must own: what
+    /// belongs to others would come back private, or not at all.
+    pub fn shared_with_others(&self) -> Option<&'static str> {
+        let shares_ipc = self
+            .namespace(LinuxNamespaceType::Ipc)
+            .is_none_or(|n| n.path.is_some());
+        match (self.shares_pids(), shares_ipc) {
+            (true, _) => Some("it shares its pid namespace with others"),
+            (_, true) => Some("it shares its IPC namespace with others"),
+            _ => None,
+        }
+    }
+
     /// Whether the runtime would make a network namespace that the shim may make in its stead.
     /// With a user namespace it may not: that must own the network.
     pub fn wants_private_network(&self) -> bool {
@@ -186,6 +199,27 @@ mod tests {
         let spec = Spec::load(dir.path()).unwrap();
         assert!(!spec.wants_private_network());
         assert!(spec.shares_pids());
+    }
+
+    #[test]
+    fn whoever_shares_pids_or_ipc_is_told_apart() {
+        for (namespaces, shares) in [
+            (r#"{"type":"pid"},{"type":"ipc"}"#, None),
+            (
+                r#"{"type":"pid"},{"type":"ipc","path":"/proc/1/ns/ipc"}"#,
+                Some("IPC"),
+            ),
+            (r#"{"type":"pid"}"#, Some("IPC")),
+            (r#"{"type":"ipc"}"#, Some("pid")),
+        ] {
+            let dir = bundle(&format!(r#"{{"linux":{{"namespaces":[{namespaces}]}}}}"#));
+            let said = Spec::load(dir.path()).unwrap().shared_with_others();
+            assert_eq!(said.is_some(), shares.is_some(), "{namespaces}");
+            assert!(
+                said.unwrap_or_default()
+                    .contains(shares.unwrap_or_default())
+            );
+        }
     }
 
     #[test]

@@ -22,6 +22,9 @@ use crate::{
 
 impl Subject for Container {
     fn parts(&self) -> std::result::Result<cut::Sandbox<'_>, String> {
+        if let Some(why) = self.spec.shared_with_others() {
+            return Err(format!("the sandbox cannot be checkpointed: {why}"));
+        }
         self.cut_parts().map_err(|e| e.to_string())
     }
 

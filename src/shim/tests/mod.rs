@@ -185,7 +185,7 @@ impl Bed {
     }
 
     fn request(&self, id: &str) -> CreateTaskRequest {
-        self.request_with(id, &["pid"])
+        self.request_with(id, &["pid", "ipc"])
     }
 
     /// A directory that looks like CRIU's images.

@@ -90,7 +90,7 @@ impl Bed {
     /// A request with a bundle of its own: clients do not share one.
     fn own_request(&self) -> CreateTaskRequest {
         let bundle = tempfile::tempdir_in(self.dir.path()).unwrap().keep();
-        let config = r#"{"linux":{"namespaces":[{"type":"pid"}]}}"#;
+        let config = r#"{"linux":{"namespaces":[{"type":"pid"},{"type":"ipc"}]}}"#;
         fs::write(bundle.join("config.json"), config).unwrap();
         CreateTaskRequest {
             id: "c".into(),
