@@ -5,6 +5,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod coordinator;
+pub mod inspector;
 pub mod rootfs;
 pub mod runtime;
 pub mod sandbox;

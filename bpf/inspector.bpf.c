@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/* What the kernel tells of all sandboxes: see docs/inspector.md. */
+#include "files.h"
+#include "mappings.h"
+#include "tasks.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

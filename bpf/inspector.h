@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * What the programs and src/inspector/abi.rs agree upon. A change here changes the build's hash, and
+ * with it the place of the pins: two builds never share a map.
+ */
+#ifndef CRAB_INSPECTOR_H
+#define CRAB_INSPECTOR_H
+
+#include <linux/types.h>
+
+/* Sandboxes that one host can watch at once. */
+#define CRAB_SLOTS 4096
+/* Places in each CPU's memory of what it has just recorded; a power of two. */
+#define CRAB_RECENT 64
+
+/* An inode, as stat() shows it. The key 0/0 is the epoch's header. */
+struct inode_key {
+	__u64 ino;
+	__u32 dev; /* the kernel's dev_t: major << 20 | minor */
+	__u32 unused;
+};
+
+/* Of an inode: how it was seen to change. Of the header: EPOCH_*, and the number of inodes. */
+struct seen {
+	__u32 bits;
+	__u32 count;
+};
+
+enum seen_bits {
+	SEEN_CTIME = 1 << 0,   /* its ctime was set, or would have been but for the clock's tick */
+	SEEN_PAGES = 1 << 1,   /* pages of it became dirty */
+	SEEN_MAPPED = 1 << 2,  /* a shared mapping of it was made or moved */
+	SEEN_OVERLAY = 1 << 3, /* through the sandbox's root file system */
+	SEEN_OUTSIDE = 1 << 4, /* by a task outside of the sandbox's cgroup */
+};
+
+enum epoch_bits {
+	EPOCH_OVERFLOW = 1 << 0, /* an inode could not be recorded: everything may have changed */
+	EPOCH_MAPPED = 1 << 1,   /* a shared mapping of a file was made */
+	EPOCH_AIO = 1 << 2,      /* a ring of asynchronous I/O was made */
+	EPOCH_FORK = 1 << 3,
+	EPOCH_EXEC = 1 << 4,
+	EPOCH_EXIT = 1 << 5,
+	EPOCH_SOCKET = 1 << 6, /* these three by tasks that are not watched */
+	EPOCH_PIPE = 1 << 7,
+	EPOCH_MEMORY = 1 << 8, /* memory that lives in the kernel's own tmpfs: memfd, SysV */
+	EPOCH_QUEUE = 1 << 9,  /* a POSIX message queue, by anybody */
+	EPOCH_WATCHED = 1 << 10, /* a watched process did something, or had it done to it */
+};
+
+/* What a watched process did, or had done to it, since it is watched. */
+struct watched {
+	__u32 slot;
+	__u32 did;
+};
+
+enum did_bits {
+	DID_FILE = 1 << 0,
+	DID_SEND = 1 << 1,
+	DID_RECEIVE = 1 << 2,
+	DID_PIPE = 1 << 3,
+	DID_FORK = 1 << 4,
+	DID_EXEC = 1 << 5,
+	DID_SIGNAL = 1 << 6,
+	DID_GET_SIGNAL = 1 << 7,
+	DID_MEMORY = 1 << 8,
+	DID_EXIT = 1 << 9, /* one of its threads */
+};
+
+/* What user space tells the programs; mapped by every shim. */
+struct control {
+	__u64 generation; /* grows whenever what a CPU remembers may be wrong */
+	__u64 levels;     /* bit n: a sandbox's cgroup is n levels below the root */
+	__u64 watching;   /* not 0: somebody is watched */
+};
+
+/* A shared mapping or an open file, as the iterators report it. */
+struct mapping {
+	__u64 ino;
+	__u32 dev;
+	__u32 tgid;
+	__u32 kind; /* MAPPING_* */
+	__u32 unused;
+};
+
+enum mapping_kind {
+	MAPPING_FILE = 0,
+	MAPPING_AIO = 1,
+};
+
+#endif

@@ -1,0 +1,163 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The maps, and how a sandbox is found in them. */
+#ifndef CRAB_MAPS_H
+#define CRAB_MAPS_H
+
+#include "inspector.h"
+#include "kernel.h"
+
+/* One epoch of one sandbox: what changed in it. User space makes it and puts it into `epochs`. */
+struct epoch {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(struct inode_key));
+	__uint(value_size, sizeof(struct seen));
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, CRAB_SLOTS);
+	__type(key, __u32);
+	__array(values, struct epoch);
+} epochs SEC(".maps");
+
+/* cgroup id (of cgroup v2's hierarchy) -> slot */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, CRAB_SLOTS);
+	__type(key, __u64);
+	__type(value, __u32);
+} cgroups SEC(".maps");
+
+/* device of a sandbox's overlay -> slot */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, CRAB_SLOTS);
+	__type(key, __u32);
+	__type(value, __u32);
+} overlays SEC(".maps");
+
+/* process -> what it did */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 18);
+	__type(key, __u32);
+	__type(value, struct watched);
+} watched SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct control);
+} control SEC(".maps");
+
+#define NOBODY ((__u32)-1)
+
+static __always_inline volatile struct control *controls(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&control, &zero);
+}
+
+/* The sandbox in whose cgroup, or below it, the current task is. */
+static __always_inline __u32 slot_of_task(__u64 levels)
+{
+	for (int level = 1; level < 24; level++) {
+		__u64 id;
+		__u32 *slot;
+
+		if (!(levels >> level))
+			break;
+		if (!(levels >> level & 1))
+			continue;
+		id = bpf_get_current_ancestor_cgroup_id(level);
+		if (!id)
+			break;
+		slot = bpf_map_lookup_elem(&cgroups, &id);
+		if (slot)
+			return *slot;
+	}
+	return NOBODY;
+}
+
+static __always_inline __u32 slot_of_overlay(__u32 dev)
+{
+	__u32 *slot = bpf_map_lookup_elem(&overlays, &dev);
+
+	return slot ? *slot : NOBODY;
+}
+
+static __always_inline void set_bits(__u32 *word, __u32 bits)
+{
+	if ((*(volatile __u32 *)word & bits) != bits)
+		__sync_fetch_and_or(word, bits);
+}
+
+static __always_inline void set_epoch_bits(__u32 slot, __u32 bits)
+{
+	struct inode_key header = {};
+	struct seen *seen;
+	void *epoch;
+
+	epoch = bpf_map_lookup_elem(&epochs, &slot);
+	if (!epoch)
+		return;
+	seen = bpf_map_lookup_elem(epoch, &header);
+	if (seen)
+		set_bits(&seen->bits, bits);
+}
+
+/* Not in a program of its own: a call costs more than the code. */
+static __always_inline void record(__u32 slot, const struct inode_key *key, __u32 bits)
+{
+	struct inode_key header = {};
+	struct seen first = { .bits = bits };
+	struct seen *seen;
+	void *epoch;
+
+	epoch = bpf_map_lookup_elem(&epochs, &slot);
+	if (!epoch)
+		return;
+	seen = bpf_map_lookup_elem(epoch, key);
+	if (!seen) {
+		long error = bpf_map_update_elem(epoch, key, &first, BPF_NOEXIST);
+
+		if (!error) {
+			seen = bpf_map_lookup_elem(epoch, &header);
+			if (seen)
+				__sync_fetch_and_add(&seen->count, 1);
+			return;
+		}
+		/* Another CPU was faster, or there is no room. */
+		seen = bpf_map_lookup_elem(epoch, key);
+		if (!seen) {
+			seen = bpf_map_lookup_elem(epoch, &header);
+			bits = EPOCH_OVERFLOW;
+		}
+	}
+	if (seen)
+		set_bits(&seen->bits, bits);
+}
+
+/* Whether the current process is watched; notes what it did if so. */
+static __always_inline bool did(__u32 tgid, __u32 bits)
+{
+	struct watched *process = bpf_map_lookup_elem(&watched, &tgid);
+
+	if (!process)
+		return false;
+	if ((*(volatile __u32 *)&process->did & bits) != bits) {
+		__sync_fetch_and_or(&process->did, bits);
+		set_epoch_bits(process->slot, EPOCH_WATCHED);
+	}
+	return true;
+}
+
+#endif

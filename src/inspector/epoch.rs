@@ -1,0 +1,131 @@
+//! What changes in a sandbox between two cuts: a map of the kernel.
+
+use std::{collections::HashSet, io, os::fd::AsFd};
+
+use libbpf_rs::{MapHandle, MapType};
+
+use super::{
+    abi::{self, InodeKey, MAPPING_AIO, Mapping, Seen, epoch_bits, seen_bits},
+    dirty::{Dirty, Happened, How, Inode},
+    host::{as_io, get, put},
+    sys,
+};
+
+/// Inodes that one epoch has room for at first. A bucket takes 16 bytes, at once; an inode that is
+/// recorded takes about 100.
+pub(super) const FIRST_ROOM: u32 = 8 << 10;
+/// The most: about 30 MiB of the kernel's memory.
+const MOST_ROOM: u32 = 256 << 10;
+
+/// The epoch's own entry.
+const HEADER: InodeKey = InodeKey {
+    ino: 0,
+    dev: 0,
+    unused: 0,
+};
+
+/// What is dirty in an epoch.
+pub(super) struct Epoch {
+    pub(super) map: MapHandle,
+    room: u32,
+    /// Events that the programs had missed when it began.
+    pub(super) missed: u64,
+    /// Inodes that can change in it without a sign.
+    pub(super) carried: HashSet<InodeKey>,
+    /// Why anything may have changed in it.
+    pub(super) doubt: Option<String>,
+}
+
+impl Epoch {
+    pub(super) fn new(room: u32, missed: u64) -> io::Result<Self> {
+        let options = libbpf_sys::bpf_map_create_opts {
+            sz: size_of::<libbpf_sys::bpf_map_create_opts>() as _,
+            map_flags: libbpf_sys::BPF_F_NO_PREALLOC,
+            ..Default::default()
+        };
+        let (key, value) = (size_of::<InodeKey>() as u32, size_of::<Seen>() as u32);
+        let map = MapHandle::create(MapType::Hash, Some("epoch"), key, value, room, &options)
+            .map_err(as_io)?;
+        put(&map, &HEADER, &Seen::default())?;
+        Ok(Self {
+            map,
+            room,
+            missed,
+            carried: HashSet::new(),
+            doubt: None,
+        })
+    }
+
+    fn header(&self) -> io::Result<Seen> {
+        get(&self.map, &HEADER)?.ok_or_else(|| io::Error::other("an epoch without a header"))
+    }
+
+    /// Room for the next one: more if this one was nearly too small.
+    pub(super) fn next_room(&self) -> io::Result<u32> {
+        let header = self.header()?;
+        let full = header.bits & epoch_bits::OVERFLOW != 0 || header.count > self.room / 2;
+        let empty = header.count < self.room / 16;
+        Ok(match (full, empty) {
+            (true, _) => self.room.saturating_mul(4).min(MOST_ROOM),
+            (_, true) => (self.room / 2).max(FIRST_ROOM),
+            _ => self.room,
+        })
+    }
+
+    /// Adds what happened in it.
+    pub(super) fn add_to(&self, dirty: &mut Dirty) -> io::Result<()> {
+        let header = self.header()?;
+        dirty.happened.0 |= header.bits & Happened::ALL;
+        if header.bits & epoch_bits::OVERFLOW != 0 {
+            let room = self.room;
+            dirty.doubts.push(format!(
+                "more inodes changed than there is room for ({room})"
+            ));
+        }
+        dirty.doubts.extend(self.doubt.clone());
+        for key in &self.carried {
+            dirty.add(key, seen_bits::CARRIED);
+        }
+        if header.count > 0 {
+            for (key, seen) in sys::entries::<InodeKey, Seen>(self.map.as_fd())? {
+                if key != HEADER {
+                    dirty.add(&key, seen.bits);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Inodes that somebody outside of the sandbox has mapped.
+    pub(super) fn foreign(&self) -> io::Result<Vec<InodeKey>> {
+        const BOTH: u32 = seen_bits::OUTSIDE | seen_bits::MAPPED;
+        if self.header()?.count == 0 {
+            return Ok(Vec::new());
+        }
+        let all = sys::entries::<InodeKey, Seen>(self.map.as_fd())?;
+        let foreign = all.into_iter().filter(|(_, seen)| seen.bits & BOTH == BOTH);
+        Ok(foreign.map(|(key, _)| key).collect())
+    }
+}
+
+impl Dirty {
+    fn add(&mut self, key: &InodeKey, bits: u32) {
+        let inode = Inode {
+            dev: abi::user_dev(key.dev),
+            ino: key.ino,
+        };
+        let how = self.inodes.entry(inode).or_insert(How(0));
+        how.0 |= bits;
+    }
+}
+
+impl InodeKey {
+    /// The inode that an iterator's line names; none for a ring of asynchronous I/O.
+    pub(super) fn of(mapping: &Mapping) -> Option<Self> {
+        (mapping.kind != MAPPING_AIO).then_some(Self {
+            ino: mapping.ino,
+            dev: mapping.dev,
+            unused: 0,
+        })
+    }
+}

@@ -1,0 +1,305 @@
+//! What all shims of a host share: the programs and their maps.
+//!
+//! The first shim has them loaded, later ones join, the last one removes them. Pins are only where
+//! they meet: each shim holds descriptors of its own, so nothing that is done to the pins takes the
+//! programs away from it. Joining and leaving happen under one lock, which no one holds for long.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use nix::fcntl::Flock;
+
+use super::{
+    abi::Plain,
+    load::{self, LINK, failpoint},
+    probes::ProbeSet,
+    slots::{Slot, Slots},
+    sys::{self, ControlPage},
+};
+
+/// How often joining starts anew because the last shim has just left.
+const ATTEMPTS: usize = 10;
+
+/// Where things are.
+#[derive(Debug, Clone)]
+pub(super) struct Place {
+    lock: PathBuf,
+    pub(super) bpffs: PathBuf,
+    pub(super) pins: PathBuf,
+    slots: Slots,
+}
+
+impl Place {
+    /// `run`: crab's directory below /run.
+    pub(super) fn below(run: &Path) -> Self {
+        let bpffs = run.join("bpf");
+        let pins = load::pins(&bpffs);
+        Self {
+            lock: run.join("bpf.lock"),
+            slots: Slots::at(run.join(format!("bpf-{}.slots", load::build_hash()))),
+            bpffs,
+            pins,
+        }
+    }
+
+    pub(super) fn lock(&self) -> Result<Flock<File>, String> {
+        load::lock_file(&self.lock).map_err(|e| format!("{}: {e}", self.lock.display()))
+    }
+}
+
+/// The programs and maps, joined.
+pub(super) struct Host {
+    place: Place,
+    pub(super) probes: ProbeSet,
+    epochs: MapHandle,
+    cgroups: MapHandle,
+    overlays: MapHandle,
+    pub(super) watched: MapHandle,
+    pub(super) control: ControlPage,
+    pub(super) shared_mappings: OwnedFd,
+    pub(super) open_files: OwnedFd,
+    /// The programs that may not miss an event.
+    of_files: Vec<OwnedFd>,
+    of_tasks: Vec<OwnedFd>,
+    /// Keep the programs attached, whatever becomes of the pins.
+    _links: Vec<OwnedFd>,
+}
+
+/// How a sandbox is recognised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Key {
+    pub(super) cgroup: u64,
+    /// Bit n: n levels below the root.
+    pub(super) levels: u64,
+    /// The kernel's device number of its overlay.
+    pub(super) overlay: u32,
+}
+
+impl Host {
+    /// Joins, and takes a slot for one sandbox. `load` has [`load::load`] run in another process.
+    pub(super) fn join(
+        run: &Path,
+        load: &dyn Fn() -> Result<(), String>,
+    ) -> Result<(Self, Slot), String> {
+        let place = Place::below(run);
+        fs::create_dir_all(run).map_err(|e| format!("{}: {e}", run.display()))?;
+        for _ in 0..ATTEMPTS {
+            if !place.pins.exists() {
+                load()?;
+            }
+            let _alone = place.lock()?;
+            if !place.pins.exists() {
+                // The last shim has left between the two steps, and taken everything with it.
+                continue;
+            }
+            let host = Self::open(&place)
+                .map_err(|e| format!("cannot join at {}: {e}", place.pins.display()))?;
+            let joined = host
+                .claim()
+                .map_err(|e| format!("cannot take a slot: {e}"))?;
+            failpoint("claimed");
+            return Ok((host, joined));
+        }
+        Err("the programs are removed each time before they can be joined".into())
+    }
+
+    fn open(place: &Place) -> io::Result<Self> {
+        let pin = |name: &str| place.pins.join(name);
+        let map = |name: &str| MapHandle::from_pinned_path(pin(name)).map_err(io::Error::other);
+        let probes = ProbeSet::TpBtf;
+        let open = |names: &[&str], end: &str| -> io::Result<Vec<OwnedFd>> {
+            names
+                .iter()
+                .map(|name| sys::open_pin(&pin(&format!("{name}{end}"))))
+                .collect()
+        };
+        let control = map("control")?;
+        Ok(Self {
+            probes,
+            epochs: map("epochs")?,
+            cgroups: map("cgroups")?,
+            overlays: map("overlays")?,
+            watched: map("watched")?,
+            control: ControlPage::map(&control)?,
+            shared_mappings: sys::open_pin(&pin("shared_mappings"))?,
+            open_files: sys::open_pin(&pin("open_files"))?,
+            of_files: open(probes.of_files(), "")?,
+            of_tasks: open(probes.of_tasks(), "")?,
+            _links: links(&place.pins)?,
+            place: place.clone(),
+        })
+    }
+
+    /// Under the lock.
+    fn claim(&self) -> io::Result<Slot> {
+        self.sweep()?;
+        self.place
+            .slots
+            .claim()?
+            .ok_or_else(|| io::Error::other("all slots are taken"))
+    }
+
+    /// Forgets the sandboxes whose shims are dead. Under the lock.
+    fn sweep(&self) -> io::Result<()> {
+        let mut dead = Vec::new();
+        for (cgroup, slot) in sys::entries::<u64, u32>(self.cgroups.as_fd())? {
+            if self.place.slots.is_free(slot)? {
+                remove(&self.cgroups, &cgroup)?;
+                dead.push(slot);
+            }
+        }
+        for (overlay, slot) in sys::entries::<u32, u32>(self.overlays.as_fd())? {
+            if self.place.slots.is_free(slot)? {
+                remove(&self.overlays, &overlay)?;
+                dead.push(slot);
+            }
+        }
+        for slot in dead {
+            remove(&self.epochs, &slot)?;
+            self.unwatch(slot)?;
+        }
+        Ok(())
+    }
+
+    /// Watches no process for this slot.
+    pub(super) fn unwatch(&self, slot: u32) -> io::Result<()> {
+        for (tgid, its) in sys::entries::<u32, super::abi::Watched>(self.watched.as_fd())? {
+            if its.slot == slot {
+                remove(&self.watched, &tgid)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the programs see a sandbox. Its epoch has to be there before.
+    pub(super) fn register(&self, slot: u32, key: &Key) -> io::Result<()> {
+        self.control.add_levels(key.levels);
+        put(&self.overlays, &key.overlay, &slot)?;
+        failpoint("overlay");
+        put(&self.cgroups, &key.cgroup, &slot)?;
+        // What a CPU remembers of these tasks is that they don't matter.
+        self.control.new_generation();
+        Ok(())
+    }
+
+    /// The reverse of [`Host::register`].
+    pub(super) fn unregister(&self, slot: u32, key: &Key) -> io::Result<()> {
+        remove(&self.cgroups, &key.cgroup)?;
+        failpoint("unregistering");
+        // The number may belong to another sandbox by now.
+        if get::<u32, u32>(&self.overlays, &key.overlay)? == Some(slot) {
+            remove(&self.overlays, &key.overlay)?;
+        }
+        remove(&self.epochs, &slot)?;
+        self.unwatch(slot)
+    }
+
+    /// Begins an epoch. When this returns no program uses the former one any more.
+    pub(super) fn set_epoch(&self, slot: u32, epoch: &MapHandle) -> io::Result<()> {
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&epoch.as_fd());
+        // The kernel waits for running programs before it returns from this update. What a CPU
+        // remembers belongs to the former epoch until the number changes: a write between these two
+        // lines is found there, or in both; one after them here. (The other order would lose it.)
+        put(&self.epochs, &slot, &fd.cast_unsigned())?;
+        failpoint("swapped");
+        self.control.new_generation();
+        Ok(())
+    }
+
+    /// How many events were missed since the programs were loaded.
+    pub(super) fn missed(&self) -> io::Result<u64> {
+        let mut sum = 0;
+        for program in self.of_files.iter().chain(&self.of_tasks) {
+            sum += sys::missed(program.as_fd())?;
+        }
+        Ok(sum)
+    }
+
+    /// Leaves; the last one removes the programs. Nothing is left behind if this fails half-way that
+    /// the next [`Host::join`] or [`sweep`] does not find.
+    pub(super) fn leave(&self, slot: Slot) -> Result<(), String> {
+        let _alone = self.place.lock()?;
+        drop(slot);
+        remove_if_unused(&self.place)
+    }
+}
+
+/// Removes the programs if no shim uses them: for whoever finds a shim dead.
+pub fn sweep(run: &Path) -> Result<(), String> {
+    let place = Place::below(run);
+    if !place.pins.exists() {
+        return Ok(());
+    }
+    let _alone = place.lock()?;
+    remove_if_unused(&place)
+}
+
+fn remove_if_unused(place: &Place) -> Result<(), String> {
+    let failed = |e: io::Error| format!("cannot remove {}: {e}", place.pins.display());
+    if !place.slots.all_free().map_err(failed)? {
+        return Ok(());
+    }
+    let gone = load::unfinished(&place.bpffs);
+    match fs::rename(&place.pins, &gone) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        renamed => renamed.map_err(failed)?,
+    }
+    failpoint("removing");
+    fs::remove_dir_all(&gone).map_err(failed)
+}
+
+fn links(pins: &Path) -> io::Result<Vec<OwnedFd>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(pins)? {
+        let path = entry?.path();
+        if path
+            .as_os_str()
+            .as_encoded_bytes()
+            .ends_with(LINK.as_bytes())
+        {
+            found.push(sys::open_pin(&path)?);
+        }
+    }
+    Ok(found)
+}
+
+pub(super) fn get<K: Plain, V: Plain>(map: &MapHandle, key: &K) -> io::Result<Option<V>> {
+    let found = map.lookup(key.bytes(), MapFlags::ANY).map_err(as_io)?;
+    Ok(found.and_then(|bytes| V::read(&bytes)))
+}
+
+pub(super) fn put<K: Plain, V: Plain>(map: &MapHandle, key: &K, value: &V) -> io::Result<()> {
+    map.update(key.bytes(), value.bytes(), MapFlags::ANY)
+        .map_err(as_io)
+}
+
+/// What is not there need not be removed.
+pub(super) fn remove<K: Plain>(map: &MapHandle, key: &K) -> io::Result<()> {
+    match map.delete(key.bytes()).map_err(as_io) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => done,
+    }
+}
+
+pub(super) fn as_io(e: libbpf_rs::Error) -> io::Error {
+    use std::error::Error as _;
+    let cause = e.source().and_then(|s| s.downcast_ref::<io::Error>());
+    let code = cause.and_then(io::Error::raw_os_error);
+    code.map_or_else(
+        || io::Error::new(kind(&e), e.to_string()),
+        io::Error::from_raw_os_error,
+    )
+}
+
+fn kind(e: &libbpf_rs::Error) -> io::ErrorKind {
+    match e.kind() {
+        libbpf_rs::ErrorKind::NotFound => io::ErrorKind::NotFound,
+        libbpf_rs::ErrorKind::PermissionDenied => io::ErrorKind::PermissionDenied,
+        _ => io::ErrorKind::Other,
+    }
+}

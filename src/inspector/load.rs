@@ -1,0 +1,149 @@
+//! Loading the programs, in a process of its own.
+//!
+//! libbpf reads the kernel's types and relocates the programs against them: some megabytes, once. A
+//! short-lived child does it, so that no shim keeps that memory, and pins what it made under a name
+//! of its own. The rename to the final name is the commit; a child that dies before leaves a directory
+//! that the next one removes.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+use libbpf_rs::{MapCore, ObjectBuilder};
+use nix::mount::{MsFlags, mount};
+use sha2::{Digest, Sha256};
+
+use super::{host::Place, probes::ProbeSet};
+
+/// The compiled programs.
+static PROGRAMS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/inspector.bpf.o"));
+
+/// The first word of the command line that asks for [`load`].
+pub const WORD: &str = "inspector-load";
+
+/// What distinguishes these programs from those of another build.
+pub(super) fn build_hash() -> String {
+    let digest = Sha256::digest(PROGRAMS);
+    digest[..8]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+/// Loads, attaches and pins the programs below `run`, unless somebody else was faster. For a process
+/// that ends right after.
+pub fn load(run: &Path) -> Result<(), String> {
+    load_without(run, &[])
+}
+
+/// As [`load`], without some of the probes: for tests that show what each one is there for.
+#[doc(hidden)]
+pub fn load_without(run: &Path, without: &[String]) -> Result<(), String> {
+    let place = Place::below(run);
+    let _alone = place.lock()?;
+    mount_bpffs(&place.bpffs)?;
+    remove_unfinished(&place.bpffs).map_err(|e| format!("{}: {e}", place.bpffs.display()))?;
+    if place.pins.exists() {
+        return Ok(());
+    }
+    let set = ProbeSet::choose()?;
+    let unfinished = unfinished(&place.bpffs);
+    pin_all(set, &unfinished, without).map_err(|e| format!("cannot load the programs: {e}"))?;
+    failpoint("pinned");
+    fs::rename(&unfinished, &place.pins).map_err(|e| format!("{}: {e}", place.pins.display()))?;
+    failpoint("renamed");
+    Ok(())
+}
+
+/// How names begin of what is not complete.
+const UNFINISHED: &str = "unfinished-";
+
+/// A name for what is not complete yet, or no longer. The next one who loads removes it.
+pub(super) fn unfinished(bpffs: &Path) -> PathBuf {
+    bpffs.join(format!("{UNFINISHED}{}", std::process::id()))
+}
+
+fn pin_all(set: ProbeSet, dir: &Path, without: &[String]) -> anyhow::Result<()> {
+    let mut programs = ObjectBuilder::default().open_memory(PROGRAMS)?.load()?;
+    failpoint("loaded");
+    fs::create_dir(dir)?;
+    for mut map in programs.maps_mut() {
+        let name = map.name().to_owned();
+        map.pin(dir.join(name))?;
+    }
+    failpoint("maps");
+    for mut program in programs.progs_mut() {
+        let name = program.name().to_owned();
+        program.pin(dir.join(&name))?;
+        let name = name.to_string_lossy().into_owned();
+        if set.tracepoints().contains(&name.as_str()) && !without.contains(&name) {
+            let mut link = program.attach()?;
+            failpoint("attached");
+            link.pin(dir.join(format!("{name}{LINK}")))?;
+        }
+    }
+    Ok(())
+}
+
+/// How names of pinned links end.
+pub(super) const LINK: &str = "-link";
+
+fn remove_unfinished(bpffs: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(bpffs)? {
+        let path = entry?.path();
+        if path
+            .file_name()
+            .is_some_and(|n| n.as_encoded_bytes().starts_with(UNFINISHED.as_bytes()))
+        {
+            fs::remove_dir_all(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// A bpffs of crab's own: containerd's mount namespace may have none.
+fn mount_bpffs(at: &Path) -> Result<(), String> {
+    let failed =
+        |e: &dyn std::fmt::Display| format!("cannot mount a bpffs at {}: {e}", at.display());
+    fs::create_dir_all(at).map_err(|e| failed(&e))?;
+    if is_bpffs(at).map_err(|e| failed(&e))? {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), at, Some("bpf"), flags, Some("mode=0700")).map_err(|e| failed(&e))
+}
+
+fn is_bpffs(at: &Path) -> io::Result<bool> {
+    const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
+    let found = rustix::fs::statfs(at)?;
+    Ok(found.f_type as u32 == BPF_FS_MAGIC)
+}
+
+/// In tests, the name of the step at which to die as by `kill -9`.
+pub const FAILPOINT: &str = "CRAB_INSPECTOR_DIE_AT";
+
+/// Dies here if a test wants it.
+pub(super) fn failpoint(step: &str) {
+    if std::env::var_os(FAILPOINT).is_some_and(|at| at == step) {
+        // SAFETY: plain system calls on ourselves.
+        unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+    }
+}
+
+/// The lock under which programs are loaded, joined and removed. Released when dropped.
+pub(super) fn lock_file(path: &Path) -> io::Result<nix::fcntl::Flock<File>> {
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)?;
+    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusive)
+        .map_err(|(_, e)| io::Error::from(e))
+}
+
+/// The pins of a build.
+pub(super) fn pins(bpffs: &Path) -> PathBuf {
+    bpffs.join(build_hash())
+}

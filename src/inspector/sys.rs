@@ -1,0 +1,205 @@
+//! The few calls of `bpf(2)` that libbpf-rs has no safe form of.
+
+use std::{
+    ffi::CString,
+    fs::File,
+    io::{self, Read},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+    ptr::{self, NonNull},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use libbpf_sys::{BPF_TRACE_ITER, bpf_prog_info};
+
+use super::abi::{Control, Mapping, Plain};
+
+/// A bucket of a hash map is read as a whole, and has to fit.
+const BATCH: usize = 1024;
+
+/// Opens what is pinned at `path`.
+pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: a C string that lives through the call.
+    let fd = unsafe { libbpf_sys::bpf_obj_get(name.as_ptr()) };
+    if fd < 0 {
+        return Err(io::Error::from_raw_os_error(-fd));
+    }
+    // SAFETY: a new descriptor that is nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// All entries of a hash map. One that is added meanwhile may be missing, no other.
+///
+/// (libbpf-rs' iterator over batches ends at the first short one, and loses the rest.)
+pub(super) fn entries<K: Plain, V: Plain>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
+    let mut room = BATCH;
+    loop {
+        match entries_in(map, room) {
+            Err(e) if e.raw_os_error() == Some(libc::ENOSPC) && room < 1 << 20 => room *= 4,
+            found => return found,
+        }
+    }
+}
+
+fn entries_in<K: Plain, V: Plain>(map: BorrowedFd<'_>, room: usize) -> io::Result<Vec<(K, V)>> {
+    let mut found = Vec::new();
+    let mut keys = vec![K::default(); room];
+    let mut values = vec![V::default(); room];
+    let (mut at, mut first) = (0u32, true);
+    loop {
+        let mut count = u32::try_from(room).unwrap_or(u32::MAX);
+        let from: *mut u32 = if first { ptr::null_mut() } else { &raw mut at };
+        let mut next = 0u32;
+        // SAFETY: both arrays have room for `count` entries of the map's sizes, and the cursor of a
+        // hash map is a u32.
+        let error = unsafe {
+            libbpf_sys::bpf_map_lookup_batch(
+                map.as_raw_fd(),
+                from.cast(),
+                (&raw mut next).cast(),
+                keys.as_mut_ptr().cast(),
+                values.as_mut_ptr().cast(),
+                &raw mut count,
+                ptr::null(),
+            )
+        };
+        let end = error == -libc::ENOENT;
+        if error < 0 && !end {
+            return Err(io::Error::from_raw_os_error(-error));
+        }
+        let count = (count as usize).min(room);
+        found.extend(
+            keys[..count]
+                .iter()
+                .copied()
+                .zip(values[..count].iter().copied()),
+        );
+        if end {
+            return Ok(found);
+        }
+        (at, first) = (next, false);
+    }
+}
+
+/// Reads an iterator program's lines about one process. A process that is gone has none.
+pub(super) fn iterate(program: BorrowedFd<'_>, pid: i32) -> io::Result<Vec<Mapping>> {
+    let pid = u32::try_from(pid).map_err(io::Error::other)?;
+    let mut which = libbpf_sys::bpf_iter_link_info::default();
+    which.task.pid = pid;
+    let mut options = libbpf_sys::bpf_link_create_opts::default();
+    options.sz = size_of_val(&options) as _;
+    options.iter_info = &raw mut which;
+    options.iter_info_len = size_of_val(&which) as _;
+    // SAFETY: the options point to `which`, which lives through the call.
+    let link = unsafe {
+        libbpf_sys::bpf_link_create(program.as_raw_fd(), 0, BPF_TRACE_ITER, &raw const options)
+    };
+    if link == -libc::ESRCH {
+        return Ok(Vec::new());
+    }
+    let link = owned(link)?;
+    // SAFETY: takes no pointers.
+    let lines = owned(unsafe { libbpf_sys::bpf_iter_create(link.as_raw_fd()) })?;
+    let mut bytes = Vec::new();
+    File::from(lines).read_to_end(&mut bytes)?;
+    let (lines, rest) = bytes.as_chunks::<{ size_of::<Mapping>() }>();
+    if !rest.is_empty() {
+        return Err(io::Error::other("the iterator's last line is not whole"));
+    }
+    Ok(lines
+        .iter()
+        .filter_map(|line| Mapping::read(line))
+        .collect())
+}
+
+fn owned(fd: i32) -> io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(io::Error::from_raw_os_error(-fd));
+    }
+    // SAFETY: libbpf returned a new descriptor that is nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// How often a program was not run because it was running already.
+pub(super) fn missed(program: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut info = bpf_prog_info::default();
+    let mut size = size_of_val(&info) as u32;
+    // SAFETY: the structure and its size.
+    let error = unsafe {
+        libbpf_sys::bpf_obj_get_info_by_fd(
+            program.as_raw_fd(),
+            (&raw mut info).cast(),
+            &raw mut size,
+        )
+    };
+    if error < 0 {
+        return Err(io::Error::from_raw_os_error(-error));
+    }
+    Ok(info.recursion_misses)
+}
+
+/// The map `control`, which all shims and programs of the host share.
+pub(super) struct ControlPage(NonNull<Control>);
+
+// SAFETY: its fields are only used as atomics.
+unsafe impl Send for ControlPage {}
+// SAFETY: as above.
+unsafe impl Sync for ControlPage {}
+
+impl ControlPage {
+    pub(super) fn map(control: impl AsFd) -> io::Result<Self> {
+        let fd = control.as_fd().as_raw_fd();
+        // SAFETY: a new mapping of a map that was made with BPF_F_MMAPABLE.
+        let page = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                size_of::<Control>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                fd,
+                0,
+            )
+        };
+        if page == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        NonNull::new(page.cast())
+            .map(Self)
+            .ok_or_else(|| io::Error::other("mapped at 0"))
+    }
+
+    fn field(&self, field: impl Fn(*mut Control) -> *mut u64) -> &AtomicU64 {
+        // SAFETY: mapped, aligned to a page, and shared with others that use atomics as well.
+        unsafe { AtomicU64::from_ptr(field(self.0.as_ptr())) }
+    }
+
+    /// Makes every CPU forget what it remembers.
+    pub(super) fn new_generation(&self) {
+        // SAFETY: projects a field, reads nothing.
+        self.field(|c| unsafe { &raw mut (*c).generation })
+            .fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub(super) fn add_levels(&self, levels: u64) {
+        // SAFETY: projects a field, reads nothing.
+        self.field(|c| unsafe { &raw mut (*c).levels })
+            .fetch_or(levels, Ordering::SeqCst);
+    }
+
+    pub(super) fn set_watching(&self) {
+        // SAFETY: projects a field, reads nothing.
+        self.field(|c| unsafe { &raw mut (*c).watching })
+            .store(1, Ordering::SeqCst);
+    }
+}
+
+impl Drop for ControlPage {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `map` with the same size, and no reference outlives self.
+        unsafe { libc::munmap(self.0.as_ptr().cast(), size_of::<Control>()) };
+    }
+}

@@ -1,0 +1,249 @@
+//! One sandbox, watched.
+//!
+//! Changes are collected in *epochs*, a map of the kernel each. [`Watch::look`] reads what has changed
+//! since the last durable checkpoint, and resets nothing. [`Watch::cut`] ends an epoch, in the freeze
+//! in which the files are captured; [`Watch::durable`] forgets it, once nothing can take the checkpoint
+//! away again. If anything fails between the two, the ended epoch stays, and what it holds stays dirty
+//! (D4).
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs, io, mem,
+    os::{fd::AsFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use super::{
+    abi::{self, InodeKey, MAPPING_AIO, SLOTS, Watched},
+    dirty::Dirty,
+    epoch::{Epoch, FIRST_ROOM},
+    host::{Host, Key, get, put},
+    load::failpoint,
+    slots::Slot,
+    sys,
+};
+
+/// An event that a program did not run for, as it was running already on that CPU.
+const MISSED: &str = "the kernel left out events";
+
+/// Which sandbox.
+#[derive(Debug, Clone)]
+pub struct Subject {
+    /// Its directory in the hierarchy of cgroup v2.
+    pub cgroup: PathBuf,
+    /// Where its root file system, an overlay, is mounted.
+    pub rootfs: PathBuf,
+}
+
+/// One sandbox, watched until this is dropped, or [`Watch::leave`] is called.
+pub struct Watch {
+    host: Host,
+    slot: Option<Slot>,
+    key: Key,
+    now: Epoch,
+    /// Ended, and not yet durable.
+    ended: Vec<Epoch>,
+    /// Inodes that somebody outside of the sandbox has mapped: nobody tells when that ends.
+    foreign: HashSet<InodeKey>,
+}
+
+impl Watch {
+    /// Begins to watch. Everything counts as changed until the first [`Watch::cut`] is durable.
+    ///
+    /// `run`: crab's directory below /run. `load` has [`super::load`] run in another process.
+    pub fn begin(
+        run: &Path,
+        subject: &Subject,
+        load: &dyn Fn() -> Result<(), String>,
+    ) -> Result<Self, String> {
+        let key = key_of(subject)?;
+        let (host, slot) = Host::join(run, load)?;
+        match Self::register(&host, &slot, &key) {
+            Ok(now) => Ok(Self {
+                host,
+                slot: Some(slot),
+                key,
+                now,
+                ended: Vec::new(),
+                foreign: HashSet::new(),
+            }),
+            Err(e) => {
+                let undone = host
+                    .unregister(slot.number, &key)
+                    .map_err(|e| e.to_string());
+                if let Err(e) = host.leave(slot).and(undone) {
+                    log::warn!("the inspector: {e}");
+                }
+                Err(format!("cannot register with the inspector: {e}"))
+            }
+        }
+    }
+
+    fn register(host: &Host, slot: &Slot, key: &Key) -> io::Result<Epoch> {
+        // What a dead shim may have left in this slot.
+        host.unwatch(slot.number)?;
+        let mut now = Epoch::new(FIRST_ROOM, host.missed()?)?;
+        now.doubt = Some("nothing has been captured yet".into());
+        host.set_epoch(slot.number, &now.map)?;
+        host.register(slot.number, key)?;
+        failpoint("registered");
+        Ok(now)
+    }
+
+    /// The probe set in use.
+    pub fn probes(&self) -> &'static str {
+        self.host.probes.name()
+    }
+
+    /// What may have changed since the last durable cut. Freezes nothing and resets nothing.
+    pub fn look(&self) -> io::Result<Dirty> {
+        let mut dirty = Dirty::default();
+        for epoch in self.ended.iter().chain([&self.now]) {
+            epoch.add_to(&mut dirty)?;
+        }
+        if self.host.missed()? != self.now.missed {
+            dirty.doubts.push(MISSED.into());
+        }
+        Ok(dirty)
+    }
+
+    /// Ends the epoch and begins another, before a cut. The kernel waits here for its running
+    /// programs, 8 to 16 ms, in which the sandbox need not stand still: what changes from here until
+    /// the cut is in the new epoch, so it counts for the cut and once more for the next turn, where
+    /// it is found to be equal.
+    pub fn prepare(&mut self) -> io::Result<()> {
+        // An event that is missed meanwhile counts for both epochs.
+        let mut next = Epoch::new(self.now.next_room()?, self.host.missed()?)?;
+        self.host.set_epoch(self.slot(), &next.map)?;
+        // Whatever fails from here on: the ended epoch counts until a cut is durable, and the new
+        // one is not trusted before there was one.
+        next.doubt = Some("the last cut was not finished".into());
+        self.ended.push(mem::replace(&mut self.now, next));
+        failpoint("ended");
+        let missed = self.host.missed()?;
+        if let Some(ended) = self.ended.last_mut() {
+            if missed != ended.missed {
+                ended.doubt.get_or_insert_with(|| MISSED.into());
+            }
+            self.foreign.extend(ended.foreign()?);
+        }
+        Ok(())
+    }
+
+    /// What may have changed up to here since the last durable cut. After [`Watch::prepare`], while
+    /// the sandbox is frozen, or known to be idle. `pids` are its processes.
+    pub fn cut(&mut self, pids: &[i32]) -> io::Result<Dirty> {
+        self.foreign.extend(self.now.foreign()?);
+        self.now.carried = self.still_written(pids)?;
+        self.now.doubt = None;
+        failpoint("cut");
+        self.look()
+    }
+
+    /// The last cut is durable: what was prepared for it is forgotten.
+    pub fn durable(&mut self) {
+        self.ended.clear();
+    }
+
+    /// The inodes that can change without a sign: mapped ones, and those with I/O in flight.
+    fn still_written(&self, pids: &[i32]) -> io::Result<HashSet<InodeKey>> {
+        let mut inodes = self.foreign.clone();
+        for pid in pids {
+            let mappings = sys::iterate(self.host.shared_mappings.as_fd(), *pid)?;
+            if mappings.iter().any(|m| m.kind == MAPPING_AIO) {
+                let files = sys::iterate(self.host.open_files.as_fd(), *pid)?;
+                inodes.extend(files.iter().filter_map(InodeKey::of));
+            }
+            inodes.extend(mappings.iter().filter_map(InodeKey::of));
+        }
+        Ok(inodes)
+    }
+
+    /// From now on it is noted what these processes do, and what is done to them; the former ones are
+    /// forgotten. They are those of a dump, and stand still.
+    pub fn watch_processes(&self, pids: &[i32]) -> io::Result<()> {
+        self.host.unwatch(self.slot())?;
+        let fresh = Watched {
+            slot: self.slot(),
+            did: 0,
+        };
+        for pid in pids {
+            put(&self.host.watched, &pid.cast_unsigned(), &fresh)?;
+        }
+        self.host.control.set_watching();
+        self.host.control.new_generation();
+        Ok(())
+    }
+
+    /// What the watched processes did since [`Watch::watch_processes`], in bits of
+    /// [`did_bits`](super::did_bits). One that is not watched is missing.
+    pub fn did(&self, pids: &[i32]) -> io::Result<HashMap<i32, u32>> {
+        let mut all = HashMap::new();
+        for pid in pids {
+            if let Some(its) = get::<u32, Watched>(&self.host.watched, &pid.cast_unsigned())?
+                && its.slot == self.slot()
+            {
+                all.insert(*pid, its.did);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Watches no longer; the last one on this host removes the programs.
+    pub fn leave(mut self) -> Result<(), String> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), String> {
+        let Some(slot) = self.slot.take() else {
+            return Ok(());
+        };
+        let unregistered = self.host.unregister(slot.number, &self.key);
+        failpoint("unregistered");
+        self.host.leave(slot)?;
+        unregistered.map_err(|e| format!("cannot unregister from the inspector: {e}"))
+    }
+
+    fn slot(&self) -> u32 {
+        self.slot.as_ref().map_or(SLOTS, |slot| slot.number)
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Err(e) = self.end() {
+            log::warn!("{e}");
+        }
+    }
+}
+
+/// How a sandbox is recognised, from where it is.
+fn key_of(subject: &Subject) -> Result<Key, String> {
+    let cgroup =
+        fs::metadata(&subject.cgroup).map_err(|e| format!("{}: {e}", subject.cgroup.display()))?;
+    let rootfs =
+        fs::metadata(&subject.rootfs).map_err(|e| format!("{}: {e}", subject.rootfs.display()))?;
+    Ok(Key {
+        cgroup: cgroup.ino(),
+        levels: levels(&subject.cgroup)
+            .map_err(|e| format!("{}: {e}", subject.cgroup.display()))?,
+        overlay: abi::kernel_dev(rootfs.dev()),
+    })
+}
+
+/// How far below the root a cgroup is. Where only a part of the hierarchy is mounted, that is not
+/// known: then it is any level from there on.
+fn levels(cgroup: &Path) -> io::Result<u64> {
+    const ROOT: u64 = 1;
+    let dev = fs::metadata(cgroup)?.dev();
+    for (level, dir) in (0u32..).zip(cgroup.ancestors()) {
+        let found = fs::metadata(dir)?;
+        if found.dev() != dev {
+            return Ok(!0 << level.saturating_sub(1).clamp(1, 63));
+        }
+        if found.ino() == ROOT {
+            return Ok(1 << level.clamp(1, 63));
+        }
+    }
+    Ok(!0 << 1)
+}
