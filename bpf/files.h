@@ -19,7 +19,7 @@ struct recent {
 	__u64 cgroup;
 	__u64 generation;
 	__u32 tgid;
-	__u32 unused;
+	__u32 bits; /* SEEN_*: what of it was noted */
 };
 
 struct memory {
@@ -33,6 +33,41 @@ struct {
 	__type(key, __u32);
 	__type(value, struct memory);
 } memories SEC(".maps");
+
+/*
+ * Whether this CPU dealt with the same already. One program may interrupt another on a CPU: the second
+ * keeps its hands off.
+ */
+static __always_inline bool known(struct memory *memory, const struct recent *now)
+{
+	struct recent *old = &memory->table[(now->ino ^ now->via) & (CRAB_RECENT - 1)];
+	bool same;
+
+	if (memory->busy)
+		return false;
+	memory->busy = 1;
+	barrier();
+	same = old->ino == now->ino && old->dev == now->dev && old->via == now->via &&
+	       old->cgroup == now->cgroup && old->generation == now->generation &&
+	       old->tgid == now->tgid && !(now->bits & ~old->bits);
+	barrier();
+	memory->busy = 0;
+	return same;
+}
+
+/* To be called once it is noted. */
+static __always_inline void remember(struct memory *memory, const struct recent *now)
+{
+	struct recent *old = &memory->table[(now->ino ^ now->via) & (CRAB_RECENT - 1)];
+
+	if (memory->busy)
+		return;
+	memory->busy = 1;
+	barrier();
+	*old = *now;
+	barrier();
+	memory->busy = 0;
+}
 
 static __always_inline bool is_new(struct inode *inode)
 {
@@ -114,87 +149,89 @@ static __always_inline bool is_memory(struct super_block *sb, unsigned long magi
 	       magic == MAGIC_SECRETMEM;
 }
 
-/* An inode changed that the CPU does not remember. */
-static __always_inline void note(struct inode *inode, struct super_block *sb, struct inode_key *key,
-				 __u32 via, __u32 tgid, __u32 bits, __u64 levels)
+/*
+ * An inode changed that the CPU does not remember. A program of its own, as its many registers and its
+ * stack are not the business of the short way.
+ */
+static __noinline int note(struct inode *inode, const struct recent *now)
 {
-	__u32 slot = slot_of_task(levels);
+	volatile struct control *control = controls();
+	struct super_block *sb = inode->i_sb;
+	unsigned long magic = sb->s_magic;
+	struct inode_key key = { .ino = now->ino, .dev = now->dev };
+	__u32 bits = now->bits, slot;
 
-	if (via) {
-		__u32 owner = slot_of_overlay(via);
+	if (!control)
+		return 0;
+	if (is_pseudo(magic)) {
+		pseudo(magic, now->tgid, control->levels);
+		return 0;
+	}
+	slot = slot_of_task(control->levels);
+	if (now->via) {
+		__u32 owner = slot_of_overlay(now->via);
 
 		bits |= SEEN_OVERLAY;
 		if (owner != slot)
 			bits |= SEEN_OUTSIDE;
 		if (slot != NOBODY)
-			did(tgid, DID_FILE);
+			did(now->tgid, DID_FILE);
 		slot = owner;
 	}
 	if (slot == NOBODY)
-		return;
-	if (is_memory(sb, sb->s_magic)) {
-		if (!did(tgid, DID_MEMORY))
+		return 0;
+	if (is_memory(sb, magic)) {
+		if (!did(now->tgid, DID_MEMORY))
 			set_epoch_bits(slot, EPOCH_MEMORY);
-	} else if (!via) {
-		did(tgid, DID_FILE);
+	} else if (!now->via) {
+		did(now->tgid, DID_FILE);
 	}
-	record(slot, key, bits);
+	record(slot, &key, bits);
+	return 0;
 }
 
-static __always_inline int changed(struct inode *inode, __u32 bits)
+/* Who does it, and in which generation; false: cannot be told. */
+static __always_inline bool fill(struct recent *now, struct inode_key *key)
 {
 	volatile struct control *control = controls();
 	struct task_struct *task = bpf_get_current_task_btf();
-	struct super_block *sb = inode->i_sb;
-	unsigned long magic = sb->s_magic;
-	__u64 generation, cgroup;
-	struct inode_key key;
-	struct memory *memory;
-	struct recent *recent;
-	__u32 zero = 0, via = 0, tgid;
 
 	if (!control)
-		return 0;
-	if (magic == MAGIC_OVERLAY) {
-		via = sb->s_dev;
-		inode = upper_of(inode);
-		if (!inode)
-			return 0;
-		sb = inode->i_sb;
-		magic = sb->s_magic;
-	}
-	tgid = task->tgid;
-	if (is_pseudo(magic)) {
-		pseudo(magic, tgid, control->levels);
-		return 0;
-	}
-	if (!identify(inode, magic, &key))
-		return 0;
+		return false;
 	/* Before the epoch is looked up: an entry made in an old epoch must carry an old number. */
-	generation = control->generation;
-	cgroup = task->cgroups->dfl_cgrp->kn->id;
+	now->generation = control->generation;
+	now->ino = key->ino;
+	now->dev = key->dev;
+	now->tgid = task->tgid;
+	now->cgroup = task->cgroups->dfl_cgrp->kn->id;
+	return true;
+}
+
+static __always_inline int changed(struct inode *inode, __u32 bits, bool unless_new)
+{
+	struct super_block *sb = inode->i_sb;
+	struct recent now = { .bits = bits };
+	struct inode *upper = inode;
+	struct memory *memory;
+	struct inode_key key;
+	__u32 zero = 0;
+
+	if (sb->s_magic == MAGIC_OVERLAY) {
+		now.via = sb->s_dev;
+		upper = upper_of(inode);
+		if (!upper)
+			return 0;
+		sb = upper->i_sb;
+	}
+	if (!identify(upper, sb->s_magic, &key))
+		return 0;
 	memory = bpf_map_lookup_elem(&memories, &zero);
-	if (!memory)
+	if (!memory || !fill(&now, &key) || known(memory, &now))
 		return 0;
-	if (memory->busy) {
-		note(inode, sb, &key, via, tgid, bits, control->levels);
+	if (unless_new && is_new(inode))
 		return 0;
-	}
-	memory->busy = 1;
-	barrier();
-	recent = &memory->table[(key.ino ^ via) & (CRAB_RECENT - 1)];
-	if (recent->ino != key.ino || recent->dev != key.dev || recent->via != via ||
-	    recent->cgroup != cgroup || recent->generation != generation || recent->tgid != tgid) {
-		note(inode, sb, &key, via, tgid, bits, control->levels);
-		recent->ino = key.ino;
-		recent->dev = key.dev;
-		recent->via = via;
-		recent->cgroup = cgroup;
-		recent->generation = generation;
-		recent->tgid = tgid;
-	}
-	barrier();
-	memory->busy = 0;
+	note(upper, &now);
+	remember(memory, &now);
 	return 0;
 }
 
@@ -202,21 +239,19 @@ SEC("tp_btf/inode_set_ctime_to_ts")
 int BPF_PROG(inode_set_ctime_to_ts, struct inode *inode)
 {
 	/* An inode that is being read in changes nothing. */
-	if (is_new(inode))
-		return 0;
-	return changed(inode, SEEN_CTIME);
+	return changed(inode, SEEN_CTIME, true);
 }
 
 SEC("tp_btf/ctime_ns_xchg")
 int BPF_PROG(ctime_ns_xchg, struct inode *inode)
 {
-	return changed(inode, SEEN_CTIME);
+	return changed(inode, SEEN_CTIME, false);
 }
 
 SEC("tp_btf/ctime_xchg_skip")
 int BPF_PROG(ctime_xchg_skip, struct inode *inode)
 {
-	return changed(inode, SEEN_CTIME);
+	return changed(inode, SEEN_CTIME, false);
 }
 
 SEC("tp_btf/writeback_mark_inode_dirty")
@@ -225,7 +260,7 @@ int BPF_PROG(writeback_mark_inode_dirty, struct inode *inode, int flags)
 	/* Anything less is a time of access. */
 	if (!(flags & I_DIRTY_PAGES))
 		return 0;
-	return changed(inode, SEEN_PAGES);
+	return changed(inode, SEEN_PAGES, false);
 }
 
 #endif

@@ -37,6 +37,7 @@
 #define I_NEW 1
 #define I_DIRTY_PAGES (1 << 2)
 #define VM_SHARED 0x8
+#define FMODE_BACKING (1 << 25)
 #define FMODE_WRITE 2
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)

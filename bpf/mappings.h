@@ -8,18 +8,53 @@
 
 #include "files.h"
 
+/* A shared mapping was made that the CPU does not remember. */
+static __noinline int note_mapping(struct inode *inode, const struct recent *now)
+{
+	volatile struct control *control = controls();
+	unsigned long magic = inode->i_sb->s_magic;
+	struct inode_key key = { .ino = now->ino, .dev = now->dev };
+	__u32 slot, bits = now->bits;
+
+	if (!control)
+		return 0;
+	slot = slot_of_task(control->levels);
+	if (slot == NOBODY && now->via) {
+		slot = slot_of_overlay(now->via);
+		bits |= SEEN_OUTSIDE;
+	}
+	if (slot == NOBODY)
+		return 0;
+	if (magic == MAGIC_AIO || magic == MAGIC_ANON_INODE) {
+		set_epoch_bits(slot, EPOCH_AIO);
+		return 0;
+	}
+	if (is_pseudo(magic))
+		return 0;
+	if (is_memory(inode->i_sb, magic)) {
+		if (!did(now->tgid, DID_MEMORY))
+			set_epoch_bits(slot, EPOCH_MEMORY);
+	} else {
+		did(now->tgid, DID_FILE);
+		set_epoch_bits(slot, EPOCH_MAPPED);
+	}
+	record(slot, &key, bits);
+	return 0;
+}
+
 SEC("tp_btf/ma_write")
 int BPF_PROG(ma_write, const char *caller, struct ma_state *mas, unsigned long pivot, void *value)
 {
+	struct recent now = { .bits = SEEN_MAPPED };
 	struct vm_area_struct *vma;
+	struct task_struct *task;
+	struct vfsmount *mount;
+	struct memory *memory;
+	struct inode_key key;
 	struct inode *inode;
 	struct file *file;
-	struct super_block *sb;
-	struct task_struct *task;
-	volatile struct control *control;
-	struct inode_key key;
-	__u32 slot, bits = SEEN_MAPPED;
 	unsigned long magic;
+	__u32 zero = 0;
 
 	if (!value)
 		return 0;
@@ -33,22 +68,6 @@ int BPF_PROG(ma_write, const char *caller, struct ma_state *mas, unsigned long p
 	if (!task->mm || (unsigned long)mas->tree !=
 			 (unsigned long)task->mm + bpf_core_field_offset(struct mm_struct, mm_mt))
 		return 0;
-	control = controls();
-	if (!control)
-		return 0;
-	slot = slot_of_task(control->levels);
-	if (slot == NOBODY) {
-		/* Of a file in an overlay the mapping holds the upper one, and remembers the other. */
-		struct vfsmount *mount = AROUND(struct backing_file, file, file)->user_path.mnt;
-
-		sb = mount ? mount->mnt_sb : NULL;
-		if (!sb || sb->s_magic != MAGIC_OVERLAY)
-			return 0;
-		slot = slot_of_overlay(sb->s_dev);
-		if (slot == NOBODY)
-			return 0;
-		bits |= SEEN_OUTSIDE;
-	}
 	inode = file->f_inode;
 	magic = inode->i_sb->s_magic;
 	if (magic == MAGIC_OVERLAY) {
@@ -56,21 +75,19 @@ int BPF_PROG(ma_write, const char *caller, struct ma_state *mas, unsigned long p
 		if (!inode)
 			return 0;
 		magic = inode->i_sb->s_magic;
+	} else if (file->f_mode & FMODE_BACKING) {
+		/* Of a file in an overlay the mapping holds the upper one, and remembers the other. */
+		mount = AROUND(struct backing_file, file, file)->user_path.mnt;
+		if (mount && mount->mnt_sb->s_magic == MAGIC_OVERLAY)
+			now.via = mount->mnt_sb->s_dev;
 	}
-	if (magic == MAGIC_AIO || magic == MAGIC_ANON_INODE) {
-		set_epoch_bits(slot, EPOCH_AIO);
+	if (!identify(inode, magic, &key))
 		return 0;
-	}
-	if (is_pseudo(magic) || !identify(inode, magic, &key))
+	memory = bpf_map_lookup_elem(&memories, &zero);
+	if (!memory || !fill(&now, &key) || known(memory, &now))
 		return 0;
-	if (is_memory(inode->i_sb, magic)) {
-		if (!did(task->tgid, DID_MEMORY))
-			set_epoch_bits(slot, EPOCH_MEMORY);
-	} else {
-		did(task->tgid, DID_FILE);
-		set_epoch_bits(slot, EPOCH_MAPPED);
-	}
-	record(slot, &key, bits);
+	note_mapping(inode, &now);
+	remember(memory, &now);
 	return 0;
 }
 

@@ -3,7 +3,7 @@
 //! Which file feeds which field, and in which unit, follows Go's `containerd/cgroups` v3, which
 //! containerd's own shim uses: the readers of these numbers were written against it.
 
-use std::{collections::HashMap, fs, path::Path, sync::OnceLock};
+use std::{collections::HashMap, fs, path::Path, sync::OnceLock, time::Duration};
 
 use protobuf::{Message, well_known_types::any::Any};
 
@@ -29,6 +29,18 @@ impl Cgroup {
             value: value.unwrap_or_default(),
             ..Any::default()
         })
+    }
+}
+
+impl Cgroup {
+    /// The CPU time that its processes have used, the dead ones included.
+    pub fn cpu_time(&self) -> Result<Duration, CgroupError> {
+        if let Some(dir) = self.v1_dir("cpuacct") {
+            return Ok(Duration::from_nanos(number(&dir.join("cpuacct.usage"), 0)?));
+        }
+        let stat = self.unified_dir().map(|dir| keyed(&dir.join("cpu.stat")));
+        let micros = stat.transpose()?.flatten().map(|stat| stat.get("usage_usec"));
+        Ok(Duration::from_micros(micros.unwrap_or_default()))
     }
 }
 

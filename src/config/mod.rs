@@ -67,6 +67,11 @@ pub struct Config {
     pub orphan_output: OrphanOutput,
     /// What the next exec waits for.
     pub gate: Gate,
+    /// Whether a turn that changed nothing is skipped, as far as the inspector can tell. Default
+    /// true; else every turn is `full`.
+    pub skip_unchanged: bool,
+    /// Whether processes that merely ran, and moved no data, count as unchanged (D6c). Default true.
+    pub consistent_cut: bool,
     /// Execs that are no turns. Default none.
     pub not_turns: Vec<Pattern>,
     /// What becomes of established TCP connections at a restore.
@@ -137,6 +142,8 @@ impl Default for Config {
             checkpoint_stops: true,
             orphan_output: OrphanOutput::Log,
             gate: Gate::Strict,
+            skip_unchanged: true,
+            consistent_cut: true,
             not_turns: Vec::new(),
             tcp: Tcp::Close,
             exec_linger: Duration::from_secs(1),

@@ -104,6 +104,8 @@ const KEYS: &[(&str, Kind, Scope)] = &[
     ("checkpoint_stops", Kind::Bool, Scope::Sandbox),
     ("orphan_output", Kind::Text, Scope::Sandbox),
     ("gate", Kind::Text, Scope::Sandbox),
+    ("skip_unchanged", Kind::Bool, Scope::Sandbox),
+    ("consistent_cut", Kind::Bool, Scope::Sandbox),
     ("not_turns", Kind::List, Scope::Sandbox),
     ("tcp", Kind::Text, Scope::Sandbox),
     ("exec_linger", Kind::Text, Scope::Sandbox),
@@ -239,6 +241,8 @@ fn assign(config: &mut Config, key: &str, value: &Value) -> Result<(), String> {
                 ],
             )?;
         }
+        "skip_unchanged" => config.skip_unchanged = boolean(value)?,
+        "consistent_cut" => config.consistent_cut = boolean(value)?,
         "not_turns" => config.not_turns = patterns(value)?,
         "tcp" => config.tcp = one_of(value, &[("close", Tcp::Close), ("keep", Tcp::Keep)])?,
         "exec_linger" => config.exec_linger = duration(value, seconds(0)..=seconds(60))?,

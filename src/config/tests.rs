@@ -89,6 +89,8 @@ fn every_key_is_read() {
         checkpoint_stops = false
         orphan_output = "discard"
         gate = "async"
+        skip_unchanged = false
+        consistent_cut = false
         not_turns = ["/bin/health *", "true"]
         tcp = "keep"
         exec_linger = "250ms"
@@ -113,6 +115,8 @@ fn every_key_is_read() {
         checkpoint_stops: false,
         orphan_output: OrphanOutput::Discard,
         gate: Gate::Async,
+        skip_unchanged: false,
+        consistent_cut: false,
         not_turns: vec![
             Pattern("/bin/health *".to_owned()),
             Pattern("true".to_owned()),

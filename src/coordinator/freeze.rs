@@ -3,7 +3,7 @@
 //! The processes stand still while anybody wants them to. What a client is told depends on the
 //! client's own wish alone, so a checkpoint is never seen as PAUSED and never undoes a Pause.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 
@@ -24,6 +24,10 @@ pub trait Freezable: Send + Sync {
     fn procs(&self) -> Result<Vec<i32>, CgroupError>;
     /// Whether CRIU hangs on stopped tasks with this freezer, as it does with that of v1.
     fn hangs_on_stopped(&self) -> bool;
+    /// The CPU time that all processes together have used, the dead ones included.
+    fn cpu_time(&self) -> Result<Duration, CgroupError>;
+    /// Its directory in the hierarchy of cgroup v2, whose ids the inspector goes by.
+    fn unified_dir(&self) -> Option<&Path>;
 }
 
 impl Freezable for Cgroup {
@@ -45,6 +49,14 @@ impl Freezable for Cgroup {
 
     fn hangs_on_stopped(&self) -> bool {
         self.layout() != Layout::V2
+    }
+
+    fn cpu_time(&self) -> Result<Duration, CgroupError> {
+        Cgroup::cpu_time(self)
+    }
+
+    fn unified_dir(&self) -> Option<&Path> {
+        Cgroup::unified_dir(self)
     }
 }
 
@@ -200,6 +212,12 @@ pub(crate) mod fake {
         }
         fn hangs_on_stopped(&self) -> bool {
             true
+        }
+        fn cpu_time(&self) -> Result<Duration, CgroupError> {
+            Ok(Duration::ZERO)
+        }
+        fn unified_dir(&self) -> Option<&Path> {
+            None
         }
     }
 }

@@ -38,6 +38,7 @@ use super::{
 use crate::{
     config,
     control::{self, ControlSocket, SHIMS},
+    inspector,
     sandbox::SandboxId,
 };
 
@@ -54,6 +55,11 @@ pub fn main() -> anyhow::Result<()> {
     let args: Vec<_> = env::args_os().skip(1).collect();
     if args.first().is_some_and(|word| word == hold::WORD) {
         return hold::main();
+    }
+    if let [word, run] = &args[..]
+        && word == inspector::WORD
+    {
+        return inspector::load(Path::new(run)).map_err(anyhow::Error::msg);
     }
     let flags = containerd_shim::parse(&args)?;
     if flags.version {
@@ -196,6 +202,9 @@ impl Shim for Crab {
         let sandbox = SandboxId::new(&self.namespace, &self.id).map_err(|e| failed("delete", e))?;
         let host = linux().map_err(|e| failed("delete", e))?;
         control::sweep(&Path::new(RUN).join(SHIMS));
+        if let Err(e) = inspector::sweep(Path::new(RUN)) {
+            log::warn!("the inspector: {e}");
+        }
         remove_dead_socket(&socket_address(
             &self.address,
             &self.namespace,

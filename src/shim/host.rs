@@ -4,22 +4,34 @@
 
 use std::{
     io,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    process::{Command, Stdio},
     sync::Arc,
+    time::Duration,
 };
 
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::{io::Pump, netns, reaper::Reaper, run_dir::RunDir};
+use super::{
+    io::Pump,
+    netns,
+    reaper::Reaper,
+    run_dir::{RUN, RunDir},
+};
 use crate::{
     cgroup::{Cgroup, CgroupError, OomWatch},
     config::Config,
     coordinator::freeze::Freezable,
+    inspector::{self, Watch},
     rootfs::{self, MountSpec, Overlay},
-    runtime::{OciRuntime, runc::Runc},
+    runtime::{Ended, OciRuntime, Spawner, runc::Runc},
     sandbox::SandboxId,
 };
+
+/// How long the inspector's programs may take to be loaded: the kernel verifies them.
+const LOAD_LIMIT: Duration = Duration::from_secs(30);
 
 /// A process that can be signalled without the danger of hitting another one.
 pub trait Target: Send + Sync {
@@ -78,6 +90,8 @@ pub trait Host: Send + Sync {
     fn overlay(&self, rootfs: &Path) -> Result<Overlay, String>;
     /// Unmounts it; one that is not mounted is no error.
     fn unmount(&self, target: &Path) -> Result<(), String>;
+    /// Begins to watch what changes in a sandbox.
+    fn watch(&self, subject: &inspector::Subject) -> Result<Watch, String>;
 }
 
 /// The real machine.
@@ -106,6 +120,27 @@ impl Target for PidFd {
             })
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
         pidfd_send_signal(&self.0, signal).map_err(Into::into)
+    }
+}
+
+impl Linux {
+    /// Has the inspector's programs loaded by a short-lived child.
+    fn load_programs(&self, run: &Path) -> Result<(), String> {
+        let failed = |e: io::Error| format!("cannot load the inspector: {e}");
+        let said = tempfile::tempfile().map_err(failed)?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg(inspector::WORD).arg(run);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.stderr(said.try_clone().map_err(failed)?);
+        match self.reaper.run(command, LOAD_LIMIT).map_err(failed)? {
+            Ended::Exited(0) => Ok(()),
+            ended => {
+                let mut text = vec![0; 4096];
+                let length = said.read_at(&mut text, 0).map_err(failed)?;
+                let text = String::from_utf8_lossy(&text[..length]);
+                Err(format!("cannot load the inspector ({ended:?}): {}", text.trim()))
+            }
+        }
     }
 }
 
@@ -159,5 +194,10 @@ impl Host for Linux {
 
     fn unmount(&self, target: &Path) -> Result<(), String> {
         rootfs::unmount(target).map_err(|e| e.to_string())
+    }
+
+    fn watch(&self, subject: &inspector::Subject) -> Result<Watch, String> {
+        let run = Path::new(RUN);
+        Watch::begin(run, subject, &|| self.load_programs(run))
     }
 }

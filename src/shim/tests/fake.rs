@@ -19,6 +19,7 @@ use super::{
 use crate::{
     cgroup::CgroupError,
     config::Config,
+    inspector::{self, Watch},
     rootfs::{MountSpec, Overlay},
     runtime::{Checkpoint, OciRuntime},
     sandbox::SandboxId,
@@ -317,5 +318,9 @@ impl Host for Machine {
     fn unmount(&self, target: &Path) -> Result<(), String> {
         self.record(format!("unmount {}", target.display()));
         self.plan(Verb::Unmount)
+    }
+
+    fn watch(&self, _: &inspector::Subject) -> Result<Watch, String> {
+        Err("no inspector in tests".into())
     }
 }

@@ -2,7 +2,9 @@
 
 use std::{
     io,
+    path::Path,
     sync::{Arc, Weak},
+    time::Duration,
 };
 
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
@@ -78,6 +80,14 @@ impl Freezable for Group {
 
     fn hangs_on_stopped(&self) -> bool {
         self.cgroup.hangs_on_stopped()
+    }
+
+    fn cpu_time(&self) -> Result<Duration, CgroupError> {
+        self.cgroup.cpu_time()
+    }
+
+    fn unified_dir(&self) -> Option<&Path> {
+        self.cgroup.unified_dir()
     }
 }
 
