@@ -102,15 +102,15 @@ static __always_inline struct inode *upper_of(struct inode *inode)
 
 static __always_inline void pseudo(unsigned long magic, __u32 tgid, __u64 levels)
 {
-	__u32 its = 0, epochs_bit, slot;
+	__u32 its = 0, others, slot;
 
 	switch (magic) {
 	case MAGIC_PIPE:
 		its = DID_PIPE;
-		epochs_bit = EPOCH_PIPE;
+		others = HAPPENED_PIPE;
 		break;
 	case MAGIC_MQUEUE:
-		epochs_bit = EPOCH_QUEUE;
+		others = HAPPENED_QUEUE;
 		break;
 	default:
 		return;
@@ -119,7 +119,7 @@ static __always_inline void pseudo(unsigned long magic, __u32 tgid, __u64 levels
 		return;
 	slot = slot_of_task(levels);
 	if (slot != NOBODY)
-		set_epoch_bits(slot, epochs_bit);
+		happened(slot, others);
 }
 
 static __always_inline bool is_pseudo(unsigned long magic)
@@ -182,7 +182,7 @@ static __noinline int note(struct inode *inode, const struct recent *now)
 		return 0;
 	if (is_memory(sb, magic)) {
 		if (!did(now->tgid, DID_MEMORY))
-			set_epoch_bits(slot, EPOCH_MEMORY);
+			happened(slot, HAPPENED_MEMORY);
 	} else if (!now->via) {
 		did(now->tgid, DID_FILE);
 	}

@@ -13,14 +13,19 @@
 /* Places in each CPU's memory of what it has just recorded; a power of two. */
 #define CRAB_RECENT 64
 
-/* An inode, as stat() shows it. The key 0/0 is the epoch's header. */
+/* An inode, as stat() shows it. Keys whose ino is 0 are the epoch's own: see `enum own_keys`. */
 struct inode_key {
 	__u64 ino;
 	__u32 dev; /* the kernel's dev_t: major << 20 | minor */
 	__u32 unused;
 };
 
-/* Of an inode: how it was seen to change. Of the header: EPOCH_*, and the number of inodes. */
+enum own_keys {
+	OWN_HEADER = 0, /* EPOCH_* and the number of inodes */
+	OWN_EVENTS = 1, /* HAPPENED_* */
+};
+
+/* Of an inode: how it was seen to change. */
 struct seen {
 	__u32 bits;
 	__u32 count;
@@ -38,14 +43,18 @@ enum epoch_bits {
 	EPOCH_OVERFLOW = 1 << 0, /* an inode could not be recorded: everything may have changed */
 	EPOCH_MAPPED = 1 << 1,   /* a shared mapping of a file was made */
 	EPOCH_AIO = 1 << 2,      /* a ring of asynchronous I/O was made */
-	EPOCH_FORK = 1 << 3,
-	EPOCH_EXEC = 1 << 4,
-	EPOCH_EXIT = 1 << 5,
-	EPOCH_SOCKET = 1 << 6, /* these three by tasks that are not watched */
-	EPOCH_PIPE = 1 << 7,
-	EPOCH_MEMORY = 1 << 8, /* memory that lives in the kernel's own tmpfs: memfd, SysV */
-	EPOCH_QUEUE = 1 << 9,  /* a POSIX message queue, by anybody */
-	EPOCH_WATCHED = 1 << 10, /* a watched process did something, or had it done to it */
+};
+
+/* What happened besides changes of files. Set by the sandbox's own tasks alone. */
+enum happened_bits {
+	HAPPENED_FORK = 1 << 0,
+	HAPPENED_EXEC = 1 << 1,
+	HAPPENED_EXIT = 1 << 2,
+	HAPPENED_SOCKET = 1 << 3, /* these three by tasks that are not watched */
+	HAPPENED_PIPE = 1 << 4,
+	HAPPENED_MEMORY = 1 << 5, /* memory that lives in the kernel's own tmpfs: memfd, SysV */
+	HAPPENED_QUEUE = 1 << 6,  /* a POSIX message queue, by anybody */
+	HAPPENED_WATCHED = 1 << 7, /* a watched process did something, or had it done to it */
 };
 
 /* What a watched process did, or had done to it, since it is watched. */

@@ -33,7 +33,7 @@ static __noinline int note_mapping(struct inode *inode, const struct recent *now
 		return 0;
 	if (is_memory(inode->i_sb, magic)) {
 		if (!did(now->tgid, DID_MEMORY))
-			set_epoch_bits(slot, EPOCH_MEMORY);
+			happened(slot, HAPPENED_MEMORY);
 	} else {
 		did(now->tgid, DID_FILE);
 		set_epoch_bits(slot, EPOCH_MAPPED);

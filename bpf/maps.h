@@ -100,18 +100,28 @@ static __always_inline void set_bits(__u32 *word, __u32 bits)
 		__sync_fetch_and_or(word, bits);
 }
 
-static __always_inline void set_epoch_bits(__u32 slot, __u32 bits)
+static __always_inline void set_own_bits(__u32 slot, enum own_keys which, __u32 bits)
 {
-	struct inode_key header = {};
+	struct inode_key own = { .dev = which };
 	struct seen *seen;
 	void *epoch;
 
 	epoch = bpf_map_lookup_elem(&epochs, &slot);
 	if (!epoch)
 		return;
-	seen = bpf_map_lookup_elem(epoch, &header);
+	seen = bpf_map_lookup_elem(epoch, &own);
 	if (seen)
 		set_bits(&seen->bits, bits);
+}
+
+static __always_inline void set_epoch_bits(__u32 slot, __u32 bits)
+{
+	set_own_bits(slot, OWN_HEADER, bits);
+}
+
+static __always_inline void happened(__u32 slot, __u32 bits)
+{
+	set_own_bits(slot, OWN_EVENTS, bits);
 }
 
 /* Not in a program of its own: a call costs more than the code. */
@@ -155,7 +165,7 @@ static __always_inline bool did(__u32 tgid, __u32 bits)
 		return false;
 	if ((*(volatile __u32 *)&process->did & bits) != bits) {
 		__sync_fetch_and_or(&process->did, bits);
-		set_epoch_bits(process->slot, EPOCH_WATCHED);
+		happened(process->slot, HAPPENED_WATCHED);
 	}
 	return true;
 }

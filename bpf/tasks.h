@@ -8,7 +8,7 @@
 
 #include "maps.h"
 
-static __always_inline void lived(__u32 its, __u32 epoch_bits)
+static __always_inline void lived(__u32 its, __u32 others)
 {
 	volatile struct control *control = controls();
 	struct task_struct *task = bpf_get_current_task_btf();
@@ -19,27 +19,27 @@ static __always_inline void lived(__u32 its, __u32 epoch_bits)
 	did(task->tgid, its);
 	slot = slot_of_task(control->levels);
 	if (slot != NOBODY)
-		set_epoch_bits(slot, epoch_bits);
+		happened(slot, others);
 }
 
 SEC("tp_btf/sched_process_fork")
 int BPF_PROG(sched_process_fork)
 {
-	lived(DID_FORK, EPOCH_FORK);
+	lived(DID_FORK, HAPPENED_FORK);
 	return 0;
 }
 
 SEC("tp_btf/sched_process_exec")
 int BPF_PROG(sched_process_exec)
 {
-	lived(DID_EXEC, EPOCH_EXEC);
+	lived(DID_EXEC, HAPPENED_EXEC);
 	return 0;
 }
 
 SEC("tp_btf/sched_process_exit")
 int BPF_PROG(sched_process_exit)
 {
-	lived(DID_EXIT, EPOCH_EXIT);
+	lived(DID_EXIT, HAPPENED_EXIT);
 	return 0;
 }
 
@@ -68,7 +68,7 @@ static __always_inline int moved(int length, __u32 its)
 		return 0;
 	slot = slot_of_task(control->levels);
 	if (slot != NOBODY)
-		set_epoch_bits(slot, EPOCH_SOCKET);
+		happened(slot, HAPPENED_SOCKET);
 	return 0;
 }
 

@@ -120,7 +120,7 @@ impl Driver<'_> {
                 show(&self.watch.cut(&self.pids(order)?)?)
             }
             "durable" => {
-                self.watch.durable();
+                self.watch.durable()?;
                 json!({})
             }
             "failed" => json!({}),

@@ -39,7 +39,10 @@ impl Cgroup {
             return Ok(Duration::from_nanos(number(&dir.join("cpuacct.usage"), 0)?));
         }
         let stat = self.unified_dir().map(|dir| keyed(&dir.join("cpu.stat")));
-        let micros = stat.transpose()?.flatten().map(|stat| stat.get("usage_usec"));
+        let micros = stat
+            .transpose()?
+            .flatten()
+            .map(|stat| stat.get("usage_usec"));
         Ok(Duration::from_micros(micros.unwrap_or_default()))
     }
 }

@@ -56,27 +56,24 @@ macro_rules! happened {
 
 happened! {
     /// A task forked.
-    FORK = 3, "fork";
+    FORK = 0, "fork";
     /// A task executed a program.
-    EXEC = 4, "exec";
+    EXEC = 1, "exec";
     /// A task ended.
-    EXIT = 5, "exit";
+    EXIT = 2, "exit";
     /// A process that is not watched moved data through a socket.
-    SOCKET = 6, "socket";
+    SOCKET = 3, "socket";
     /// A process that is not watched wrote to a pipe.
-    PIPE = 7, "pipe";
+    PIPE = 4, "pipe";
     /// A process that is not watched touched memory of the kernel's own tmpfs (memfd, SysV).
-    MEMORY = 8, "memory";
+    MEMORY = 5, "memory";
     /// A POSIX message queue changed.
-    QUEUE = 9, "queue";
+    QUEUE = 6, "queue";
     /// A watched process did something, or was sent a signal: see [`Watch::did`].
-    WATCHED = 10, "watched";
+    WATCHED = 7, "watched";
 }
 
 impl Happened {
-    /// The bits of an epoch that are about this.
-    pub(super) const ALL: u32 = 0b111_1111_1000;
-
     /// Whether any of these happened.
     pub fn has(self, what: Self) -> bool {
         self.0 & what.0 != 0

@@ -17,12 +17,19 @@ pub(super) const FIRST_ROOM: u32 = 8 << 10;
 /// The most: about 30 MiB of the kernel's memory.
 const MOST_ROOM: u32 = 256 << 10;
 
-/// The epoch's own entry.
-const HEADER: InodeKey = InodeKey {
-    ino: 0,
-    dev: 0,
-    unused: 0,
-};
+/// The epoch's own entry: [`epoch_bits`], and how many inodes there are.
+const HEADER: InodeKey = own(0);
+/// What happened besides: [`Happened`].
+const EVENTS: InodeKey = own(1);
+
+/// `enum own_keys` of `bpf/inspector.h`.
+const fn own(which: u32) -> InodeKey {
+    InodeKey {
+        ino: 0,
+        dev: which,
+        unused: 0,
+    }
+}
 
 /// What is dirty in an epoch.
 pub(super) struct Epoch {
@@ -47,6 +54,7 @@ impl Epoch {
         let map = MapHandle::create(MapType::Hash, Some("epoch"), key, value, room, &options)
             .map_err(as_io)?;
         put(&map, &HEADER, &Seen::default())?;
+        put(&map, &EVENTS, &Seen::default())?;
         Ok(Self {
             map,
             room,
@@ -58,6 +66,19 @@ impl Epoch {
 
     fn header(&self) -> io::Result<Seen> {
         get(&self.map, &HEADER)?.ok_or_else(|| io::Error::other("an epoch without a header"))
+    }
+
+    /// What happened in it besides changes of files.
+    pub(super) fn happened(&self) -> io::Result<Happened> {
+        let events = get::<_, Seen>(&self.map, &EVENTS)?;
+        events
+            .map(|events| Happened(events.bits))
+            .ok_or_else(|| io::Error::other("an epoch without its events"))
+    }
+
+    /// Forgets what happened. While none of the sandbox's tasks runs: nobody else notes events.
+    pub(super) fn forget_events(&self) -> io::Result<()> {
+        put(&self.map, &EVENTS, &Seen::default())
     }
 
     /// Room for the next one: more if this one was nearly too small.
@@ -75,7 +96,7 @@ impl Epoch {
     /// Adds what happened in it.
     pub(super) fn add_to(&self, dirty: &mut Dirty) -> io::Result<()> {
         let header = self.header()?;
-        dirty.happened.0 |= header.bits & Happened::ALL;
+        dirty.happened.0 |= self.happened()?.0;
         if header.bits & epoch_bits::OVERFLOW != 0 {
             let room = self.room;
             dirty.doubts.push(format!(
@@ -88,7 +109,7 @@ impl Epoch {
         }
         if header.count > 0 {
             for (key, seen) in sys::entries::<InodeKey, Seen>(self.map.as_fd())? {
-                if key != HEADER {
+                if key.ino != 0 {
                     dirty.add(&key, seen.bits);
                 }
             }

@@ -15,7 +15,7 @@ use std::{
 
 use super::{
     abi::{self, InodeKey, MAPPING_AIO, SLOTS, Watched},
-    dirty::Dirty,
+    dirty::{Dirty, Happened},
     epoch::{Epoch, FIRST_ROOM},
     host::{Host, Key, get, put},
     load::failpoint,
@@ -45,6 +45,8 @@ pub struct Watch {
     ended: Vec<Epoch>,
     /// Inodes that somebody outside of the sandbox has mapped: nobody tells when that ends.
     foreign: HashSet<InodeKey>,
+    /// What happened in epochs that are forgotten, since [`Watch::watch_processes`].
+    happened: Happened,
 }
 
 impl Watch {
@@ -66,6 +68,7 @@ impl Watch {
                 now,
                 ended: Vec::new(),
                 foreign: HashSet::new(),
+                happened: Happened::default(),
             }),
             Err(e) => {
                 let undone = host
@@ -97,7 +100,10 @@ impl Watch {
 
     /// What may have changed since the last durable cut. Freezes nothing and resets nothing.
     pub fn look(&self) -> io::Result<Dirty> {
-        let mut dirty = Dirty::default();
+        let mut dirty = Dirty {
+            happened: self.happened,
+            ..Dirty::default()
+        };
         for epoch in self.ended.iter().chain([&self.now]) {
             epoch.add_to(&mut dirty)?;
         }
@@ -141,8 +147,12 @@ impl Watch {
     }
 
     /// The last cut is durable: what was prepared for it is forgotten.
-    pub fn durable(&mut self) {
+    pub fn durable(&mut self) -> io::Result<()> {
+        for epoch in &self.ended {
+            self.happened.0 |= epoch.happened()?.0;
+        }
         self.ended.clear();
+        Ok(())
     }
 
     /// The inodes that can change without a sign: mapped ones, and those with I/O in flight.
@@ -159,9 +169,11 @@ impl Watch {
         Ok(inodes)
     }
 
-    /// From now on it is noted what these processes do, and what is done to them; the former ones are
-    /// forgotten. They are those of a dump, and stand still.
-    pub fn watch_processes(&self, pids: &[i32]) -> io::Result<()> {
+    /// From now on it is noted what these processes do, and what is done to them; the former ones,
+    /// and what happened so far, are forgotten. They are those of a dump, and stand still.
+    ///
+    /// What the dump itself did in them is forgotten, too.
+    pub fn watch_processes(&mut self, pids: &[i32]) -> io::Result<()> {
         self.host.unwatch(self.slot())?;
         let fresh = Watched {
             slot: self.slot(),
@@ -172,6 +184,11 @@ impl Watch {
         }
         self.host.control.set_watching();
         self.host.control.new_generation();
+        for epoch in &mut self.ended {
+            epoch.forget_events()?;
+        }
+        self.now.forget_events()?;
+        self.happened = Happened::default();
         Ok(())
     }
 

@@ -138,7 +138,10 @@ impl Linux {
                 let mut text = vec![0; 4096];
                 let length = said.read_at(&mut text, 0).map_err(failed)?;
                 let text = String::from_utf8_lossy(&text[..length]);
-                Err(format!("cannot load the inspector ({ended:?}): {}", text.trim()))
+                Err(format!(
+                    "cannot load the inspector ({ended:?}): {}",
+                    text.trim()
+                ))
             }
         }
     }
