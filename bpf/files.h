@@ -100,7 +100,11 @@ static __always_inline struct inode *upper_of(struct inode *inode)
 	return upper ? upper->d_inode : NULL;
 }
 
-static __always_inline void pseudo(unsigned long magic, __u32 tgid, __u64 levels)
+/* The mode of /proc/PID/mem, and of nothing else in /proc. */
+#define PROC_MEM_MODE 0100600
+
+static __always_inline void pseudo(struct inode *inode, unsigned long magic, __u32 tgid,
+				   __u64 levels)
 {
 	__u32 its = 0, others, slot;
 
@@ -111,6 +115,11 @@ static __always_inline void pseudo(unsigned long magic, __u32 tgid, __u64 levels
 		break;
 	case MAGIC_MQUEUE:
 		others = HAPPENED_QUEUE;
+		break;
+	case MAGIC_PROC:
+		if (inode->i_mode != PROC_MEM_MODE)
+			return;
+		others = HAPPENED_REACH;
 		break;
 	default:
 		return;
@@ -164,7 +173,7 @@ static __noinline int note(struct inode *inode, const struct recent *now)
 	if (!control)
 		return 0;
 	if (is_pseudo(magic)) {
-		pseudo(magic, now->tgid, control->levels);
+		pseudo(inode, magic, now->tgid, control->levels);
 		return 0;
 	}
 	slot = slot_of_task(control->levels);
@@ -238,7 +247,9 @@ static __always_inline int changed(struct inode *inode, __u32 bits, bool unless_
 SEC("tp_btf/inode_set_ctime_to_ts")
 int BPF_PROG(inode_set_ctime_to_ts, struct inode *inode)
 {
-	/* An inode that is being read in changes nothing. */
+	/* An inode that is being read in changes nothing. XFS then gives it its number later. */
+	if (inode->i_sb->s_magic == MAGIC_XFS && !inode->i_ino)
+		return 0;
 	return changed(inode, SEEN_CTIME, true);
 }
 

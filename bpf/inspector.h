@@ -55,6 +55,7 @@ enum happened_bits {
 	HAPPENED_MEMORY = 1 << 5, /* memory that lives in the kernel's own tmpfs: memfd, SysV */
 	HAPPENED_QUEUE = 1 << 6,  /* a POSIX message queue, by anybody */
 	HAPPENED_WATCHED = 1 << 7, /* a watched process did something, or had it done to it */
+	HAPPENED_REACH = 1 << 8, /* somebody looked up a /proc/PID/mem for the first time */
 };
 
 /* What a watched process did, or had done to it, since it is watched. */

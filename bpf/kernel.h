@@ -37,7 +37,6 @@
 #define I_NEW 1
 #define I_DIRTY_PAGES (1 << 2)
 #define VM_SHARED 0x8
-#define FMODE_BACKING (1 << 25)
 #define FMODE_WRITE 2
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
@@ -53,6 +52,7 @@ enum inode_state_flags_t {
 };
 
 struct inode {
+	unsigned short i_mode;
 	struct super_block *i_sb;
 	unsigned long i_ino;
 };

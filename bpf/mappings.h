@@ -75,8 +75,13 @@ int BPF_PROG(ma_write, const char *caller, struct ma_state *mas, unsigned long p
 		if (!inode)
 			return 0;
 		magic = inode->i_sb->s_magic;
-	} else if (file->f_mode & FMODE_BACKING) {
-		/* Of a file in an overlay the mapping holds the upper one, and remembers the other. */
+	} else {
+		/*
+		 * Of a file in an overlay the mapping holds the upper one, and remembers the other. Whether
+		 * a file is of that kind no bit says that stays in one place from kernel to kernel; behind
+		 * another kind lies something else, at worst an overlay whose sandbox then has an inode to
+		 * compare.
+		 */
 		mount = AROUND(struct backing_file, file, file)->user_path.mnt;
 		if (mount && mount->mnt_sb->s_magic == MAGIC_OVERLAY)
 			now.via = mount->mnt_sb->s_dev;

@@ -8,6 +8,9 @@
 
 #include "maps.h"
 
+/* include/trace/events/signal.h */
+#define TRACE_SIGNAL_IGNORED 1
+
 static __always_inline void lived(__u32 its, __u32 others)
 {
 	volatile struct control *control = controls();
@@ -44,14 +47,17 @@ int BPF_PROG(sched_process_exit)
 }
 
 SEC("tp_btf/signal_generate")
-int BPF_PROG(signal_generate, int sig, struct kernel_siginfo *info, struct task_struct *target)
+int BPF_PROG(signal_generate, int sig, struct kernel_siginfo *info, struct task_struct *target,
+	     int group, int result)
 {
 	volatile struct control *control = controls();
 	struct task_struct *task = bpf_get_current_task_btf();
 
 	if (!control || !control->watching)
 		return 0;
-	did(target->tgid, DID_GET_SIGNAL);
+	/* One that nobody waits for changes nothing at its target; but a tracee tells its tracer so. */
+	if (result != TRACE_SIGNAL_IGNORED)
+		did(target->tgid, DID_GET_SIGNAL);
 	did(task->tgid, DID_SIGNAL);
 	return 0;
 }

@@ -239,6 +239,11 @@ pub(crate) trait Visitor {
     fn enter(&mut self, dir: &Found<'_>) -> Result<(), TreeError>;
     fn other(&mut self, found: &Found<'_>) -> Result<(), TreeError>;
     fn leave(&mut self, dir: &Found<'_>) -> Result<(), TreeError>;
+
+    /// Another file system is mounted at a name. The walk never enters it.
+    fn mount(&mut self, _depth: usize, _name: &CStr, path: &Path) -> Result<(), TreeError> {
+        Err(failed("open", path)(Errno::XDEV))
+    }
 }
 
 /// Whether an inode may differ when the visitor is done with it.
@@ -328,7 +333,15 @@ impl Walk<'_> {
 
     fn step(&mut self, name: CString) -> Result<(), TreeError> {
         let parent = self.dirs.top().map_err(failed("reach", self.shown()))?;
-        let fd = look_at(parent, &name).map_err(failed("open", self.shown()))?;
+        let fd = match look_at(parent, &name) {
+            Err(Errno::XDEV) => {
+                let path = Path::new(OsStr::from_bytes(&self.path));
+                self.visitor.mount(self.levels.len(), &name, path)?;
+                self.ascend(&name);
+                return Ok(());
+            }
+            fd => fd.map_err(failed("open", self.shown()))?,
+        };
         let stat = rustix::fs::fstat(&fd).map_err(failed("stat", self.shown()))?;
         if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
             let dir = open_dir(&fd).map_err(failed("open", self.shown()))?;

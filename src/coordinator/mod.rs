@@ -3,4 +3,7 @@
 pub mod cut;
 pub mod doors;
 pub mod freeze;
+mod inspection;
+mod memory_files;
+mod processes;
 pub mod turns;

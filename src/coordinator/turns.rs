@@ -1,10 +1,9 @@
 //! Turns of one sandbox: at each boundary a checkpoint, then the gate (D3, D11).
 //!
-//! This first coordinator is simple: every turn is `full`. One thread per protected sandbox takes
-//! the cuts, so that neither the client's calls nor the reports of exits wait for one.
+//! A turn that changed nothing is skipped; every other one is `full`. One thread per protected sandbox
+//! takes the cuts, so that neither the client's calls nor the reports of exits wait for one.
 
 use std::{
-    cell::Cell,
     fs,
     path::PathBuf,
     sync::{Arc, Weak},
@@ -16,15 +15,20 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use parking_lot::Mutex;
 use time::OffsetDateTime;
 
-use super::{cut, doors::Doors};
+use super::{
+    cut,
+    doors::Doors,
+    inspection::{Inspection, Look, Scene, Taken},
+};
 use crate::{
     config::Gate,
+    inspector::Watch,
     rootfs::{self, Overlay},
     runtime::{self, criu_conf::CriuConf, descriptors::Stream},
     sandbox::TurnNo,
     store::{
-        Action, Checkpoint, Effect, Facts, Host, JournalLine, Kind, Pending, SandboxWriter,
-        StdioPipe, StoreError, Sync as Durability, Trigger,
+        Action, Checkpoint, Facts, Host, JournalLine, Kind, Pending, SandboxWriter, StdioPipe,
+        StoreError, Sync as Durability, Trigger,
     },
 };
 
@@ -40,6 +44,11 @@ pub trait Subject: Send + Sync {
     fn scratch(&self) -> PathBuf;
     /// Whether its init has a terminal.
     fn has_terminal(&self) -> bool;
+    /// Begins to watch what changes in it.
+    fn watch(&self) -> Result<Watch, String>;
+    /// When input last came to each of its processes that have some. While two answers are equal,
+    /// none has come.
+    fn input_marks(&self) -> Vec<Option<Instant>>;
     /// What the host's owner runs in each cut.
     fn frozen_hook(&self) -> Result<(), String>;
 }
@@ -52,6 +61,10 @@ pub struct Settings {
     pub keep: u32,
     /// How long a dump may take.
     pub dump_limit: Duration,
+    /// Whether a turn that changed nothing is skipped.
+    pub skip_unchanged: bool,
+    /// Whether processes that merely ran count as unchanged (D6c).
+    pub consistent_cut: bool,
 }
 
 type Reply = Sender<Result<JournalLine, String>>;
@@ -99,12 +112,13 @@ impl Turns {
     ) -> std::io::Result<Arc<Self>> {
         let (sender, jobs) = unbounded();
         let gate = settings.gate;
-        let worker = Worker {
+        let mut worker = Worker {
             subject,
             store,
             doors: Arc::clone(&doors),
             settings,
-            last_turn: Cell::new(None),
+            last_turn: None,
+            inspection: None,
         };
         let thread = thread::Builder::new()
             .name("turns".into())
@@ -161,11 +175,13 @@ struct Worker {
     doors: Arc<Doors>,
     settings: Settings,
     /// The newest number given away.
-    last_turn: Cell<Option<TurnNo>>,
+    last_turn: Option<TurnNo>,
+    /// What is known since the last checkpoint. Begun with the first turn.
+    inspection: Option<Inspection>,
 }
 
 impl Worker {
-    fn run(&self, jobs: &Receiver<Job>) {
+    fn run(&mut self, jobs: &Receiver<Job>) {
         for job in jobs {
             let (trigger, begin, mut gate, name, reply) = match job {
                 Job::Boundary { at, gate } => (Trigger::Exec, at, gate, None, None),
@@ -191,7 +207,7 @@ impl Worker {
 
     /// One turn, from its boundary to its line in the journal.
     fn turn(
-        &self,
+        &mut self,
         subject: &dyn Subject,
         trigger: Trigger,
         begin: Instant,
@@ -219,10 +235,19 @@ impl Worker {
             ended_at,
             note: None,
         };
+        let look = self.look(subject, parent, &mut line);
+        if line.trigger == Trigger::Exec && look.effects.is_empty() {
+            line.note = look.note;
+            self.store.append(&line, Durability::Later).map_err(text)?;
+            // Nobody waits for a turn that is no work, but for the look itself.
+            self.exposed(gate, &mut line)?;
+            return Ok(line);
+        }
+        line.effects = look.effects;
+        line.note = look.note;
         let taken = self.take(subject, turn, parent, gate, &mut line);
         if let Ok(checkpoint) = &taken {
             line.action = Action::Full;
-            line.effects = vec![Effect::Files, Effect::Processes, Effect::Memory];
             line.checkpoint = Some(checkpoint.digest);
             line.bytes_written = checkpoint.manifest.contents.bytes;
             line.durable_us = Some(micros(begin.elapsed()));
@@ -233,25 +258,59 @@ impl Worker {
         // Before the gate opens: the journal never lacks a turn that the next one follows. It need
         // not be on the disk by itself, the checkpoint is.
         self.store.append(&line, Durability::Later).map_err(text)?;
-        let exposed = micros(gate.open());
-        if exposed > line.exposed_us {
-            // A later line about a turn takes the place of the earlier one.
-            line.exposed_us = exposed;
-            self.store.append(&line, Durability::Later).map_err(text)?;
-        }
-        taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
+        self.exposed(gate, &mut line)?;
+        let checkpoint = taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
         if let Some(name) = name {
             self.store.name(name, turn).map_err(text)?;
         }
         let keep = usize::try_from(self.settings.keep).unwrap_or(usize::MAX);
         self.store.prune(keep).map_err(text)?;
+        if let Some(inspection) = &mut self.inspection {
+            inspection.learn(&checkpoint.upper_dir(), &|| self.doors.is_dying());
+        }
         Ok(line)
+    }
+
+    /// Opens the gate, and adds to the journal how long somebody waited at it.
+    fn exposed(&self, gate: &mut ShutGate, line: &mut JournalLine) -> Result<(), String> {
+        let exposed = micros(gate.open());
+        if exposed > line.exposed_us {
+            // A later line about a turn takes the place of the earlier one.
+            line.exposed_us = exposed;
+            self.store.append(line, Durability::Later).map_err(text)?;
+        }
+        Ok(())
+    }
+
+    /// What has changed since the last checkpoint.
+    fn look(
+        &mut self,
+        subject: &dyn Subject,
+        latest: Option<TurnNo>,
+        line: &mut JournalLine,
+    ) -> Look {
+        if !self.settings.skip_unchanged {
+            return Look::everything("skip_unchanged is off");
+        }
+        let begin = Instant::now();
+        let consistent_cut = self.settings.consistent_cut;
+        let inspection = self.inspection.get_or_insert_with(|| {
+            let inspection = Inspection::begin(subject.watch(), consistent_cut);
+            if let Some(why) = inspection.blind() {
+                log::warn!("{}: every turn counts as changed: {why}", self.store.id());
+            }
+            inspection
+        });
+        let look = scene(subject, &self.doors, |scene| inspection.look(scene, latest))
+            .unwrap_or_else(Look::everything);
+        line.look_us = micros(begin.elapsed());
+        look
     }
 
     /// The number after every one that was ever given away. The journal is read for the first one
     /// alone: it grows with every turn.
-    fn next_turn(&self) -> Result<TurnNo, StoreError> {
-        let last = match self.last_turn.get() {
+    fn next_turn(&mut self) -> Result<TurnNo, StoreError> {
+        let last = match self.last_turn {
             Some(last) => last,
             None => {
                 let journal = self.store.journal()?.lines.iter().map(|l| l.turn).max();
@@ -259,13 +318,13 @@ impl Worker {
                 journal.max(kept).unwrap_or_default()
             }
         };
-        self.last_turn.set(Some(last.next()));
+        self.last_turn = Some(last.next());
         Ok(last.next())
     }
 
     /// Takes the cut and makes it durable.
     fn take(
-        &self,
+        &mut self,
         subject: &dyn Subject,
         turn: TurnNo,
         parent: Option<TurnNo>,
@@ -293,10 +352,21 @@ impl Worker {
             limit: self.settings.dump_limit,
             ..Default::default()
         };
-        let dying = || self.doors.is_dying();
+        let doors = Arc::clone(&self.doors);
+        let dying = || doors.is_dying();
+        let mut inspection = self.inspection.as_mut();
+        if let Some(inspection) = &mut inspection {
+            inspection.prepare();
+        }
+        let mut seen = None;
         let done = subject.parts()?.cut(&args, || {
             let stats =
                 rootfs::capture(&overlay.upperdir, pending.upper_dir(), &dying).map_err(text)?;
+            if let Some(inspection) = &mut inspection {
+                seen = scene(subject, &doors, |scene| {
+                    inspection.frozen(scene, pending.image_dir())
+                })?;
+            }
             subject.frozen_hook()?;
             Ok(stats)
         });
@@ -305,8 +375,12 @@ impl Worker {
             line.exposed_us = micros(gate.open());
         }
         line.freeze_us = micros(done.frozen);
-        line.changed_files = done.captured.entries();
+        let differ = seen.as_ref().and_then(|seen: &Taken| seen.changed_files);
+        line.changed_files = differ.unwrap_or_else(|| done.captured.entries());
         let checkpoint = commit(subject, pending, parent, &done)?;
+        if let Some(inspection) = inspection {
+            inspection.durable(turn, seen, &checkpoint.image_dir());
+        }
         line.bytes_captured = checkpoint.manifest.contents.bytes;
         // The checkpoint exists from here on: nothing may make its turn count as unprotected.
         if let Err(e) = fs::remove_dir_all(&work) {
@@ -314,6 +388,23 @@ impl Worker {
         }
         Ok(checkpoint)
     }
+}
+
+/// Calls `then` with the sandbox as it is to be looked at.
+fn scene<T>(
+    subject: &dyn Subject,
+    doors: &Doors,
+    then: impl FnOnce(&Scene<'_>) -> T,
+) -> Result<T, String> {
+    let overlay = subject.overlay()?;
+    let parts = subject.parts()?;
+    Ok(then(&Scene {
+        init: parts.scene.init_pid(),
+        upper: &overlay.upperdir,
+        cgroup: parts.freeze.cgroup(),
+        marks: subject.input_marks(),
+        stop: &|| doors.is_dying(),
+    }))
 }
 
 /// Adds what is known about the cut and makes all of it durable.

@@ -18,6 +18,11 @@ pub struct Inode {
 pub struct How(pub(super) u32);
 
 impl How {
+    /// Somebody outside of the sandbox's cgroup changed it.
+    pub fn is_outside(self) -> bool {
+        self.0 & seen_bits::OUTSIDE != 0
+    }
+
     /// Words for a person.
     pub fn words(self) -> Vec<&'static str> {
         [
@@ -71,6 +76,9 @@ happened! {
     QUEUE = 6, "queue";
     /// A watched process did something, or was sent a signal: see [`Watch::did`].
     WATCHED = 7, "watched";
+    /// Somebody may have reached into a process's memory by way of /proc/PID/mem. The kernel tells of
+    /// the first time alone, so this is never forgotten.
+    REACH = 8, "reach";
 }
 
 impl Happened {

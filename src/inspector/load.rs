@@ -49,6 +49,12 @@ pub fn load_without(run: &Path, without: &[String]) -> Result<(), String> {
         return Ok(());
     }
     let set = ProbeSet::choose()?;
+    if let Some(name) = without
+        .iter()
+        .find(|name| !set.tracepoints().contains(&name.as_str()))
+    {
+        return Err(format!("{name} is no probe of {}", set.name()));
+    }
     let unfinished = unfinished(&place.bpffs);
     pin_all(set, &unfinished, without).map_err(|e| format!("cannot load the programs: {e}"))?;
     failpoint("pinned");

@@ -188,7 +188,7 @@ impl Watch {
             epoch.forget_events()?;
         }
         self.now.forget_events()?;
-        self.happened = Happened::default();
+        self.happened.0 &= Happened::REACH.0;
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 //! cached. A state is put back as a *new* upper directory while nothing is mounted (D13).
 
 mod copy;
+pub mod layer;
 mod mount;
 mod overlay;
 mod put_back;
@@ -14,7 +15,9 @@ mod tests;
 
 pub use copy::{CaptureStats, capture};
 pub use mount::{MountError, MountSpec, mount_all, unmount, unmount_busy_is_error};
+pub(crate) use overlay::parse_mountinfo;
 pub use overlay::{NoOverlay, Overlay};
+
 pub use put_back::{PutBackError, Replaced, put_back, remount_with};
 
 /// How names begin of what crab leaves beside an upper directory when it is interrupted.

@@ -3,6 +3,7 @@
 use std::{
     path::PathBuf,
     sync::{Arc, Weak},
+    time::Instant,
 };
 
 use super::{
@@ -16,6 +17,7 @@ use crate::{
         cut,
         turns::{Settings, Subject, Turns},
     },
+    inspector::{self, Watch},
     rootfs::Overlay,
     store::{JournalLine, Store},
 };
@@ -29,11 +31,7 @@ impl Subject for Container {
     }
 
     fn overlay(&self) -> std::result::Result<Overlay, String> {
-        let rootfs = match &self.mounted {
-            Some(mounted) => mounted.clone(),
-            None => self.spec.rootfs(&self.bundle),
-        };
-        self.host.overlay(&rootfs)
+        self.host.overlay(&self.rootfs())
     }
 
     fn bundle(&self) -> PathBuf {
@@ -48,12 +46,37 @@ impl Subject for Container {
         self.init.stdio.terminal
     }
 
+    fn watch(&self) -> std::result::Result<Watch, String> {
+        let place = self.place().map_err(|e| e.to_string())?;
+        let cgroup = place.freeze.cgroup().unified_dir();
+        let subject = inspector::Subject {
+            cgroup: cgroup
+                .ok_or("the host has no hierarchy of cgroup v2")?
+                .to_owned(),
+            rootfs: self.rootfs(),
+        };
+        self.host.watch(&subject)
+    }
+
+    fn input_marks(&self) -> Vec<Option<Instant>> {
+        let mut marks = vec![self.init.io().and_then(|io| io.input_mark())];
+        let leftovers = self.leftovers.lock();
+        marks.extend(leftovers.iter().map(|l| l.io.input_mark()));
+        marks
+    }
+
     fn frozen_hook(&self) -> std::result::Result<(), String> {
         hooks::run_frozen(self)
     }
 }
 
 impl Container {
+    /// Where the root file system is mounted.
+    fn rootfs(&self) -> PathBuf {
+        let mounted = self.mounted.clone();
+        mounted.unwrap_or_else(|| self.spec.rootfs(&self.bundle))
+    }
+
     /// Begins to take turns, if the container has opted in. A sandbox that cannot be protected
     /// runs all the same, and the log says why.
     pub(super) fn protect(self: &Arc<Self>) {
@@ -64,6 +87,8 @@ impl Container {
             gate: self.config.gate,
             keep: self.config.keep,
             dump_limit: self.config.dump_timeout,
+            skip_unchanged: self.config.skip_unchanged,
+            consistent_cut: self.config.consistent_cut,
         };
         let this: Weak<Self> = Arc::downgrade(self);
         let started = Store::open(&self.config.store)

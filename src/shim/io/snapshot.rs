@@ -1,6 +1,6 @@
 //! What checkpoints and restores ask of a process's stdio.
 
-use std::{io, os::fd::AsFd};
+use std::{io, os::fd::AsFd, time::Instant};
 
 use super::{ProcessIo, StdioPipe, Stream, buffer::BOUND, flow::Role, pipes};
 
@@ -40,6 +40,23 @@ impl ProcessIo {
             sink.map(|sink| sink.fd.clone())
         };
         pipe.map_or(Ok(Vec::new()), |pipe| pipes::peek(pipe.as_fd()))
+    }
+
+    /// When the client last sent input; None once there is none to come. As long as two answers
+    /// are equal, nothing has come in between.
+    pub fn input_mark(&self) -> Option<Instant> {
+        let state = self.state.lock();
+        let core = self.pump.lock();
+        let flow = core.flows.get(&state.stdin?)?;
+        // What waits here has yet to reach the process.
+        let waits = !flow.buffer.is_empty();
+        (waits || !flow.ended).then(|| {
+            if waits {
+                Instant::now()
+            } else {
+                flow.last_read
+            }
+        })
     }
 
     /// While the process is frozen: takes all output out of its pipes, so that it counts as
