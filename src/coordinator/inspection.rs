@@ -5,10 +5,7 @@
 //! the checkpoint away again, and [`Inspection::learn`] when nobody waits any more. If anything fails in
 //! between, what was known before counts on, and what cannot be known any more counts as changed.
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::{path::Path, time::Instant};
 
 use super::{
     freeze::Freezable,
@@ -47,6 +44,22 @@ pub(super) struct Look {
 }
 
 impl Look {
+    /// Adds an effect, once.
+    pub(super) fn add(&mut self, effect: Effect) {
+        if !self.effects.contains(&effect) {
+            self.effects.push(effect);
+        }
+    }
+
+    /// Adds to the note.
+    pub(super) fn tell(&mut self, what: impl Into<String>) {
+        let before = self
+            .note
+            .take()
+            .map_or_else(String::new, |note| note + "; ");
+        self.note = Some(before + &what.into());
+    }
+
     /// Nothing is known, so everything counts as changed.
     pub(super) fn everything(why: impl Into<String>) -> Self {
         Self {
@@ -71,8 +84,6 @@ struct Known {
     memory_files: MemoryFiles,
     mounts: Mounts,
     processes: Option<Processes>,
-    /// The cgroup's CPU time when nothing had changed.
-    cpu: Option<Duration>,
 }
 
 /// What was found in the freeze of one checkpoint.
@@ -106,7 +117,7 @@ impl Inspection {
     }
 
     /// What has changed since the checkpoint of `latest`. Freezes nothing.
-    pub(super) fn look(&mut self, scene: &Scene<'_>, latest: Option<TurnNo>) -> Look {
+    pub(super) fn look(&self, scene: &Scene<'_>, latest: Option<TurnNo>) -> Look {
         let watch = match &self.watch {
             Ok(watch) => watch,
             Err(e) => return Look::everything(e),
@@ -118,20 +129,15 @@ impl Inspection {
         if !dirty.doubts.is_empty() {
             return Look::everything(dirty.doubts.join("; "));
         }
-        let Some(known) = &mut self.known else {
+        let Some(known) = &self.known else {
             return Look::everything("no checkpoint to compare with");
         };
         if latest != Some(known.turn) {
             return Look::everything("the last checkpoint is not in the store");
         }
-        let Some(processes) = &mut known.processes else {
+        let Some(processes) = &known.processes else {
             return Look::everything("the processes of the last checkpoint are not known");
         };
-        // Read before anything else: what runs meanwhile is seen the next time.
-        let cpu = scene.cgroup.cpu_time().ok();
-        if dirty.is_clean() && cpu.is_some() && cpu == known.cpu && processes.same_input(scene) {
-            return Look::default();
-        }
         let mut look = Look::default();
         let orphans = files(
             &known.layer,
@@ -143,19 +149,9 @@ impl Inspection {
         );
         let verdict = Mounts::of(scene.init).map(|now| now == known.mounts);
         if !verdict.is_ok_and(|same| same) {
-            look.effects.push(Effect::Mounts);
+            look.add(Effect::Mounts);
         }
-        processes.look(
-            watch,
-            &dirty,
-            scene,
-            orphans,
-            self.consistent_cut,
-            &mut look,
-        );
-        if look.effects.is_empty() {
-            known.cpu = cpu;
-        }
+        processes.look(watch, scene, orphans, &mut look);
         look
     }
 
@@ -175,7 +171,13 @@ impl Inspection {
         let Ok(watch) = &mut self.watch else {
             return None;
         };
-        match taken(watch, self.known.as_ref(), scene, image) {
+        match taken(
+            watch,
+            self.known.as_ref(),
+            scene,
+            image,
+            self.consistent_cut,
+        ) {
             Ok(taken) => {
                 // Watched from here on for the new dump, so that the former one can no longer be
                 // compared with, should this checkpoint fail.
@@ -225,7 +227,6 @@ impl Inspection {
                         .map(|processes| processes.at(image))
                         .inspect_err(|e| log::warn!("the processes cannot be compared: {e}"))
                         .ok(),
-                    cpu: None,
                 });
             }
             Err(e) => log::warn!("the writable layer cannot be compared: {e}"),
@@ -234,14 +235,14 @@ impl Inspection {
 
     /// What can wait until the gate is open: digests out of the copy of the writable layer, and how the
     /// processes settled after the thaw.
-    pub(super) fn learn(&mut self, copy: &Path, stop: &dyn Fn() -> bool) {
+    pub(super) fn learn(&mut self, scene: &Scene<'_>, copy: &Path) {
         let (Some(known), Ok(watch)) = (&mut self.known, &self.watch) else {
             return;
         };
         if let Some(processes) = &mut known.processes {
-            processes.settle(watch);
+            processes.settle(watch, scene);
         }
-        if let Err(e) = known.layer.learn(copy, stop) {
+        if let Err(e) = known.layer.learn(copy, scene.stop) {
             log::warn!("not all files can be compared: {e}");
         }
     }
@@ -259,6 +260,7 @@ fn taken(
     known: Option<&Known>,
     scene: &Scene<'_>,
     image: &Path,
+    consistent_cut: bool,
 ) -> Result<Taken, String> {
     let pids = scene.cgroup.procs().map_err(|e| e.to_string())?;
     let dirty = watch
@@ -267,7 +269,7 @@ fn taken(
     let (layer, changed_files) = outline(known, &dirty, scene);
     let mounts = Mounts::of(scene.init).map_err(|e| format!("cannot list the mounts: {e}"))?;
     let memory_files = MemoryFiles::of(scene.init, &mounts, scene.stop);
-    let processes = Processes::take(&pids, scene, image);
+    let processes = Processes::take(&pids, scene, image, consistent_cut);
     watch
         .watch_processes(&pids)
         .map_err(|e| format!("cannot watch the processes: {e}"))?;
@@ -333,14 +335,14 @@ fn files(
         Ok(comparison) => {
             look.changed_files = Some(comparison.len() as u64);
             if !comparison.is_empty() {
-                look.effects.push(Effect::Files);
+                look.add(Effect::Files);
             }
             comparison.outside
         }
         // Something writes while we read.
         Err(e) => {
-            look.effects.push(Effect::Files);
-            look.note = Some(format!("the files change: {e}"));
+            look.add(Effect::Files);
+            look.tell(format!("the files change: {e}"));
             return true;
         }
     };
@@ -354,15 +356,20 @@ fn files(
     }
     devices.dedup();
     for dev in devices {
-        let unchanged = match mounts.is_tmpfs(dev) {
-            true => memory_files.is_as_it_was(scene.init, mounts, dev, scene.stop),
-            // Volumes are the host's; of memory the processes' own marks tell. Anything else is a
-            // mount that init does not see.
-            false => mounts.is_external(dev) || Some(dev) == shared_memory(),
+        let why = match mounts.tmpfs(dev) {
+            Some(_) if memory_files.is_as_it_was(scene.init, mounts, dev, scene.stop) => continue,
+            Some(place) => format!("{} changed", place.display()),
+            // Volumes are the host's; of memory the processes' own marks tell.
+            None if mounts.is_external(dev) || Some(dev) == shared_memory() => continue,
+            // The runtime, which has joined the sandbox's cgroup and not yet its mounts.
+            None if Mounts::of_self().is_ok_and(|host| host.has(dev)) => continue,
+            None => {
+                let (major, minor) = (libc::major(dev), libc::minor(dev));
+                format!("something changed on device {major}:{minor}, which init has not mounted")
+            }
         };
-        if !unchanged && !look.effects.contains(&Effect::Files) {
-            look.effects.push(Effect::Files);
-        }
+        look.add(Effect::Files);
+        look.tell(why);
     }
     orphans
 }

@@ -32,7 +32,16 @@ pub(super) struct Mounts {
 
 impl Mounts {
     pub(super) fn of(pid: i32) -> io::Result<Self> {
-        let text = fs::read(format!("/proc/{pid}/mountinfo"))?;
+        Self::read(&format!("/proc/{pid}/mountinfo"))
+    }
+
+    /// The host's.
+    pub(super) fn of_self() -> io::Result<Self> {
+        Self::read("/proc/self/mountinfo")
+    }
+
+    fn read(path: &str) -> io::Result<Self> {
+        let text = fs::read(path)?;
         let (mut tmpfs, mut others) = (BTreeMap::new(), BTreeMap::new());
         for entry in parse_mountinfo(&text) {
             let Some(dev) = entry.device.to_str().and_then(device) else {
@@ -51,8 +60,14 @@ impl Mounts {
         })
     }
 
-    pub(super) fn is_tmpfs(&self, dev: u64) -> bool {
-        self.tmpfs.contains_key(&dev)
+    /// Where a file system in memory is mounted; None: it is not one.
+    pub(super) fn tmpfs(&self, dev: u64) -> Option<&Path> {
+        self.tmpfs.get(&dev).map(PathBuf::as_path)
+    }
+
+    /// Whether anything of a device is mounted.
+    pub(super) fn has(&self, dev: u64) -> bool {
+        self.tmpfs.contains_key(&dev) || self.others.contains_key(&dev)
     }
 
     /// Whether a device belongs to the host: what happens there is not the sandbox's state.
@@ -123,7 +138,7 @@ mod tests {
         let mounts = Mounts::of(std::process::id() as i32).unwrap();
         let root = fs::metadata("/").unwrap();
         let dev = std::os::unix::fs::MetadataExt::dev(&root);
-        assert!(mounts.is_external(dev) != mounts.is_tmpfs(dev));
+        assert!(mounts.is_external(dev) != mounts.tmpfs(dev).is_some());
         assert!(!mounts.is_external(libc::makedev(4095, 7)));
         assert_eq!(device("8:1"), Some(libc::makedev(8, 1)));
         assert_eq!(device("8"), None);

@@ -1,35 +1,186 @@
-//! Whether the processes are those of the last dump.
-use std::path::Path;
+//! Whether the processes are those of the last dump (D6): what the kernel, the shim and /proc say, put
+//! together for the judge in [`process`](crate::inspector::process).
+
+use std::{
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
 use super::inspection::{Look, Scene};
 use crate::{
-    inspector::{Dirty, Watch},
+    inspector::{
+        Dirty, Happened, Watch,
+        process::{
+            Acquittal, Baseline, Did, KernelFacts, Others, Reason, Settings, Settled, Snapshot,
+            Verdict, What, no_registers,
+        },
+    },
     store::Effect,
 };
 
-/// Stub.
-pub(super) struct Processes;
+/// How often it is looked whether all tasks have blocked again after a thaw.
+const SETTLE_TRIES: u32 = 5;
+/// And how long in between.
+const SETTLE_PAUSE: Duration = Duration::from_millis(4);
+/// So many reasons are told.
+const TOLD: usize = 4;
+
+/// The processes of the last dump.
+pub(super) struct Processes {
+    baseline: Baseline,
+    /// Host pids of all of them.
+    pids: Vec<i32>,
+    marks: Vec<Option<Instant>>,
+    settings: Settings,
+}
 
 impl Processes {
-    pub(super) fn take(_: &[i32], _: &Scene<'_>, _: &Path) -> Result<Self, String> {
-        Ok(Self)
+    /// In the freeze, after the dump into `image`.
+    pub(super) fn take(
+        pids: &[i32],
+        scene: &Scene<'_>,
+        image: &Path,
+        consistent_cut: bool,
+    ) -> Result<Self, String> {
+        Ok(Self {
+            baseline: Baseline::take(pids, image, &no_registers).map_err(|e| e.to_string())?,
+            pids: pids.to_vec(),
+            marks: scene.marks.clone(),
+            settings: Settings {
+                consistent_cut,
+                ..Settings::default()
+            },
+        })
     }
-    pub(super) fn at(self, _: &Path) -> Self {
+
+    /// The image has moved.
+    pub(super) fn at(mut self, image: &Path) -> Self {
+        self.baseline.set_images(image);
         self
     }
-    pub(super) fn settle(&mut self, _: &Watch) {}
-    pub(super) fn same_input(&self, _: &Scene<'_>) -> bool {
-        true
+
+    /// What ran between the thaw and the moment when every task had blocked again belongs to the dump,
+    /// if no data moved.
+    pub(super) fn settle(&mut self, watch: &Watch, scene: &Scene<'_>) {
+        for _ in 0..SETTLE_TRIES {
+            match self.try_to_settle(watch, scene) {
+                Ok(Settled::NotYet) => thread::sleep(SETTLE_PAUSE),
+                Ok(Settled::Yes) => return,
+                Ok(Settled::No(why)) => return log::debug!("not settled: {}", tell(&why)),
+                Err(e) => return log::debug!("not settled: {e}"),
+            }
+        }
     }
-    pub(super) fn look(
-        &mut self,
-        _: &Watch,
-        _: &Dirty,
-        _: &Scene<'_>,
-        _: bool,
-        _: bool,
-        look: &mut Look,
-    ) {
-        look.effects.push(Effect::Memory);
+
+    fn try_to_settle(&mut self, watch: &Watch, scene: &Scene<'_>) -> Result<Settled, String> {
+        let cpu = cpu_ns(scene);
+        let now = snapshot(scene)?;
+        let dirty = watch.look().map_err(|e| e.to_string())?;
+        let facts = self.facts(watch, &dirty, scene, false)?;
+        Ok(self.baseline.settle(now, &facts, &self.settings, cpu))
     }
+
+    /// Adds what the processes did to `look`, or how each was acquitted. `orphans`: a file without a
+    /// name was changed.
+    pub(super) fn look(&self, watch: &Watch, scene: &Scene<'_>, orphans: bool, look: &mut Look) {
+        match self.verdict(watch, scene, orphans) {
+            Ok(Verdict::Unchanged { by }) => {
+                let cut: Vec<_> = by
+                    .iter()
+                    .filter(|(.., how)| *how == Acquittal::ConsistentCut)
+                    .map(|(pid, comm, _)| format!("{pid} {comm:?}"))
+                    .collect();
+                if !cut.is_empty() {
+                    look.tell(format!("ran and moved no data: {}", cut.join(", ")));
+                }
+            }
+            Ok(Verdict::Changed { why }) => {
+                for reason in &why {
+                    look.add(effect(&reason.what));
+                }
+                look.tell(tell(&why));
+            }
+            Err(e) => {
+                look.add(Effect::Memory);
+                look.tell(format!("the processes cannot be looked at: {e}"));
+            }
+        }
+    }
+
+    fn verdict(&self, watch: &Watch, scene: &Scene<'_>, orphans: bool) -> Result<Verdict, String> {
+        if let (Some(cpu), Ok(dirty)) = (cpu_ns(scene), watch.look()) {
+            let facts = self.facts(watch, &dirty, scene, orphans)?;
+            if self.baseline.quick(cpu, &facts, &self.settings) {
+                return Ok(Verdict::Unchanged { by: Vec::new() });
+            }
+        }
+        let now = snapshot(scene)?;
+        // After the snapshot: what was done up to any moment of it is then in the facts.
+        let dirty = watch.look().map_err(|e| e.to_string())?;
+        if let Some(doubt) = dirty.doubts.first() {
+            return Err(doubt.clone());
+        }
+        let facts = self.facts(watch, &dirty, scene, orphans)?;
+        Ok(self
+            .baseline
+            .verdict(&now, &facts, &no_registers, &self.settings))
+    }
+
+    fn facts(
+        &self,
+        watch: &Watch,
+        dirty: &Dirty,
+        scene: &Scene<'_>,
+        orphans: bool,
+    ) -> Result<KernelFacts, String> {
+        let did = watch.did(&self.pids).map_err(|e| e.to_string())?;
+        let mut others = Others::default();
+        for (what, other) in [
+            (Happened::SOCKET, Others::SOCK),
+            (Happened::PIPE, Others::PIPE),
+            (Happened::MEMORY, Others::SHM),
+            (Happened::QUEUE, Others::SHM),
+        ] {
+            if dirty.happened.has(what) {
+                others = others.with(other);
+            }
+        }
+        Ok(KernelFacts {
+            did: did
+                .into_iter()
+                .map(|(pid, bits)| (pid, Did(bits)))
+                .collect(),
+            others,
+            orphans_touched: orphans,
+            memory_reached: dirty.happened.has(Happened::REACH),
+            client_bytes: u64::from(scene.marks != self.marks),
+        })
+    }
+}
+
+fn snapshot(scene: &Scene<'_>) -> Result<Snapshot, String> {
+    let pids = scene.cgroup.procs().map_err(|e| e.to_string())?;
+    Snapshot::take(&pids, &no_registers).map_err(|e| e.to_string())
+}
+
+fn cpu_ns(scene: &Scene<'_>) -> Option<u64> {
+    let used = scene.cgroup.cpu_time().ok()?;
+    u64::try_from(used.as_nanos()).ok()
+}
+
+/// Tasks that came or went are one effect, what became of the others is another.
+fn effect(what: &What) -> Effect {
+    match what {
+        What::Created | What::Gone | What::Threads | What::Children => Effect::Processes,
+        _ => Effect::Memory,
+    }
+}
+
+fn tell(why: &[Reason]) -> String {
+    let mut text: Vec<_> = why.iter().take(TOLD).map(ToString::to_string).collect();
+    if why.len() > TOLD {
+        text.push(format!("and {} more", why.len() - TOLD));
+    }
+    text.join("; ")
 }

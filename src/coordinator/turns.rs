@@ -266,7 +266,10 @@ impl Worker {
         let keep = usize::try_from(self.settings.keep).unwrap_or(usize::MAX);
         self.store.prune(keep).map_err(text)?;
         if let Some(inspection) = &mut self.inspection {
-            inspection.learn(&checkpoint.upper_dir(), &|| self.doors.is_dying());
+            let upper = checkpoint.upper_dir();
+            scene(subject, &self.doors, |scene| {
+                inspection.learn(scene, &upper)
+            })?;
         }
         Ok(line)
     }

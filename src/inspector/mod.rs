@@ -9,6 +9,7 @@ mod epoch;
 mod host;
 mod load;
 mod probes;
+pub mod process;
 mod slots;
 mod sys;
 mod watch;

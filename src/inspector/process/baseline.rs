@@ -1,0 +1,173 @@
+//! The state at dump P, and what later ones are held against.
+
+use std::path::{Path, PathBuf};
+
+use super::{
+    descriptors::Kind,
+    facts::{KernelFacts, Reason, Settings, Verdict},
+    judge, memory,
+    proc_fs::{Dir, ProcessError},
+    snapshot::{Process, Registers, Snapshot},
+    watches::Watches,
+    world::{self, Traffic},
+};
+
+/// What the processes of a sandbox were at the last full dump P.
+#[derive(Debug)]
+pub struct Baseline {
+    pub(super) snapshot: Snapshot,
+    pub(super) watches: Watches,
+    /// CRIU's images of P.
+    pub(super) images: PathBuf,
+    quiet: Option<Quiet>,
+}
+
+/// What [`Baseline::quick`] compares.
+#[derive(Debug, Clone, Copy)]
+struct Quiet {
+    cpu: u64,
+    init: i32,
+    traffic: Traffic,
+}
+
+/// What [`Baseline::settle`] found.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// Every task has blocked again, and what they did until then belongs to P.
+    Yes,
+    /// A task still runs: try again in a few milliseconds, or let it be.
+    NotYet,
+    /// Something has happened that does not belong to P; the baseline stays as it was.
+    No(Vec<Reason>),
+}
+
+impl Baseline {
+    /// Takes the baseline of dump P: within its freeze, **after** CRIU has done its work and pipes
+    /// have been drained, so that none of that counts as a change. `pids` are all processes of the
+    /// cgroup, `images` the directory with CRIU's images (read when memory is compared, not now).
+    ///
+    /// # Errors
+    /// As [`Snapshot::take`]; also if a process runs or ends meanwhile: it was not frozen.
+    pub fn take(
+        pids: &[i32],
+        images: &Path,
+        registers: Registers<'_>,
+    ) -> Result<Self, ProcessError> {
+        // Two rounds: watches are placed on what the first one finds. Nobody runs between them.
+        let mut watches = Watches::new();
+        let snapshot = Snapshot::take(pids, registers)?;
+        for process in &snapshot.processes {
+            for descriptor in &process.table.all {
+                if matches!(descriptor.kind, Kind::Pipe | Kind::Fifo | Kind::Terminal) {
+                    watches.place(process.pid, descriptor.fd);
+                }
+            }
+        }
+        if let Some(&pid) = snapshot.gone.first() {
+            return Err(ProcessError::Gone(pid));
+        }
+        if let Some(moving) = snapshot.processes.iter().find(|p| !p.stood_still()) {
+            return Err(ProcessError::Io {
+                pid: moving.pid,
+                file: "a frozen process".to_owned(),
+                source: std::io::Error::other("it runs"),
+            });
+        }
+        Ok(Self {
+            snapshot,
+            watches,
+            images: images.to_owned(),
+            quiet: None,
+        })
+    }
+
+    /// The images have moved.
+    pub fn set_images(&mut self, images: &Path) {
+        images.clone_into(&mut self.images);
+    }
+
+    /// After the thaw: what ran until every task has blocked again belongs to P, if no data moved
+    /// (the rules of the consistent cut, whether or not `settings` switch it on). From then on
+    /// "it did not run" is held against `now`, and so is the CPU time of the consistent cut.
+    ///
+    /// `facts` must have been read after `now` was taken. `cpu_ns` is the cgroup's CPU time, read
+    /// *before* `now` was taken; with it [`Baseline::quick`] works.
+    pub fn settle(
+        &mut self,
+        now: Snapshot,
+        facts: &KernelFacts,
+        settings: &Settings,
+        cpu_ns: Option<u64>,
+    ) -> Settled {
+        let why = judge::settle(self, &now, facts, settings);
+        if !why.is_empty() {
+            return Settled::No(why);
+        }
+        if !now.processes.iter().all(Process::stood_still) {
+            return Settled::NotYet;
+        }
+        self.quiet = cpu_ns.and_then(|cpu| {
+            let init = now.processes.first()?.pid;
+            let traffic = world::traffic(&Dir::open(init).ok()?).ok()?;
+            Some(Quiet { cpu, init, traffic })
+        });
+        for (old, new) in self.snapshot.processes.iter_mut().zip(now.processes) {
+            let same_memory = || {
+                let limit = settings.compared_bytes;
+                memory::equal_memory(old, &new, &self.images, limit).is_ok()
+            };
+            // A thaw makes interrupted system calls start again, in other registers. Those are
+            // P's only if the memory is.
+            let registers = settings.compare_memory && new.has_registers() && same_memory();
+            // Everything else is equal, or is what the image holds: the memory.
+            old.io = new.io;
+            for (task, settled) in old.tasks.iter_mut().zip(new.tasks) {
+                task.progress = settled.progress;
+                if registers {
+                    (task.registers, task.call) = (settled.registers, settled.call);
+                }
+            }
+            old.progress_after = new.progress_after;
+        }
+        self.snapshot.taken = now.taken;
+        Settled::Yes
+    }
+
+    /// Whether nothing at all has happened: no process of the cgroup ran (`cpu_ns`, its CPU time,
+    /// equals that at [`Baseline::settle`]), the kernel side saw nothing, and no packet came.
+    /// `false` says nothing: then take a [`Snapshot`]. Costs two small files of /proc.
+    ///
+    /// A task that a timer has woken within the last tick may not be in `cpu_ns` yet (nor in what
+    /// it could have done: nothing that `facts` would not show). So this is the consistent cut's
+    /// answer, and `false` where `settings` switch that off.
+    pub fn quick(&self, cpu_ns: u64, facts: &KernelFacts, settings: &Settings) -> bool {
+        let Some(quiet) = &self.quiet else {
+            return false;
+        };
+        let watched = |pid| facts.did.contains_key(pid);
+        settings.consistent_cut
+            && quiet.cpu == cpu_ns
+            && facts.is_quiet()
+            && !facts.memory_reached
+            && self.snapshot.processes.iter().map(|p| &p.pid).all(watched)
+            && Dir::open(quiet.init)
+                .and_then(|dir| world::traffic(&dir))
+                .is_ok_and(|traffic| traffic == quiet.traffic)
+    }
+
+    /// Whether P's image may stand for what the processes are `now`.
+    ///
+    /// `facts` must have been read after `now` was taken, and cover the time since P. The answer
+    /// holds for one instant between the two; what happens later is seen by the next look, since
+    /// all evidence adds up from P on. For an answer that holds *at a cut* (newer files are
+    /// captured beside P), freeze first.
+    pub fn verdict(
+        &self,
+        now: &Snapshot,
+        facts: &KernelFacts,
+        registers: Registers<'_>,
+        settings: &Settings,
+    ) -> Verdict {
+        judge::verdict(self, now, facts, registers, settings)
+    }
+}

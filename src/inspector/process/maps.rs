@@ -1,0 +1,141 @@
+//! /proc/PID/maps: its digest, and which kinds of shared memory are in it.
+
+use super::proc_fs::{Digest, Dir, ProcessError, digest};
+
+/// One mapping.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Mapping {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    /// Stores reach an object that others may map, too.
+    pub(super) shared: bool,
+    writable: bool,
+    name: String,
+}
+
+/// What a process has mapped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Maps {
+    pub(super) digest: Digest,
+    /// Memory that is shared within the sandbox and has no name in a file system: anonymous,
+    /// SysV, memfd. It is part of an image.
+    pub(super) shares_memory: bool,
+    /// A shared mapping, writable now, of an object that has a name.
+    pub(super) writes_file: bool,
+    /// A file without a name.
+    pub(super) deleted: bool,
+}
+
+/// Reads and sums up.
+pub(super) fn read(dir: &Dir) -> Result<Maps, ProcessError> {
+    let text = dir.text("maps")?;
+    let mappings = parse(&text).ok_or_else(|| dir.unexpected("maps"))?;
+    let any = |test: fn(&Mapping) -> bool| mappings.iter().any(test);
+    Ok(Maps {
+        digest: digest(text.as_bytes()),
+        shares_memory: any(|m| m.shared && m.is_nameless()),
+        // A read-only one that can become writable does so by mprotect, which the probe on
+        // mappings sees (DID_SHM).
+        writes_file: any(|m| m.shared && m.writable && !m.is_nameless()),
+        deleted: any(|m| m.name.ends_with(" (deleted)")),
+    })
+}
+
+/// The mappings, and the digest of the same text.
+pub(super) fn list(dir: &Dir) -> Result<(Vec<Mapping>, Digest), ProcessError> {
+    let text = dir.text("maps")?;
+    let mappings = parse(&text).ok_or_else(|| dir.unexpected("maps"))?;
+    Ok((mappings, digest(text.as_bytes())))
+}
+
+fn parse(text: &str) -> Option<Vec<Mapping>> {
+    text.lines().map(Mapping::parse).collect()
+}
+
+impl Mapping {
+    /// `start-end perms offset dev inode          name`; the name may hold anything but a newline.
+    fn parse(line: &str) -> Option<Self> {
+        let mut fields = line.splitn(6, ' ');
+        let (start, end) = fields.next()?.split_once('-')?;
+        let permissions = fields.next()?.as_bytes();
+        let (_offset, _device, _inode) = (fields.next()?, fields.next()?, fields.next()?);
+        let name = fields.next().unwrap_or_default().trim_start();
+        let mapping = Self {
+            start: u64::from_str_radix(start, 16).ok()?,
+            end: u64::from_str_radix(end, 16).ok()?,
+            shared: *permissions.get(3)? == b's',
+            writable: *permissions.get(1)? == b'w',
+            name: name.to_owned(),
+        };
+        (mapping.start < mapping.end).then_some(mapping)
+    }
+
+    /// Whether the object can be reached by descriptors and mappings alone. A file of the layer
+    /// called "/memfd:x" that was deleted looks like one: it has no name either, and what an
+    /// exec does to it is told by `orphans_touched`.
+    fn is_nameless(&self) -> bool {
+        self.name.ends_with(" (deleted)")
+            && (self.name.starts_with("/memfd:")
+                || self.name.starts_with("/SYSV")
+                || self.name == "/dev/zero (deleted)")
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.end - self.start
+    }
+
+    /// The kernel's own data, shown to every process; it cannot be read through /proc/PID/mem.
+    pub(super) fn is_of_kernel(&self) -> bool {
+        matches!(&*self.name, "[vvar]" | "[vvar_vclock]" | "[vsyscall]")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(line: &str) -> Mapping {
+        Mapping::parse(line).unwrap()
+    }
+
+    #[test]
+    fn kinds_of_shared_memory_are_told_apart() {
+        let table = [
+            (
+                "7f00-8f00 rw-s 00000000 00:01 5                  /dev/zero (deleted)",
+                true,
+            ),
+            (
+                "7f00-8f00 rw-s 00000000 00:01 5                  /SYSV00000000 (deleted)",
+                true,
+            ),
+            (
+                "7f00-8f00 rw-s 00000000 00:01 5                  /memfd:a b (deleted)",
+                true,
+            ),
+            (
+                "7f00-8f00 rw-s 00000000 08:01 5                  /var/db",
+                false,
+            ),
+            (
+                "7f00-8f00 rw-s 00000000 08:01 5                  /var/db (deleted)",
+                false,
+            ),
+            (
+                "7f00-8f00 rw-s 00000000 08:01 5                  /memfd:x",
+                false,
+            ),
+            (
+                "7f00-8f00 rw-s 00000000 00:01 5                  anon_inode:[io_uring]",
+                false,
+            ),
+        ];
+        for (line, nameless) in table {
+            assert_eq!(one(line).is_nameless(), nameless, "{line}");
+            assert!(one(line).shared && one(line).writable);
+        }
+        assert!(!one("7f00-8f00 r--p 00000000 00:00 0").shared);
+        assert!(Mapping::parse("8f00-7f00 r--p 00000000 00:00 0").is_none());
+        assert!(Mapping::parse("garbage").is_none());
+    }
+}

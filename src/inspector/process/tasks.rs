@@ -1,0 +1,234 @@
+//! Threads and what does not change unless somebody changes it: who they are, how long they ran.
+
+use super::proc_fs::{Digest, Dir, ProcessError, digest};
+
+/// Threads of one process.
+const MAX_THREADS: usize = 4096;
+
+/// How far a thread has come: both only grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Progress {
+    /// Nanoseconds on a CPU.
+    pub(super) ran: u64,
+    /// How often it was given one.
+    pub(super) turns: u64,
+}
+
+/// One thread.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Task {
+    pub(super) tid: i32,
+    /// In ticks since boot.
+    pub(super) start: u64,
+    /// The letter of /proc/PID/stat. `R` may be running on another CPU at this moment, with time
+    /// that is not counted yet.
+    pub(super) state: u8,
+    pub(super) progress: Progress,
+    /// nice, real-time priority, policy.
+    pub(super) scheduling: [i64; 3],
+    /// Its children, zombies included; `None` where the kernel does not list them.
+    pub(super) children: Option<String>,
+    /// /proc/PID/syscall: number, arguments, stack pointer, program counter.
+    pub(super) call: Option<String>,
+    /// Supplied by the caller: a digest of all registers.
+    pub(super) registers: Option<u64>,
+}
+
+/// What [`Task`]s a process has.
+pub(super) fn read(
+    dir: &Dir,
+    registers: &dyn Fn(i32) -> Option<u64>,
+) -> Result<Vec<Task>, ProcessError> {
+    let tids = dir.numbers("task", "threads of a process", MAX_THREADS)?;
+    let task = |tid| read_one(dir, tid, registers);
+    tids.into_iter().map(task).collect()
+}
+
+fn read_one(
+    dir: &Dir,
+    tid: i32,
+    registers: &dyn Fn(i32) -> Option<u64>,
+) -> Result<Task, ProcessError> {
+    // Before the state: a task that is woken in between shows itself running, or has slept again
+    // and shows in the next reading.
+    let progress = progress(dir, tid)?;
+    let file = format!("task/{tid}/stat");
+    let stat = Stat::parse(&dir.text(&file)?).ok_or_else(|| dir.unexpected(&file))?;
+    Ok(Task {
+        tid,
+        start: stat.start,
+        state: stat.state,
+        progress,
+        scheduling: stat.scheduling,
+        children: dir.text_if_any(&format!("task/{tid}/children"))?,
+        call: dir.text_if_any(&format!("task/{tid}/syscall"))?,
+        registers: registers(tid),
+    })
+}
+
+/// How far one thread has come.
+pub(super) fn progress(dir: &Dir, tid: i32) -> Result<Progress, ProcessError> {
+    let file = format!("task/{tid}/schedstat");
+    let text = dir.text(&file)?;
+    let numbers: Vec<u64> = text.split_whitespace().flat_map(str::parse).collect();
+    match numbers[..] {
+        // A thread that has run at least once; zeros mean a kernel that does not count.
+        [ran, _waited, turns] if turns > 0 => Ok(Progress { ran, turns }),
+        _ => Err(dir.unexpected(&file)),
+    }
+}
+
+/// The fields of /proc/PID/stat that are used.
+pub(super) struct Stat {
+    pub(super) comm: String,
+    pub(super) state: u8,
+    /// Parent, group, session, terminal, its foreground group.
+    pub(super) family: [i64; 5],
+    start: u64,
+    scheduling: [i64; 3],
+}
+
+impl Stat {
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        // The name may hold spaces and parentheses: it ends at the last one.
+        let (head, tail) = text.rsplit_once(')')?;
+        let (_, comm) = head.split_once('(')?;
+        let fields: Vec<&str> = tail.split_whitespace().collect();
+        // Field n of `man 5 proc_pid_stat` is fields[n - 3].
+        let number = |n: usize| fields.get(n - 3)?.parse::<i64>().ok();
+        Some(Self {
+            comm: comm.to_owned(),
+            state: *fields.first()?.as_bytes().first()?,
+            family: [number(4)?, number(5)?, number(6)?, number(7)?, number(8)?],
+            start: u64::try_from(number(22)?).ok()?,
+            scheduling: [number(19)?, number(40)?, number(41)?],
+        })
+    }
+}
+
+/// The lines of /proc/PID/status that are part of a state (docs/state.md). CPUs and memory nodes
+/// are there because an exec can change them for another process.
+const STATUS: &[&str] = &[
+    "Umask",
+    "Tgid",
+    "NStgid",
+    "TracerPid",
+    "Uid",
+    "Gid",
+    "Groups",
+    "SigPnd",
+    "ShdPnd",
+    "SigBlk",
+    "SigIgn",
+    "SigCgt",
+    "CapInh",
+    "CapPrm",
+    "CapEff",
+    "CapBnd",
+    "CapAmb",
+    "NoNewPrivs",
+    "Seccomp",
+    "Seccomp_filters",
+    "Cpus_allowed",
+    "Mems_allowed",
+    "CoreDumping",
+];
+
+/// What namespaces a process is in.
+const NAMESPACES: &[&str] = &[
+    "ipc",
+    "mnt",
+    "net",
+    "pid",
+    "pid_for_children",
+    "time",
+    "time_for_children",
+    "user",
+    "uts",
+    "cgroup",
+];
+
+/// What others can set for a process, and it for itself: kind and digest.
+pub(super) type Attributes = Vec<(&'static str, Digest)>;
+
+/// Reads them. Also returns the status text, for the pid in the sandbox.
+pub(super) fn attributes(dir: &Dir, stat: &Stat) -> Result<(Attributes, String), ProcessError> {
+    let status = dir.text("status")?;
+    let kept: String = status
+        .lines()
+        .filter(|line| {
+            line.split(':')
+                .next()
+                .is_some_and(|key| STATUS.contains(&key))
+        })
+        .fold(String::new(), |text, line| text + line + "\n");
+    let mut links = String::new();
+    for name in ["cwd", "root", "exe"] {
+        links += &link_or_none(dir, name)?;
+        links.push('\n');
+    }
+    let mut namespaces = String::new();
+    for name in NAMESPACES {
+        namespaces += &link_or_none(dir, &format!("ns/{name}"))?;
+        namespaces.push('\n');
+    }
+    let optional = |file| Ok(dir.text_if_any(file)?.unwrap_or_default());
+    let texts: [(&'static str, String); 7] = [
+        ("credentials, masks or tracer", kept),
+        (
+            "parent, group, session or terminal",
+            format!("{:?}", stat.family),
+        ),
+        ("working directory, root or program", links),
+        ("namespaces", namespaces),
+        ("limits", optional("limits")?),
+        ("oom_score_adj", optional("oom_score_adj")?),
+        ("cgroup", optional("cgroup")?),
+    ];
+    let digests = texts.map(|(kind, text)| (kind, digest(text.as_bytes())));
+    Ok((digests.to_vec(), status))
+}
+
+/// Where a link points; empty if there is none (a kernel thread's program, an old kernel's
+/// namespace).
+fn link_or_none(dir: &Dir, name: &str) -> Result<String, ProcessError> {
+    match dir.link(name) {
+        Err(ProcessError::Gone(_)) => Ok(String::new()),
+        result => result,
+    }
+}
+
+/// The pid within the innermost namespace: images are named by it.
+pub(super) fn inner_pid(status: &str) -> Option<i32> {
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("NSpid:"))?;
+    line.split_whitespace().next_back()?.parse().ok()
+}
+
+/// /proc/PID/io: what read and write calls moved, all threads together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Io {
+    /// Bytes and calls.
+    pub(super) read: [u64; 2],
+    /// Bytes and calls.
+    pub(super) written: [u64; 2],
+}
+
+/// Reads it; `None` where the kernel does not count.
+pub(super) fn io(dir: &Dir) -> Result<Option<Io>, ProcessError> {
+    let Some(text) = dir.text_if_any("io")? else {
+        return Ok(None);
+    };
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().parse::<u64>().ok()
+    };
+    let counters = || {
+        Some(Io {
+            read: [field("rchar:")?, field("syscr:")?],
+            written: [field("wchar:")?, field("syscw:")?],
+        })
+    };
+    Ok(counters())
+}
