@@ -2,6 +2,7 @@
 /* What the kernel tells of all sandboxes: see docs/inspector.md. */
 #include "files.h"
 #include "mappings.h"
+#include "registers.h"
 #include "tasks.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

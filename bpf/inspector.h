@@ -93,6 +93,13 @@ struct mapping {
 	__u32 unused;
 };
 
+/* The registers of a thread, as the iterator reports them. */
+struct registers {
+	__u32 tid;
+	__u32 unused;
+	__u64 hash;
+};
+
 enum mapping_kind {
 	MAPPING_FILE = 0,
 	MAPPING_AIO = 1,

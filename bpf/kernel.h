@@ -38,6 +38,7 @@
 #define I_DIRTY_PAGES (1 << 2)
 #define VM_SHARED 0x8
 #define FMODE_WRITE 2
+#define PF_KTHREAD 0x00200000
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
@@ -128,7 +129,14 @@ struct css_set {
 	struct cgroup *dfl_cgrp;
 };
 
+struct thread_struct {
+	unsigned long fsbase;
+	unsigned long gsbase;
+};
+
 struct task_struct {
+	unsigned int flags;
+	struct thread_struct thread;
 	int pid;
 	int tgid;
 	struct mm_struct *mm;
@@ -172,6 +180,32 @@ struct bpf_iter__task_file {
 	struct bpf_iter_meta *meta;
 	struct task_struct *task;
 	struct file *file;
+};
+
+struct bpf_iter__task {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+};
+
+struct fpregs_state {
+	char unused;
+};
+
+struct fpstate {
+	unsigned int size;
+	struct fpregs_state regs;
+};
+
+struct fpu {
+	struct fpstate *fpstate;
+};
+
+struct thread_struct___with_fpu {
+	struct fpu fpu;
+};
+
+struct pt_regs {
+	char unused;
 };
 
 struct kernel_siginfo {

@@ -128,6 +128,10 @@ impl Driver<'_> {
                 self.watch.watch_processes(&self.pids(order)?)?;
                 json!({})
             }
+            "registers" => {
+                let read = |tid: &i32| self.watch.registers(*tid);
+                json!({ "registers": self.pids(order)?.iter().map(read).collect::<Vec<_>>() })
+            }
             "did" => {
                 let did = self.watch.did(&self.pids(order)?)?;
                 let did: serde_json::Map<_, _> = did

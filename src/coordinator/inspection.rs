@@ -269,7 +269,7 @@ fn taken(
     let (layer, changed_files) = outline(known, &dirty, scene);
     let mounts = Mounts::of(scene.init).map_err(|e| format!("cannot list the mounts: {e}"))?;
     let memory_files = MemoryFiles::of(scene.init, &mounts, scene.stop);
-    let processes = Processes::take(&pids, scene, image, consistent_cut);
+    let processes = Processes::take(&pids, scene, image, watch, consistent_cut);
     watch
         .watch_processes(&pids)
         .map_err(|e| format!("cannot watch the processes: {e}"))?;

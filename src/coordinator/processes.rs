@@ -12,8 +12,8 @@ use crate::{
     inspector::{
         Dirty, Happened, Watch,
         process::{
-            Acquittal, Baseline, Did, KernelFacts, Others, Reason, Settings, Settled, Snapshot,
-            Verdict, What, no_registers,
+            Acquittal, Baseline, Did, KernelFacts, Others, Reason, Registers, Settings, Settled,
+            Snapshot, Verdict, What, no_registers,
         },
     },
     store::Effect,
@@ -41,10 +41,12 @@ impl Processes {
         pids: &[i32],
         scene: &Scene<'_>,
         image: &Path,
+        watch: &Watch,
         consistent_cut: bool,
     ) -> Result<Self, String> {
+        let registers = |tid| watch.registers(tid);
         Ok(Self {
-            baseline: Baseline::take(pids, image, &no_registers).map_err(|e| e.to_string())?,
+            baseline: Baseline::take(pids, image, &registers).map_err(|e| e.to_string())?,
             pids: pids.to_vec(),
             marks: scene.marks.clone(),
             settings: Settings {
@@ -75,7 +77,7 @@ impl Processes {
 
     fn try_to_settle(&mut self, watch: &Watch, scene: &Scene<'_>) -> Result<Settled, String> {
         let cpu = cpu_ns(scene);
-        let now = snapshot(scene)?;
+        let now = snapshot(scene, &|tid| watch.registers(tid))?;
         let dirty = watch.look().map_err(|e| e.to_string())?;
         let facts = self.facts(watch, &dirty, scene, false)?;
         Ok(self.baseline.settle(now, &facts, &self.settings, cpu))
@@ -115,7 +117,22 @@ impl Processes {
                 return Ok(Verdict::Unchanged { by: Vec::new() });
             }
         }
-        let now = snapshot(scene)?;
+        // Registers are read for those alone that cannot be acquitted without: it takes 50 us each.
+        let verdict = self.judge(watch, scene, orphans, &no_registers)?;
+        if verdict.is_unchanged() {
+            return Ok(verdict);
+        }
+        self.judge(watch, scene, orphans, &|tid| watch.registers(tid))
+    }
+
+    fn judge(
+        &self,
+        watch: &Watch,
+        scene: &Scene<'_>,
+        orphans: bool,
+        registers: Registers<'_>,
+    ) -> Result<Verdict, String> {
+        let now = snapshot(scene, registers)?;
         // After the snapshot: what was done up to any moment of it is then in the facts.
         let dirty = watch.look().map_err(|e| e.to_string())?;
         if let Some(doubt) = dirty.doubts.first() {
@@ -124,7 +141,7 @@ impl Processes {
         let facts = self.facts(watch, &dirty, scene, orphans)?;
         Ok(self
             .baseline
-            .verdict(&now, &facts, &no_registers, &self.settings))
+            .verdict(&now, &facts, registers, &self.settings))
     }
 
     fn facts(
@@ -159,9 +176,9 @@ impl Processes {
     }
 }
 
-fn snapshot(scene: &Scene<'_>) -> Result<Snapshot, String> {
+fn snapshot(scene: &Scene<'_>, registers: Registers<'_>) -> Result<Snapshot, String> {
     let pids = scene.cgroup.procs().map_err(|e| e.to_string())?;
-    Snapshot::take(&pids, &no_registers).map_err(|e| e.to_string())
+    Snapshot::take(&pids, registers).map_err(|e| e.to_string())
 }
 
 fn cpu_ns(scene: &Scene<'_>) -> Option<u64> {

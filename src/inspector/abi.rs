@@ -49,6 +49,15 @@ pub(super) struct Mapping {
     pub(super) unused: u32,
 }
 
+/// The registers of a thread, as one number.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Registers {
+    pub(super) tid: u32,
+    pub(super) unused: u32,
+    pub(super) hash: u64,
+}
+
 /// [`Mapping::kind`] of a ring of asynchronous I/O.
 pub(super) const MAPPING_AIO: u32 = 1;
 
@@ -130,7 +139,8 @@ plain!(
     Seen = 8,
     Watched = 8,
     Control = 24,
-    Mapping = 24
+    Mapping = 24,
+    Registers = 16
 );
 
 /// A device number as `stat()` shows it, in the kernel's form.

@@ -63,6 +63,7 @@ pub(super) struct Host {
     pub(super) control: ControlPage,
     pub(super) shared_mappings: OwnedFd,
     pub(super) open_files: OwnedFd,
+    pub(super) registers: OwnedFd,
     /// The programs that may not miss an event.
     of_files: Vec<OwnedFd>,
     of_tasks: Vec<OwnedFd>,
@@ -128,6 +129,7 @@ impl Host {
             control: ControlPage::map(&control)?,
             shared_mappings: sys::open_pin(&pin("shared_mappings"))?,
             open_files: sys::open_pin(&pin("open_files"))?,
+            registers: sys::open_pin(&pin("registers"))?,
             of_files: open(probes.of_files(), "")?,
             of_tasks: open(probes.of_tasks(), "")?,
             _links: links(&place.pins)?,

@@ -15,7 +15,7 @@ use std::{
 
 use libbpf_sys::{BPF_TRACE_ITER, bpf_prog_info};
 
-use super::abi::{Control, Mapping, Plain};
+use super::abi::{Control, Plain};
 
 /// A bucket of a hash map is read as a whole, and has to fit.
 const BATCH: usize = 1024;
@@ -85,11 +85,20 @@ fn entries_in<K: Plain, V: Plain>(map: BorrowedFd<'_>, room: usize) -> io::Resul
     }
 }
 
-/// Reads an iterator program's lines about one process. A process that is gone has none.
-pub(super) fn iterate(program: BorrowedFd<'_>, pid: i32) -> io::Result<Vec<Mapping>> {
-    let pid = u32::try_from(pid).map_err(io::Error::other)?;
+/// Of whom an iterator program tells.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Whom {
+    Process(i32),
+    Thread(i32),
+}
+
+/// Reads an iterator program's lines. Who is gone has none.
+pub(super) fn iterate<T: Plain>(program: BorrowedFd<'_>, whom: Whom) -> io::Result<Vec<T>> {
     let mut which = libbpf_sys::bpf_iter_link_info::default();
-    which.task.pid = pid;
+    match whom {
+        Whom::Process(pid) => which.task.pid = pid.cast_unsigned(),
+        Whom::Thread(tid) => which.task.tid = tid.cast_unsigned(),
+    }
     let mut options = libbpf_sys::bpf_link_create_opts::default();
     options.sz = size_of_val(&options) as _;
     options.iter_info = &raw mut which;
@@ -106,14 +115,9 @@ pub(super) fn iterate(program: BorrowedFd<'_>, pid: i32) -> io::Result<Vec<Mappi
     let lines = owned(unsafe { libbpf_sys::bpf_iter_create(link.as_raw_fd()) })?;
     let mut bytes = Vec::new();
     File::from(lines).read_to_end(&mut bytes)?;
-    let (lines, rest) = bytes.as_chunks::<{ size_of::<Mapping>() }>();
-    if !rest.is_empty() {
-        return Err(io::Error::other("the iterator's last line is not whole"));
-    }
-    Ok(lines
-        .iter()
-        .filter_map(|line| Mapping::read(line))
-        .collect())
+    let lines = bytes.chunks(size_of::<T>()).map(T::read);
+    let whole: Option<Vec<T>> = lines.collect();
+    whole.ok_or_else(|| io::Error::other("the iterator's last line is not whole"))
 }
 
 fn owned(fd: i32) -> io::Result<OwnedFd> {

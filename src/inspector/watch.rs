@@ -9,18 +9,21 @@
 use std::{
     collections::{HashMap, HashSet},
     fs, io, mem,
-    os::{fd::AsFd, unix::fs::MetadataExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
 };
 
 use super::{
-    abi::{self, InodeKey, MAPPING_AIO, SLOTS, Watched},
+    abi::{self, InodeKey, MAPPING_AIO, Mapping, Registers, SLOTS, Watched},
     dirty::{Dirty, Happened},
     epoch::{Epoch, FIRST_ROOM},
     host::{Host, Key, get, put},
     load::failpoint,
     slots::Slot,
-    sys,
+    sys::{self, Whom},
 };
 
 /// An event that a program did not run for, as it was running already on that CPU.
@@ -45,6 +48,8 @@ pub struct Watch {
     ended: Vec<Epoch>,
     /// Inodes that somebody outside of the sandbox has mapped: nobody tells when that ends.
     foreign: HashSet<InodeKey>,
+    /// Watched processes: our pid of each, and that of the first pid namespace.
+    watched: HashMap<i32, u32>,
     /// What happened in epochs that are forgotten, since [`Watch::watch_processes`].
     happened: Happened,
 }
@@ -68,6 +73,7 @@ impl Watch {
                 now,
                 ended: Vec::new(),
                 foreign: HashSet::new(),
+                watched: HashMap::new(),
                 happened: Happened::default(),
             }),
             Err(e) => {
@@ -159,14 +165,29 @@ impl Watch {
     fn still_written(&self, pids: &[i32]) -> io::Result<HashSet<InodeKey>> {
         let mut inodes = self.foreign.clone();
         for pid in pids {
-            let mappings = sys::iterate(self.host.shared_mappings.as_fd(), *pid)?;
+            let mappings = self.lines(&self.host.shared_mappings, *pid)?;
             if mappings.iter().any(|m| m.kind == MAPPING_AIO) {
-                let files = sys::iterate(self.host.open_files.as_fd(), *pid)?;
+                let files = self.lines(&self.host.open_files, *pid)?;
                 inodes.extend(files.iter().filter_map(InodeKey::of));
             }
             inodes.extend(mappings.iter().filter_map(InodeKey::of));
         }
         Ok(inodes)
+    }
+
+    fn lines(&self, program: &OwnedFd, pid: i32) -> io::Result<Vec<Mapping>> {
+        sys::iterate(program.as_fd(), Whom::Process(pid))
+    }
+
+    /// One number for all registers of a thread (host tid) that does not run; None if there is no
+    /// such thread, or they cannot be read.
+    pub fn registers(&self, tid: i32) -> Option<u64> {
+        self.thread(tid).map(|its| its.hash)
+    }
+
+    fn thread(&self, tid: i32) -> Option<Registers> {
+        let program = self.host.registers.as_fd();
+        sys::iterate(program, Whom::Thread(tid)).ok()?.pop()
     }
 
     /// From now on it is noted what these processes do, and what is done to them; the former ones,
@@ -179,8 +200,13 @@ impl Watch {
             slot: self.slot(),
             did: 0,
         };
+        self.watched.clear();
         for pid in pids {
-            put(&self.host.watched, &pid.cast_unsigned(), &fresh)?;
+            // The programs know the pid of the first namespace, and we may be in another.
+            if let Some(its) = self.thread(*pid) {
+                put(&self.host.watched, &its.tid, &fresh)?;
+                self.watched.insert(*pid, its.tid);
+            }
         }
         self.host.control.set_watching();
         self.host.control.new_generation();
@@ -197,7 +223,10 @@ impl Watch {
     pub fn did(&self, pids: &[i32]) -> io::Result<HashMap<i32, u32>> {
         let mut all = HashMap::new();
         for pid in pids {
-            if let Some(its) = get::<u32, Watched>(&self.host.watched, &pid.cast_unsigned())?
+            let Some(first) = self.watched.get(pid) else {
+                continue;
+            };
+            if let Some(its) = get::<u32, Watched>(&self.host.watched, first)?
                 && its.slot == self.slot()
             {
                 all.insert(*pid, its.did);
