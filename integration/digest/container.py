@@ -17,7 +17,7 @@ import kernel
 from definition import KERNEL_FILE_SYSTEMS
 
 #: A freeze that takes longer than this many seconds has failed.
-FREEZE_LIMIT = 10.0
+FREEZE_LIMIT = 60.0
 
 
 def _unescape(text: str) -> str:

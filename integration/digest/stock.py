@@ -20,6 +20,8 @@ import digest
 import process
 
 IMAGE = "crab.test/agent:latest"
+#: Seconds that anything waited for may take. Only a failure waits so long.
+LIMIT = 60.0
 #: Freezes the sandbox just before CRIU lets go of the tasks. In cgroup v1 CRIU has moved itself into the sandbox's
 #: cgroup to fork the tasks there, so it and this script must leave it first.
 _HOLD = """#!/bin/sh
@@ -137,21 +139,27 @@ class Sandbox:
         """Starts a process. It is in a dump only once the exec has ended: what stays must be started by a shell."""
         self._spawn(["runc", "--log", f"{self.dir}/runc.log", "exec", "-d", self.name, *command], Pipes())
 
-    def settle(self, limit: float = 20.0) -> None:
-        """Waits until no process has used CPU time for 0.3 s, and every exec has ended."""
+    def rest(self, limit: float = LIMIT, execs_over: bool = False) -> None:
+        """Waits until no process wants to run or has used CPU time for 0.3 s. (On a busy machine one may want to run for
+        longer than that and use none.)"""
         end, last = time.monotonic() + limit, None
         while time.monotonic() < end:
-            parents, now = {}, {}
+            parents, states, now = {}, set(), {}
             for pid in process.members(self.init):
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                     parents[pid] = process._stat(f"/proc/{pid}/stat")[4]
+                    states |= {process._stat(f"/proc/{pid}/task/{tid}/stat")[3] for tid in os.listdir(f"/proc/{pid}/task")}
                     now[pid] = process._ran(pid)["cpu_ns"]
             foreign = [pid for pid, parent in parents.items() if int(parent) not in parents and pid != self.init]
-            if now == last and not foreign:
+            if now == last and not states & {"R", "D"} and not (execs_over and foreign):
                 return
             last = now
             time.sleep(0.3)
         raise TimeoutError("the sandbox does not come to rest")
+
+    def settle(self) -> None:
+        """The same, and until every exec has ended."""
+        self.rest(execs_over=True)
 
     def checkpoint(self, *flags: str) -> digest.Digest:
         """Freezes, dumps, digests, kills. Returns the digest of the frozen sandbox after the dump."""
@@ -181,7 +189,7 @@ class Sandbox:
         freezer = container.Freezer(init)
         run("runc", "kill", self.name, "KILL")
         freezer.set(False)
-        end = time.monotonic() + 10
+        end = time.monotonic() + LIMIT
         while json.loads(run("runc", "state", self.name))["status"] != "stopped":
             if time.monotonic() > end:
                 raise TimeoutError(f"{self.name} does not die")

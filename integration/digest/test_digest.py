@@ -324,6 +324,7 @@ def test_a_change_of_a_process_is_seen(name: str, sandbox: stock.Sandbox, driver
 
 
 def test_nothing_changes_while_nothing_runs(sandbox: stock.Sandbox, driver: Driver) -> None:
+    sandbox.rest()  # the driver has answered and is on its way to its next order
     before = processes(sandbox)
     assert paths(before, processes(sandbox)) == []
 
@@ -366,6 +367,7 @@ FROM_OUTSIDE: dict[str, tuple[Callable[[int], object], str]] = {
 @pytest.mark.parametrize("name", FROM_OUTSIDE)
 def test_exactly_one_change_is_seen(name: str, sandbox: stock.Sandbox, driver: Driver, sleeper: int) -> None:
     change, expected = FROM_OUTSIDE[name]
+    sandbox.rest()
     before = processes(sandbox)
     change(sleeper)
     found = paths(before, processes(sandbox))

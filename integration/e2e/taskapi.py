@@ -85,7 +85,7 @@ def any_of(url, value):
 class Shim:
     """A connection to one shim."""
 
-    def __init__(self, address, limit=30):
+    def __init__(self, address, limit=60):
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(limit)
         self.socket.connect(address.removeprefix("unix://"))
@@ -105,7 +105,7 @@ class Shim:
         argv = [binary, "-namespace", namespace, "-id", id, "-address", address, "start"]
         env = {**os.environ, "TTRPC_ADDRESS": address + ".ttrpc", "MAX_SHIM_VERSION": "2"}
         with open(log, "r+b", buffering=0) as fifo:
-            done = subprocess.run(argv, cwd=bundle, env=env, capture_output=True, timeout=20, stdin=subprocess.DEVNULL)
+            done = subprocess.run(argv, cwd=bundle, env=env, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
             assert done.returncode == 0, (done, fifo and "")
         return cls(done.stdout.decode().strip())
 
@@ -117,7 +117,7 @@ class Shim:
 
     def send(self, method, fields):
         self.stream += 2
-        body = encode({1: SERVICE, 2: method, 3: encode(fields), 4: int(30e9)})
+        body = encode({1: SERVICE, 2: method, 3: encode(fields), 4: int(60e9)})
         self.socket.sendall(struct.pack(">IIBB", len(body), self.stream, REQUEST, 0) + body)
         return self.stream
 

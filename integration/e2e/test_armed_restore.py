@@ -10,7 +10,7 @@ import signal
 
 import pytest
 
-from harness import CRAB, Ctr, Docker, alive, crab, ctr, unique, until
+from harness import CRAB, LIMIT, Ctr, Docker, alive, crab, ctr, unique, until
 
 OPT_IN = ("--annotation", "dev.crab.enabled=true")
 SEED = 20240428
@@ -195,6 +195,7 @@ def test_a_restored_sandbox_takes_turns_dies_and_is_restored_again(kind, tmp_pat
 
 def test_only_the_next_start_restores(tmp_path):
     with Sandbox("docker", tmp_path, "sh", "-c", "echo booted; exec sleep infinity") as sandbox:
+        until(lambda: sandbox.output() == "booted\n", "it boots")
         sandbox.turn()
         sandbox.die()
         sandbox.restore()
@@ -207,6 +208,7 @@ def test_only_the_next_start_restores(tmp_path):
 
 def test_an_armed_restore_can_be_taken_back(tmp_path):
     with Sandbox("docker", tmp_path, "sh", "-c", "echo booted; exec sleep infinity") as sandbox:
+        until(lambda: sandbox.output() == "booted\n", "it boots")
         sandbox.turn()
         sandbox.die()
         sandbox.restore()
@@ -310,7 +312,7 @@ def test_a_live_exec_fails_a_checkpoint_that_names_it(tmp_path):
             done = crab("checkpoint", sandbox.name, check=False)
             assert done.rc == 1 and "open" in done.err, done
             sandbox.container.kill(options=["--exec-id", "open"])
-            client.communicate(timeout=20)
+            client.communicate(timeout=LIMIT)
         sandbox.turn()
 
 

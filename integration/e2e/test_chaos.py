@@ -8,10 +8,13 @@ import pathlib
 import random
 import re
 import signal
+import statistics
 import threading
 import time
 
-from harness import BUNDLES, CRAB, IMAGE, Ctr, alive, ctr, daemon_pid, listening, run, shim_pid, together, unique, until
+from harness import (
+    BUNDLES, CRAB, IMAGE, LIMIT, Ctr, alive, ctr, daemon_pid, listening, run, shim_pid, shim_socket, together, unique, until,
+)  # fmt: skip
 from taskapi import PROCESS, Shim, any_of
 
 QUICK = os.environ.get("CRAB_E2E_QUICK") == "1"
@@ -38,7 +41,12 @@ def network_namespaces():
 
 
 def cycle(rng):
-    """One container's life, cut short; what each step comes to does not matter, only that it ends."""
+    """One container's life, cut short; what each step comes to does not matter, only that it ends.
+
+    Returns whether its shim was killed, its socket if that was before the shim was asked for anything, and how many seconds
+    all took.
+    """
+    start = time.monotonic()
     id = unique("chaos")
     doomed, moment = rng.random() < 0.8, rng.uniform(0, 0.4)
     steps = [
@@ -52,43 +60,47 @@ def cycle(rng):
         rng.choice([["ctr", "task", "kill", "-s", "KILL", id], ["ctr", "task", "delete", "--force", id], ["true"]]),
     ]  # fmt: skip
     over = threading.Event()
-    killed = threading.Event()
+    killed, unasked = threading.Event(), threading.Event()
 
     def kill_shim():
         pid = until(lambda: shim_pid(id) or over.is_set(), "a shim, or the end")
         time.sleep(moment)  # its length is what is tried out; nothing is waited for
         if pid is not True and alive(pid):
+            # Made by the first request.
+            if not pathlib.Path("/run/crab/s/default", id).exists():
+                unasked.set()
             os.kill(pid, signal.SIGKILL)
             killed.set()
 
     killer = threading.Thread(target=kill_shim if doomed else lambda: None)
     killer.start()
     for step in steps:
-        run(*step, check=False, limit=60)
+        run(*step, check=False, limit=2 * LIMIT)
     over.set()
     killer.join()
 
     def gone():
         """containerd may still be cleaning up itself."""
-        ctr("task", "delete", "--force", id, check=False, limit=60)
+        ctr("task", "delete", "--force", id, check=False, limit=2 * LIMIT)
         done = ctr("container", "delete", id, check=False)
         return done.rc == 0 or "not found" in done.err
 
-    until(gone, f"{id} is deleted", 30)
-    return killed.is_set()
+    until(gone, f"{id} is deleted")
+    socket = shim_socket("default", id) if unasked.is_set() else None
+    return killed.is_set(), socket, time.monotonic() - start
 
 
 def test_shims_that_die_at_random_moments_leave_nothing():
     print(f"CRAB_E2E_SEED={SEED}")
     files, netns = kinds(open_files("containerd")), network_namespaces()
-    sockets = set(map(str, pathlib.Path("/run/containerd/s").glob("*")))
+    sockets = set(pathlib.Path("/run/containerd/s").glob("*"))
     rngs = [random.Random(f"{SEED} {n}") for n in range(CYCLES)]
-    start = time.monotonic()
-    killed = together([lambda r=r: cycle(r) for r in rngs], workers=6)
-    took = time.monotonic() - start
-    print(f"{CYCLES} cycles, {sum(killed)} shims killed, {took:.0f} s")
+    killed, unasked, took = zip(*together([lambda r=r: cycle(r) for r in rngs], workers=6))
+    cost = {fate: statistics.median(t for t, k in zip(took, killed) if k == fate) for fate in (True, False)}
+    print(f"{CYCLES} cycles, {sum(killed)} shims killed, seconds with and without: {cost[True]:.2f}, {cost[False]:.2f}")
     assert sum(killed) > CYCLES / 4, "too few shims were killed for this to say anything"
-    assert took < 90
+    # A death that each time costs one of containerd's limits, 5 s or more, would show.
+    assert cost[True] < 3 * cost[False]
 
     def as_before():
         now = kinds(open_files("containerd"))
@@ -103,9 +115,10 @@ def test_shims_that_die_at_random_moments_leave_nothing():
             if re.search(rf"\b{bundle.name}\b", line):
                 print(line[:600])
     # A shim that dies before containerd has connected to it: containerd removes the bundle and asks nobody to clean up. The
-    # same with runc.v2; the next shim of that name takes the socket over.
-    orphans = [s for s in pathlib.Path("/run/containerd/s").iterdir() if str(s) not in sockets and not listening(s.name)]
-    assert len(orphans) <= CYCLES / 50, orphans
+    # same with runc.v2; the next shim of that name takes the socket over. How many there are is a matter of the machine.
+    orphans = [s for s in pathlib.Path("/run/containerd/s").glob("*") if s not in sockets and not listening(s.name)]
+    print(f"{len(orphans)} sockets left, {len(unasked) - unasked.count(None)} shims killed before they were asked for anything")
+    assert set(orphans) <= set(unasked)
     for socket in orphans:
         socket.unlink()
 
@@ -117,7 +130,8 @@ def busy(container, directory, deadline, rng):
     """Execs one after the other; returns (how many, what went wrong)."""
     wrong, count = [], 0
     with Shim.of(container) as shim:
-        while time.monotonic() < deadline:
+        # Two at least, however slow the machine: who starves waits longer than Shim's limit.
+        while time.monotonic() < deadline or count < 2:
             count += 1
             id, code = f"b{count}", rng.randrange(256)
             token = "".join(rng.choices("abcdefgh", k=rng.choice([10, 100, 5000])))
@@ -152,4 +166,3 @@ def test_many_busy_containers_lose_no_end_and_no_byte(tmp_path):
         together([c.remove for c in containers], workers=6)
     print(f"{sum(count for count, _ in results)} execs in {CONTAINERS} containers")
     assert [w for _, wrong in results for w in wrong] == []
-    assert all(count > 1 for count, _ in results), "nobody starved"

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from harness import CRAB, RUNC, Ctr, Docker, Events, ctr, docker, together, unique, until
+from harness import CRAB, LIMIT, RUNC, Ctr, Docker, Events, ctr, docker, together, unique, until
 from taskapi import Refused, Shim, encode
 
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs/differences.md"
@@ -108,12 +108,17 @@ def test_a_process_without_stdin_reads_an_empty_pipe():
 def test_an_exec_does_not_wait_for_a_silent_process_that_it_leaves_behind():
     def scenario(runtime):
         with Ctr(runtime) as container:
-            start = time.monotonic()
-            container.detached("sleep", "1000")
-            return time.monotonic() - start
+
+            def took():
+                start = time.monotonic()
+                container.detached("sleep", "1000")
+                return time.monotonic() - start
+
+            # runc.v2 waits for two seconds. Whoever waits does so every time; a busy machine does not.
+            return min(took() for _ in range(1 if runtime == RUNC else 3))
 
     theirs, ours = scenarios(scenario)
-    assert theirs >= 2 and ours < theirs - 0.7
+    assert theirs >= 2 and ours < theirs - 1
 
 
 def test_a_live_exec_fails_a_checkpoint(tmp_path):
@@ -131,7 +136,7 @@ def test_a_live_exec_fails_a_checkpoint(tmp_path):
                     result = e.kind, "shell" in e.message
             assert container.sh("echo alive") == "alive\n"
             container.kill(options=["--exec-id", "shell"])
-            client.communicate(timeout=20)
+            client.communicate(timeout=LIMIT)
             return result
 
     assert scenarios(scenario) == ["done", ("failed precondition", True)]

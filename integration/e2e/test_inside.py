@@ -13,6 +13,8 @@ from harness import IMAGE, Ctr, Docker, Terminal, both, ctr, docker, pair, uniqu
 
 PROBE = pathlib.Path(__file__).with_name("probe.py").read_text()
 INSIDE = ("python3", "-c", PROBE)
+# Not before ctr has set the size: of a process that has ended runc.v2 refuses that, aloud.
+SIZED = ("sh", "-c", 'until test "$(stty size)" = "24 200"; do sleep 0.02; done; exec "$@"', "sh", *INSIDE)
 OURS = {name: os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")}
 
 CTR_RUN = {
@@ -58,7 +60,7 @@ def through_terminal(argv):
 def test_what_ctr_runs(options):
     def scenario(runtime):
         id = unique("inside")
-        argv = ["run", "--rm", "--runtime", runtime, *options, IMAGE, id, *INSIDE]
+        argv = ["run", "--rm", "--runtime", runtime, *options, IMAGE, id, *(SIZED if "--tty" in options else INSIDE)]
         return facts(through_terminal(["ctr", *argv]) if "--tty" in options else ctr(*argv).out, id)
 
     is_sane(both(scenario))
@@ -89,7 +91,7 @@ def test_what_ctr_execs(shared, options):
     def scenario(runtime):
         container: Ctr = shared["ctr"][runtime]
         if "-t" in options:
-            return facts(through_terminal(container.exec_argv(*INSIDE, options=options)), container.id)
+            return facts(through_terminal(container.exec_argv(*SIZED, options=options)), container.id)
         return facts(container.exec(*INSIDE, options=options).out, container.id)
 
     is_sane(both(scenario))

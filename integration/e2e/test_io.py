@@ -1,5 +1,6 @@
 """What a process writes arrives, all of it, where the client wants it; what the client writes arrives as well."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -11,7 +12,7 @@ import time
 
 import pytest
 
-from harness import CRAB, IMAGE, Ctr, Docker, both, ctr, together, unique, until
+from harness import CRAB, IMAGE, LIMIT, Ctr, Docker, both, ctr, together, unique, until
 from taskapi import PROCESS, Shim, any_of
 
 MIB = 1 << 20
@@ -56,7 +57,7 @@ class Exec:
         self.shim.socket.close()
 
 
-def read_all(file, limit=20):
+def read_all(file, limit=LIMIT):
     """Everything up to the end of the stream. A FIFO whose writer is yet to come is not at its end."""
     data = b""
     end = time.monotonic() + limit
@@ -74,13 +75,13 @@ def read_all(file, limit=20):
 
 def test_fifty_megabytes_arrive_unchanged():
     argv = ["ctr", "run", "--rm", "--runtime", CRAB, IMAGE, unique("c"), "python3", "-c", NOISE.format(n=800)]
-    client = subprocess.run(argv, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
+    client = subprocess.run(argv, capture_output=True, timeout=3 * LIMIT, stdin=subprocess.DEVNULL)
     assert len(client.stdout) == 50 * MIB
     assert hashlib.sha256(client.stdout).hexdigest() == client.stderr.decode().strip()
 
 
 def test_random_bytes_of_an_exec_arrive_unchanged(shared):
-    client = subprocess.run(shared.exec_argv("python3", "-c", NOISE.format(n=320)), capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
+    client = subprocess.run(shared.exec_argv("python3", "-c", NOISE.format(n=320)), capture_output=True, timeout=3 * LIMIT, stdin=subprocess.DEVNULL)
     assert len(client.stdout) == 20 * MIB
     assert hashlib.sha256(client.stdout).hexdigest() == client.stderr.decode().strip()
 
@@ -209,7 +210,9 @@ def test_output_goes_to_a_logger(tmp_path):
         # Not "--force": nothing may be lost of a container that ends by itself.
         until(lambda: ctr("task", "delete", id, check=False).rc == 0, "the container ended")
         ctr("container", "delete", id)
-        until(lambda: (directory / "stdout").read_text().endswith("\n10000\n"), "the logger has everything")
+        whole = {"stdout": "\n10000\n", "stderr": "err\n"}
+        has_all = lambda name: (file := directory / name).exists() and file.read_text().endswith(whole[name])
+        until(lambda: all(map(has_all, whole)), "the logger has everything")
         environment = (directory / "environment").read_text().replace(id, "ID")
         return (directory / "stdout").read_text(), (directory / "stderr").read_text(), environment
 
@@ -232,14 +235,22 @@ def test_a_logger_that_ends_at_once_does_not_stop_the_container():
     assert both(scenario) in (3, 141)
 
 
+def open_files(pid):
+    """What a process has open; it may open and close files meanwhile."""
+    found = []
+    for fd in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(fd))
+    return found
+
+
 def test_attach_takes_up_the_streams_of_a_container():
     def scenario(runtime):
         with Ctr(runtime, "sh", "-c", "until test -e /go; do sleep 0.02; done; echo attached; exit 6") as container:
             client = subprocess.Popen(["ctr", "task", "attach", container.id], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-            fifo = pathlib.Path(f"/proc/{client.pid}/fd")
-            until(lambda: any("stdout" in os.readlink(f) for f in fifo.iterdir() if os.path.islink(f)), "it is attached")
+            until(lambda: any("stdout" in file for file in open_files(client.pid)), "it is attached")
             container.exec("touch", "/go", check=False)
-            out = client.communicate(timeout=20)[0]
+            out = client.communicate(timeout=LIMIT)[0]
             return client.returncode, out
 
     assert both(scenario) == (6, b"attached\n")
@@ -271,7 +282,11 @@ def test_output_of_a_background_process_reaches_docker_logs():
 
 def test_a_silent_background_process_does_not_hold_up_its_exec():
     with Ctr(CRAB) as container:
-        start = time.monotonic()
-        container.detached("sleep", "1000")
-        took = time.monotonic() - start
-        assert took < 5, f"{took:.1f} s"
+
+        def took(*command):
+            start = time.monotonic()
+            container.detached(*command)
+            return time.monotonic() - start
+
+        # Whoever waits does so every time; a busy machine does not.
+        assert min(took("sleep", "1000") for _ in range(3)) < 5

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from harness import IMAGE, Docker, Terminal, both, collect_garbage, docker, pair, until
+from harness import IMAGE, LIMIT, Docker, Terminal, both, docker, docker_start_from, pair, until
 
 # For bash: CRIU cannot dump a process inside vfork(), which other shells use.
 COUNTER = "i=0; while :; do i=$((i+1)); echo $i; echo $i >/count.new; mv /count.new /count; sleep 0.02; done"
@@ -226,8 +226,8 @@ def test_logs_follow_to_the_end():
         with Docker(runtime, "sh", "-c", script) as container:
             follower = subprocess.Popen(["docker", "logs", "-f", container.name], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             lines = [follower.stdout.readline() for _ in range(200)]
-            container.exec("touch", "/go")
-            rest, errors = follower.communicate(timeout=20)
+            container.exec("touch", "/go", check=False)  # the container's end may be faster than its own report
+            rest, errors = follower.communicate(timeout=LIMIT)
             return lines[-1], rest, len(errors.splitlines()), follower.returncode
 
     assert both(scenario) == (b"line 200\n", b"last\n", 200, 0)
@@ -271,7 +271,7 @@ def test_kill_and_wait_and_rm():
         with Docker(runtime) as container:
             waiting = subprocess.Popen(["docker", "wait", container.name], stdout=subprocess.PIPE)
             container("kill")
-            code = waiting.communicate(timeout=20)[0]
+            code = waiting.communicate(timeout=LIMIT)[0]
             removed = container("rm").rc
             again = container("rm", check=False).rc
         with Docker(runtime, "sleep", "infinity") as container:
@@ -293,26 +293,35 @@ def test_create_and_start_attached():
 
 def test_a_container_out_of_memory_says_so():
     def scenario(runtime):
-        hungry = "x = bytearray(200 << 20)"
-        with Docker(runtime, "python3", "-c", hungry, options=["--memory", "64m", "--memory-swap", "64m"]) as container:
+        hungry = "until test -e /go; do sleep 0.02; done; exec python3 -c 'x = bytearray(200 << 20)'"
+        with Docker(runtime, "sh", "-c", hungry, options=["--memory", "64m", "--memory-swap", "64m"]) as container:
+            # Not before the start has been answered: from then on the shim watches.
+            container.exec("touch", "/go", check=False)  # the container's end may be faster than its own report
             code = container("wait").out
+            # Docker hears of it in an event of its own, which may come after the one of the exit.
+            until(lambda: container.state["OOMKilled"], "Docker knows why")
             return code, container.state["OOMKilled"]
 
     assert both(scenario) == ("137\n", True)
 
 
 def test_events_come_in_the_same_order():
+    def seen(since, container):
+        argv = ["events", "--since", str(since), "--until", str(time.time()), "--filter", f"container={container.id}"]
+        return docker(*argv, "--format", "{{json .}}").out
+
     def scenario(runtime):
         since = time.time()
         with Docker(runtime) as container:
             container.exec("sh", "-c", "exit 3", check=False)
+            # The client may know of the end before Docker has written the event.
+            until(lambda: "exec_die" in seen(since, container), "the exec's end is an event")
             container("pause")
             container("unpause")
             container("kill")
             container("wait")
             container("rm")
-            argv = ["events", "--since", str(since), "--until", str(time.time()), "--filter", f"container={container.id}"]
-            out = docker(*argv, "--format", "{{json .}}").out
+            out = seen(since, container)
         events = [json.loads(line) for line in out.splitlines()]
         return [(e["Action"], e["Actor"]["Attributes"].get("exitCode")) for e in events]
 
@@ -342,8 +351,7 @@ def test_a_checkpoint_stops_the_container_and_start_goes_on():
             until(lambda: container.state["Status"] == "exited", "the container stopped")
             names = docker("checkpoint", "ls", container.name).out.split("\n")[1]
             stopped_at = int(container.logs().split()[-1])
-            collect_garbage("moby")
-            docker("start", "--checkpoint", "one", container.name)
+            docker_start_from("one", container.name)
             until(lambda: int(container.logs().split()[-1]) > stopped_at + 5, "the counter goes on")
             lines = [int(n) for n in container.logs().split()]
             in_order = lines == sorted(lines) and lines.count(1) == 1

@@ -4,7 +4,7 @@ import json
 import pathlib
 import subprocess
 
-from harness import BUNDLES, CONFIG, CRAB, Ctr, ctr, run, unique, until
+from harness import BUNDLES, CONFIG, CRAB, LIMIT, Ctr, ctr, run, unique, until
 
 SHIM_CONFIG = pathlib.Path("/src/shim-config")
 
@@ -58,7 +58,7 @@ def test_dockerd_accepts_its_example_and_runs_containers_with_it(tmp_path):
     finally:
         run(*client, "system", "prune", "--all", "--force", check=False)
         server.terminate()
-        server.wait(30)
+        server.wait(LIMIT)
         CONFIG.unlink()
         run("rm", "-rf", root)
         for space in (name, name + "-plugins"):

@@ -145,6 +145,12 @@ impl Doors {
         Some(latched)
     }
 
+    /// How many turns wait to begin.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> u32 {
+        self.state.lock().waiting
+    }
+
     /// Execs that run now.
     pub fn inside(&self) -> Vec<String> {
         self.state.lock().inside.keys().cloned().collect()
@@ -214,7 +220,16 @@ mod tests {
 
     use super::*;
 
-    const SOON: Duration = Duration::from_secs(5);
+    const SOON: Duration = Duration::from_secs(20);
+
+    /// Waits until one turn waits at the door.
+    fn until_one_waits(doors: &Doors) {
+        let deadline = Instant::now() + SOON;
+        while doors.waiting() == 0 {
+            assert!(Instant::now() < deadline, "nobody waits at the door");
+            thread::yield_now();
+        }
+    }
 
     #[test]
     fn a_turn_ends_with_the_last_exec_that_counts() {
@@ -256,6 +271,7 @@ mod tests {
             other.enter("b", true).started();
             sender.send(()).unwrap();
         });
+        until_one_waits(&doors);
         // A health check passes meanwhile.
         doors.enter("health", false).started();
         assert!(entered.recv_timeout(Duration::from_millis(50)).is_err());

@@ -15,7 +15,7 @@ daemon() {
 # wait_for NAME PID PROBE…: until the daemon answers; a dead or mute one shows its log.
 wait_for() {
   local name=$1 pid=$2; shift 2
-  for _ in $(seq 400); do
+  for _ in $(seq 1200); do
     if "$@" >/dev/null 2>&1; then return 0; fi
     kill -0 "$pid" 2>/dev/null || break
     sleep 0.05

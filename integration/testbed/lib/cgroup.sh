@@ -55,7 +55,7 @@ cgroup_thaw() {
 # cgroup_remove DIR…: end every process in them and remove them, leaves first. Fails if something stays.
 cgroup_remove() {
   local dir sub
-  for _ in $(seq 250); do
+  for _ in $(seq 1500); do
     cgroup_thaw "$@" # in the loop: a runtime that is not dead yet may still freeze something
     for dir in "$@"; do
       [ -d "$dir" ] || continue

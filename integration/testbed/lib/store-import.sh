@@ -13,7 +13,7 @@ main() {
   for daemon in dockerd containerd; do
     [ -e "/run/bed/$daemon.pid" ] || continue
     pid=$(cat "/run/bed/$daemon.pid"); kill "$pid"
-    timeout 30 tail --pid="$pid" -f /dev/null
+    timeout 120 tail --pid="$pid" -f /dev/null
   done
 }
 main "$@"; exit

@@ -4,7 +4,7 @@ use super::{plan::Verb, *};
 
 impl Bed {
     /// Waits until the container knows that its init has ended, told or not.
-    fn until_init_is_gone(&self, container: &Container) {
+    pub(super) fn until_init_is_gone(&self, container: &Container) {
         let deadline = Instant::now() + LIMIT;
         while container.inner.lock().init_exit.is_none() {
             assert!(Instant::now() < deadline, "{:?}", self.events());

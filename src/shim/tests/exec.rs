@@ -139,10 +139,7 @@ fn no_exec_starts_once_init_has_ended() {
     bed.exec("c", "b").unwrap();
     let init = bed.pids("c")[0];
     bed.machine.end(init, 0);
-    let container = bed.container("c");
-    while container.inner.lock().init_exit.is_none() {
-        thread::yield_now();
-    }
+    bed.until_init_is_gone(&bed.container("c"));
     let words = ["test/c", "init has ended"];
     assert_names(bed.start("c", "b"), Code::FAILED_PRECONDITION, &words);
     bed.end(pid, 0, "exit c/a 0");

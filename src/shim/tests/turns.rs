@@ -77,6 +77,12 @@ fn the_gate_holds_the_next_exec_as_long_as_the_dump_takes() {
     bed.turn("a");
     blocked.wait();
     let next = bed.go(|bed| bed.run_exec("c", "b"));
+    let doors = Arc::clone(&bed.container("c").doors);
+    let deadline = Instant::now() + LIMIT;
+    while doors.waiting() == 0 {
+        assert!(Instant::now() < deadline, "nobody waits at the gate");
+        thread::yield_now();
+    }
     let health = bed.go(|bed| {
         let spec = r#"{"args":["healthcheck"]}"#;
         bed.exec_spec("c", "h", spec).unwrap();

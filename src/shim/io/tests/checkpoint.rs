@@ -58,7 +58,7 @@ fn a_frozen_process_has_its_full_pipes_emptied_and_nothing_is_lost() {
     let (out_client, err_client) = (client_reader(&out), client_reader(&err));
     let io = bed.open("", &out, &err);
     let process = start(&io);
-    let sent = write_until_stuck(&process.stdout);
+    let sent = write_until_stuck(&bed, &process.stdout, &out);
     (&process.stderr).write_all(b"few").unwrap();
     assert!(queued(&process.stdout) > 60_000);
     io.drain_frozen().unwrap();

@@ -239,29 +239,34 @@ fn nonblocking(file: &File) {
     pipes::set_nonblocking(file.as_fd()).unwrap();
 }
 
-/// Writes until the pipe takes no more for good: everything behind it is full.
-fn write_until_stuck(file: &File) -> Vec<u8> {
+/// Writes until the pipe takes no more for good: the FIFO, the shim's buffer and the pipe are full.
+fn write_until_stuck(bed: &Bed, file: &File, fifo: &str) -> Vec<u8> {
     nonblocking(file);
+    let fifo = (OpenOptions::new().read(true).write(true))
+        .custom_flags(libc::O_NONBLOCK)
+        .open(fifo)
+        .unwrap();
     let bytes = noise(1 << 20, 7);
     let mut sent = 0;
-    let mut stuck_since = None;
-    loop {
+    wait_for("everything to be full", || {
         match (&*file).write(&bytes[sent..]) {
             Ok(n) => {
                 sent += n;
-                stuck_since = None;
                 assert!(sent < bytes.len(), "the stream has no bound");
+                false
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let since = *stuck_since.get_or_insert_with(Instant::now);
-                if since.elapsed() > Duration::from_millis(100) {
-                    return bytes[..sent].to_vec();
-                }
-                thread::sleep(Duration::from_millis(1));
+                let core = bed.pump.lock();
+                let is_full = core.flows.values().any(|flow| flow.buffer.room() == 0);
+                // Asked with the pump at rest: nobody can move a byte in between.
+                is_full
+                    && !has_event(&fifo, PollFlags::POLLOUT)
+                    && !has_event(file, PollFlags::POLLOUT)
             }
             Err(error) => panic!("{error}"),
         }
-    }
+    });
+    bytes[..sent].to_vec()
 }
 
 /// The pump must sleep now: hardly a turn of its loop in a while.

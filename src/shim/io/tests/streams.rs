@@ -72,7 +72,7 @@ fn a_client_that_does_not_read_blocks_only_its_own_stream() {
     let (stuck_client, busy_client) = (client_reader(&stuck), client_reader(&busy));
     let stuck_io = bed.open("", &stuck, "");
     let stuck_process = start(&stuck_io);
-    let sent = write_until_stuck(&stuck_process.stdout);
+    let sent = write_until_stuck(&bed, &stuck_process.stdout, &stuck);
     assert!(sent.len() <= 4 * 64 * 1024, "unbounded: {}", sent.len());
 
     let io = bed.open("", &busy, "");

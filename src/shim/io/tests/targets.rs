@@ -1,6 +1,9 @@
 //! Files and loggers.
 
-use std::os::unix::fs::PermissionsExt;
+use std::{
+    os::unix::fs::PermissionsExt,
+    sync::atomic::{AtomicU32, Ordering},
+};
 
 use super::*;
 use crate::shim::io::target::{LoggerUri, Target};
@@ -121,23 +124,22 @@ fn a_logger_that_does_not_start_is_an_error_that_names_it() {
     );
 
     // One that never says that it is ready is killed.
-    let pid_file = bed.path("pid");
     let uri = LoggerUri {
-        path: "/bin/sh".into(),
-        args: vec![
-            "-c".into(),
-            format!("echo $$ > {}; exec sleep 1000", pid_file.display()).into(),
-        ],
+        path: "/bin/sleep".into(),
+        args: vec!["1000".into()],
         strict_ready: false,
     };
-    let error = binary::start(&uri, &context(None), Duration::from_millis(500))
+    let pid = AtomicU32::new(0);
+    let spawner = |command| spawn(command).inspect(|id| pid.store(*id, Ordering::SeqCst));
+    let mut context = context(None);
+    context.spawner = &spawner;
+    let error = binary::start(&uri, &context, Duration::from_millis(500))
         .err()
         .unwrap();
     assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-    let pid = fs::read_to_string(&pid_file).unwrap();
+    let pid = pid.into_inner();
     wait_for("its end", || {
-        fs::read_to_string(format!("/proc/{}/stat", pid.trim()))
-            .map_or(true, |stat| stat.contains(") Z"))
+        fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z"))
     });
 }
 
