@@ -72,10 +72,10 @@ static __always_inline void remember(struct memory *memory, const struct recent 
 static __always_inline bool is_new(struct inode *inode)
 {
 	if (bpf_core_field_exists(((struct inode___enum *)0)->i_state))
-		return ((struct inode___enum *)AS(struct inode, inode))->i_state & I_NEW;
+		return ((struct inode___enum *)AS(struct inode, inode))->i_state & STATE(I_NEW);
 	if (bpf_core_field_exists(((struct inode___word *)0)->i_state))
-		return ((struct inode___word *)AS(struct inode, inode))->i_state & I_NEW;
-	return ((struct inode___wrapped *)AS(struct inode, inode))->i_state.__state & I_NEW;
+		return ((struct inode___word *)AS(struct inode, inode))->i_state & STATE(I_NEW);
+	return ((struct inode___wrapped *)AS(struct inode, inode))->i_state.__state & STATE(I_NEW);
 }
 
 /* As stat() shows it; false while it has no number yet. */
@@ -269,7 +269,7 @@ SEC("tp_btf/writeback_mark_inode_dirty")
 int BPF_PROG(writeback_mark_inode_dirty, struct inode *inode, int flags)
 {
 	/* Anything less is a time of access. */
-	if (!(flags & I_DIRTY_PAGES))
+	if (!(flags & STATE(I_DIRTY_PAGES)))
 		return 0;
 	return changed(inode, SEEN_PAGES, false);
 }

@@ -34,8 +34,6 @@
 #define MAGIC_SECRETMEM 0x5345434d
 
 #define SB_KERNMOUNT (1 << 22)
-#define I_NEW 1
-#define I_DIRTY_PAGES (1 << 2)
 #define VM_SHARED 0x8
 #define FMODE_WRITE 2
 #define PF_KTHREAD 0x00200000
@@ -48,9 +46,27 @@ struct super_block {
 	unsigned long s_magic;
 };
 
+/* Their values differ from kernel to kernel: ask for them by STATE(). */
 enum inode_state_flags_t {
-	STATE_UNKNOWN,
+	I_NEW = 1,
+	I_DIRTY_PAGES = 2,
 };
+
+enum inode_state_flags_enum {
+	I_NEW___2 = 1,
+	I_DIRTY_PAGES___2 = 2,
+};
+
+/* Before they were an enumeration (6.10). */
+#define OLD_I_NEW (1 << 3)
+#define OLD_I_DIRTY_PAGES (1 << 2)
+
+#define STATE(name)                                                                                \
+	(bpf_core_enum_value_exists(enum inode_state_flags_t, name) ?                              \
+		 bpf_core_enum_value(enum inode_state_flags_t, name) :                             \
+	 bpf_core_enum_value_exists(enum inode_state_flags_enum, name##___2) ?                     \
+		 bpf_core_enum_value(enum inode_state_flags_enum, name##___2) :                    \
+		 OLD_##name)
 
 struct inode {
 	unsigned short i_mode;

@@ -12,7 +12,7 @@ use std::{
 };
 
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
-use nix::fcntl::Flock;
+use nix::{fcntl::Flock, mount::umount};
 
 use super::{
     abi::Plain,
@@ -28,6 +28,7 @@ const ATTEMPTS: usize = 10;
 /// Where things are.
 #[derive(Debug, Clone)]
 pub(super) struct Place {
+    run: PathBuf,
     lock: PathBuf,
     pub(super) bpffs: PathBuf,
     pub(super) pins: PathBuf,
@@ -41,15 +42,21 @@ impl Place {
         let pins = load::pins(&bpffs);
         Self {
             lock: run.join("bpf.lock"),
-            slots: Slots::at(run.join(format!("bpf-{}.slots", load::build_hash()))),
+            slots: slots_of(run, &load::build_hash()),
             bpffs,
             pins,
+            run: run.to_owned(),
         }
     }
 
     pub(super) fn lock(&self) -> Result<Flock<File>, String> {
         load::lock_file(&self.lock).map_err(|e| format!("{}: {e}", self.lock.display()))
     }
+}
+
+/// The slots of a build.
+fn slots_of(run: &Path, build: &str) -> Slots {
+    Slots::at(run.join(format!("bpf-{build}.slots")))
 }
 
 /// The programs and maps, joined.
@@ -152,6 +159,7 @@ impl Host {
         for (cgroup, slot) in sys::entries::<u64, u32>(self.cgroups.as_fd())? {
             if self.place.slots.is_free(slot)? {
                 remove(&self.cgroups, &cgroup)?;
+                failpoint("sweeping");
                 dead.push(slot);
             }
         }
@@ -178,9 +186,18 @@ impl Host {
         Ok(())
     }
 
-    /// Makes the programs see a sandbox. Its epoch has to be there before.
+    /// Makes the programs see a sandbox. Its epoch has to be there before. An error if another shim
+    /// watches it: what it does is recorded once, so one of the two would miss all of it.
     pub(super) fn register(&self, slot: u32, key: &Key) -> io::Result<()> {
+        let _alone = self.place.lock().map_err(io::Error::other)?;
+        if let Some(other) = get::<u64, u32>(&self.cgroups, &key.cgroup)?
+            && other != slot
+            && !self.place.slots.is_free(other)?
+        {
+            return Err(io::Error::other("it is watched already"));
+        }
         self.control.add_levels(key.levels);
+        // The number of an overlay that is unmounted may be used again before its shim leaves.
         put(&self.overlays, &key.overlay, &slot)?;
         failpoint("overlay");
         put(&self.cgroups, &key.cgroup, &slot)?;
@@ -189,9 +206,13 @@ impl Host {
         Ok(())
     }
 
-    /// The reverse of [`Host::register`].
+    /// The reverse of [`Host::register`], and also if that failed.
     pub(super) fn unregister(&self, slot: u32, key: &Key) -> io::Result<()> {
-        remove(&self.cgroups, &key.cgroup)?;
+        // Between a look at whose an entry is and its removal, nobody may take it over.
+        let _alone = self.place.lock().map_err(io::Error::other)?;
+        if get::<u64, u32>(&self.cgroups, &key.cgroup)? == Some(slot) {
+            remove(&self.cgroups, &key.cgroup)?;
+        }
         failpoint("unregistering");
         // The number may belong to another sandbox by now.
         if get::<u32, u32>(&self.overlays, &key.overlay)? == Some(slot) {
@@ -227,32 +248,62 @@ impl Host {
     pub(super) fn leave(&self, slot: Slot) -> Result<(), String> {
         let _alone = self.place.lock()?;
         drop(slot);
-        remove_if_unused(&self.place)
+        failpoint("left");
+        remove_unused(&self.place)
     }
 }
 
 /// Removes the programs if no shim uses them: for whoever finds a shim dead.
 pub fn sweep(run: &Path) -> Result<(), String> {
     let place = Place::below(run);
-    if !place.pins.exists() {
+    if !place.bpffs.exists() {
         return Ok(());
     }
     let _alone = place.lock()?;
-    remove_if_unused(&place)
+    remove_unused(&place)
 }
 
-fn remove_if_unused(place: &Place) -> Result<(), String> {
-    let failed = |e: io::Error| format!("cannot remove {}: {e}", place.pins.display());
-    if !place.slots.all_free().map_err(failed)? {
+/// Removes the programs of every build that no shim uses, and what was left half-way. Under the lock.
+///
+/// Of another build, too: after an upgrade nobody may ever start the one whose last shim was killed. A
+/// shim that has loaded and not joined yet loses its pins to this, and loads again.
+fn remove_unused(place: &Place) -> Result<(), String> {
+    let failed = |e: io::Error| format!("cannot clean up {}: {e}", place.bpffs.display());
+    if !load::is_bpffs(&place.bpffs).map_err(failed)? {
         return Ok(());
     }
-    let gone = load::unfinished(&place.bpffs);
-    match fs::rename(&place.pins, &gone) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        renamed => renamed.map_err(failed)?,
+    load::remove_unfinished(&place.bpffs).map_err(failed)?;
+    let mut used = false;
+    for build in builds(&place.bpffs).map_err(failed)? {
+        let slots = slots_of(&place.run, &build);
+        if slots.all_free().map_err(failed)? {
+            let gone = load::unfinished(&place.bpffs);
+            fs::rename(place.bpffs.join(&build), &gone).map_err(failed)?;
+            failpoint("removing");
+            fs::remove_dir_all(&gone).map_err(failed)?;
+            slots.remove().map_err(failed)?;
+        } else {
+            used = true;
+        }
     }
-    failpoint("removing");
-    fs::remove_dir_all(&gone).map_err(failed)
+    if !used {
+        failpoint("unmounting");
+        umount(&place.bpffs).map_err(|e| failed(e.into()))?;
+        fs::remove_dir(&place.bpffs).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// The builds whose programs are pinned. (The kernel puts files of its own there, too.)
+fn builds(bpffs: &Path) -> io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(bpffs)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            found.extend(entry.file_name().into_string());
+        }
+    }
+    Ok(found)
 }
 
 fn links(pins: &Path) -> io::Result<Vec<OwnedFd>> {

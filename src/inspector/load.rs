@@ -9,10 +9,14 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use libbpf_rs::{MapCore, ObjectBuilder};
-use nix::mount::{MsFlags, mount};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::{prctl, signal::Signal},
+};
 use sha2::{Digest, Sha256};
 
 use super::{host::Place, probes::ProbeSet};
@@ -41,9 +45,12 @@ pub fn load(run: &Path) -> Result<(), String> {
 /// As [`load`], without some of the probes: for tests that show what each one is there for.
 #[doc(hidden)]
 pub fn load_without(run: &Path, without: &[String]) -> Result<(), String> {
+    // Without the shim that wants them, nobody would remove them.
+    prctl::set_pdeathsig(Signal::SIGKILL).map_err(|e| format!("prctl: {e}"))?;
     let place = Place::below(run);
     let _alone = place.lock()?;
     mount_bpffs(&place.bpffs)?;
+    failpoint("mounted");
     remove_unfinished(&place.bpffs).map_err(|e| format!("{}: {e}", place.bpffs.display()))?;
     if place.pins.exists() {
         return Ok(());
@@ -88,6 +95,7 @@ fn pin_all(set: ProbeSet, dir: &Path, without: &[String]) -> anyhow::Result<()> 
             let mut link = program.attach()?;
             failpoint("attached");
             link.pin(dir.join(format!("{name}{LINK}")))?;
+            failpoint("linked");
         }
     }
     Ok(())
@@ -96,7 +104,8 @@ fn pin_all(set: ProbeSet, dir: &Path, without: &[String]) -> anyhow::Result<()> 
 /// How names of pinned links end.
 pub(super) const LINK: &str = "-link";
 
-fn remove_unfinished(bpffs: &Path) -> io::Result<()> {
+/// Under the lock, so that it is nobody's work in progress.
+pub(super) fn remove_unfinished(bpffs: &Path) -> io::Result<()> {
     for entry in fs::read_dir(bpffs)? {
         let path = entry?.path();
         if path
@@ -121,18 +130,24 @@ fn mount_bpffs(at: &Path) -> Result<(), String> {
     mount(Some("bpf"), at, Some("bpf"), flags, Some("mode=0700")).map_err(|e| failed(&e))
 }
 
-fn is_bpffs(at: &Path) -> io::Result<bool> {
+pub(super) fn is_bpffs(at: &Path) -> io::Result<bool> {
     const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
     let found = rustix::fs::statfs(at)?;
     Ok(found.f_type as u32 == BPF_FS_MAGIC)
 }
 
-/// In tests, the name of the step at which to die as by `kill -9`.
+/// In tests, the name of the step at which to die as by `kill -9`; `NAME:2` is the second time there.
 pub const FAILPOINT: &str = "CRAB_INSPECTOR_DIE_AT";
 
 /// Dies here if a test wants it.
 pub(super) fn failpoint(step: &str) {
-    if std::env::var_os(FAILPOINT).is_some_and(|at| at == step) {
+    static PASSED: AtomicU32 = AtomicU32::new(0);
+    let Some(at) = std::env::var_os(FAILPOINT) else {
+        return;
+    };
+    let at = at.to_string_lossy();
+    let (name, time) = at.split_once(':').unwrap_or((&*at, "1"));
+    if name == step && time.parse() == Ok(PASSED.fetch_add(1, Ordering::Relaxed) + 1) {
         // SAFETY: plain system calls on ourselves.
         unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
     }

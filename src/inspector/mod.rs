@@ -12,6 +12,8 @@ mod probes;
 pub mod process;
 mod slots;
 mod sys;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 pub use abi::did_bits;

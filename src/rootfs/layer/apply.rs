@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use super::{
     changes::Comparison,
-    compare::{Delta, Place},
+    delta::{Delta, Place},
     index::{Id, Layer},
 };
 

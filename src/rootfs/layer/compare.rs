@@ -20,6 +20,7 @@ use rustix::fs::{FileType, Stat};
 use super::{
     changes::{Candidate, Change, Comparison, Scope, What, shown_path},
     content::{Reader, unchanged},
+    delta::{Delta, Insert, Place},
     facts::{Digest, Facts, Kind, Verdict, View},
     index::{Id, Layer},
     listing::{self, Listed},
@@ -27,39 +28,13 @@ use super::{
 };
 use crate::tree::{self, Found, ShownPath, TreeError, failed, wide};
 
-/// What turns the index into that of the layer compared.
-#[derive(Debug)]
-pub(super) struct Delta {
-    pub(super) generation: u64,
-    /// With all that is below them.
-    pub(super) removed: Vec<Id>,
-    pub(super) updated: Vec<(Id, Facts)>,
-    /// Parents before their children.
-    pub(super) inserted: Vec<Insert>,
-}
-
-/// A new name.
-#[derive(Debug)]
-pub(super) struct Insert {
-    pub(super) parent: Place,
-    pub(super) name: Box<[u8]>,
-    pub(super) facts: Facts,
-}
-
-/// A directory, in the index or about to be.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Place {
-    Known(Id),
-    /// Position among the new names.
-    New(usize),
-}
-
 impl Layer {
     /// What differs in `upper` from the index, which stays as it is.
     ///
     /// `candidates` are all inodes that changed since the last capture, and any number of others.
     /// Nothing may write into the layer meanwhile; what is noticed of it is an error. For a look
     /// at a running sandbox take any error as a change, and do not [`Layer::apply`] the result.
+    /// Anything on another file system below `upper` is an error too.
     pub fn compare(
         &self,
         upper: &Path,
@@ -200,10 +175,13 @@ impl<'a> Look<'a> {
         let ino = self.layer.ino(id);
         match there.filter(|(_, stat)| wide(stat.st_ino) == ino) {
             None => self.misplaced(id, &shown),
-            Some((fd, stat)) => match FileType::from_raw_mode(stat.st_mode) {
-                FileType::Directory => self.list(id, &path, &fd, &stat),
-                _ => self.deep_at(&path, id),
-            },
+            Some((fd, stat)) => {
+                let now = FileType::from_raw_mode(stat.st_mode);
+                match (self.layer.kind(id), now) {
+                    (Kind::Dir, FileType::Directory) => self.list(id, &path, &fd, &stat),
+                    _ => self.deep_at(&path, id),
+                }
+            }
         }
     }
 

@@ -13,8 +13,9 @@ use std::{
 use rustix::{fs::FileType, io::Errno};
 
 use super::{
-    compare::{Look, Place, found},
+    compare::{Look, found},
     content::unchanged,
+    delta::Place,
     index::Id,
     listing,
 };

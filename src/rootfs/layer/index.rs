@@ -136,7 +136,7 @@ impl Layer {
             uid: record.uid,
             gid: record.gid,
             mode: record.mode,
-            content: (record.flags & HAS_CONTENT != 0).then_some(record.content),
+            content: self.content(id),
             xattrs: match record.flags & HAS_XATTRS {
                 0 => None,
                 _ => self.xattrs.get(&id).copied(),
@@ -153,8 +153,9 @@ impl Layer {
         facts::kind(record.mode, record.size)
     }
 
-    pub(super) fn has_content(&self, id: Id) -> bool {
-        self.records[id.at()].flags & HAS_CONTENT != 0
+    pub(super) fn content(&self, id: Id) -> Option<Digest> {
+        let record = &self.records[id.at()];
+        (record.flags & HAS_CONTENT != 0).then_some(record.content)
     }
 
     /// All records in use.

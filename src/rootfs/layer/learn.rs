@@ -1,6 +1,6 @@
 //! Digests of contents after the fact.
 
-use std::{collections::HashMap, os::fd::AsFd, path::Path};
+use std::{os::fd::AsFd, path::Path};
 
 use super::{
     compare::found,
@@ -23,13 +23,12 @@ impl Layer {
     pub fn learn(&mut self, copy: &Path, stop: &dyn Fn() -> bool) -> Result<usize, TreeError> {
         let root = tree::open_root(copy)?;
         let mut reader = Reader::new(stop);
-        let mut links: HashMap<u64, Digest> = HashMap::new();
         let mut learnt = 0;
         let lacking: Vec<Id> = self.lacking().collect();
         for id in lacking {
             let ino = self.ino(id);
-            if let Some(digest) = links.get(&ino) {
-                self.set_content(id, *digest);
+            if let Some(digest) = self.elsewhere(ino) {
+                self.set_content(id, digest);
                 learnt += 1;
                 continue;
             }
@@ -47,11 +46,14 @@ impl Layer {
             let digest = reader.digest(&found)?;
             self.set_content(id, digest);
             learnt += 1;
-            if self.named(ino).len() > 1 {
-                links.insert(ino, digest);
-            }
         }
         Ok(learnt)
+    }
+
+    /// The digest of an inode that another of its names has brought.
+    fn elsewhere(&self, ino: u64) -> Option<Digest> {
+        let mut names = self.named(ino).iter();
+        names.find_map(|id| self.content(*id))
     }
 
     /// How many files have no digest, and so can't be acquitted.
@@ -61,6 +63,6 @@ impl Layer {
 
     fn lacking(&self) -> impl Iterator<Item = Id> + '_ {
         self.ids()
-            .filter(|id| self.kind(*id) == Kind::File && !self.has_content(*id))
+            .filter(|id| self.kind(*id) == Kind::File && self.content(*id).is_none())
     }
 }

@@ -21,6 +21,7 @@ mod changes;
 mod compare;
 mod content;
 mod deep;
+mod delta;
 mod facts;
 mod fingerprint;
 mod index;

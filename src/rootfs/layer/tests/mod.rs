@@ -2,7 +2,10 @@
 //! index: whole contents, all attributes, by `std::fs`.
 
 mod cases;
+mod contract;
 mod fingerprint;
+mod fixture;
+mod overlay;
 mod random;
 mod scale;
 mod snapshot;
@@ -109,7 +112,8 @@ fn told(layer: &Layer) -> BTreeMap<PathBuf, Facts> {
         .flat_map(|ino| layer.named(*ino))
         .copied()
         .collect();
-    (ids.sort_unstable(), named.sort_unstable());
+    ids.sort_unstable();
+    named.sort_unstable();
     assert_eq!(ids, named);
     all
 }

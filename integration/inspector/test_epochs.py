@@ -1,0 +1,232 @@
+"""No write falls between two epochs, however it meets a cut.
+
+Two writers that never pause, each on its own CPU, while epochs are cut without a freeze. Each write notes the time right
+before and right after it, in memory outside of the sandbox; the times of an order to cut (S) and of its answer (R) are
+taken by the same clock. Let S[k], R[k] be those of cut k, and d the last cut before k that was made durable.
+
+What is checked, and why that is all:
+
+1. A write that lies within R[d]..S[k] is in report k. Its event came after cut d had ended the epoch before, and before
+   cut k ended this one: of the epochs between no other report tells, so if it is not in this one it is lost.
+2. A write that overlaps cut k (begins before R[k], ends after S[k]) is in report k or in report k + 1: its event may be
+   on either side of the exchange of the maps, or remembered by the CPU from just before it.
+3. What is in report k was written at some time in S[d]..R[k]: epochs are cut, not only added to. Together with 2: every
+   write is in exactly one of two neighbouring epochs, or in both.
+
+1 bites on *hot* files, a few that are written all the time: a CPU remembers those, so that an entry that outlives its
+epoch hides every write of the next one. 2 and 3 bite on *cold* files, each written once in many epochs, so that no other
+write of the same file stands in for a lost one; some of them are new. Some cuts are not made durable: their epochs have
+to be in the next report as well.
+"""
+
+import bisect
+import collections
+import itertools
+import mmap
+import os
+import random
+import signal
+import time
+import traceback
+
+import pytest
+import watcher
+
+ROTATIONS, SECONDS = 500, 12
+"""So many, or as many as fit: a cut waits for the kernel, and on a busy machine for its turn."""
+HOT, COLD = 8, 512
+"""Files of each writer."""
+PLACES = 64
+"""CRAB_RECENT: a CPU remembers an inode at its number modulo this, until another one takes the place; and once more at
+that number ^ the overlay's device, for what is done through it."""
+EACH = 16
+"""Every so many writes one is to a cold file; the first time round it is made by that."""
+HOT_ROOM, COLD_ROOM = 1 << 20, 1 << 13
+"""Writes that are noted of one file, at most."""
+
+
+class Log:
+    """When one file was written, by one writer, in order: nanoseconds of CLOCK_MONOTONIC."""
+
+    def __init__(self, words):
+        half = len(words) // 2
+        self.begins, self.ends = words[:half], words[half:]
+        self.count = 0
+
+
+def shared(sizes):
+    """Zeros that a child shares, in pieces of so many words of 64 bits; memory is taken where they are used."""
+    words = memoryview(mmap.mmap(-1, 8 * sum(sizes))).cast("Q")
+    for size in sizes:
+        yield words[:size]
+        words = words[size:]
+
+
+class Writer:
+    """A process on one CPU. `files`: (inode, Log) of each, once it has ended."""
+
+    def __init__(self, sandbox, name, cpu):
+        self.sandbox, self.name, self.cpu = sandbox, name, cpu
+        self.counts, *logs = shared([HOT + COLD] + [2 * HOT_ROOM] * HOT + [2 * COLD_ROOM] * COLD)
+        self.logs = [Log(words) for words in logs]
+        for i in range(HOT):
+            self.path(i).write_text("")
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                self.write()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+
+    def path(self, i):
+        return self.sandbox.rootfs / f"{self.name}-{i}"
+
+    def write(self):
+        running = [True]
+        signal.signal(signal.SIGTERM, lambda *_: running.clear())
+        self.sandbox.enter()
+        os.sched_setaffinity(0, {self.cpu})
+        hot = [os.open(self.path(i), os.O_WRONLY) for i in range(HOT)]
+        for i in itertools.chain(range(HOT, HOT + COLD), itertools.cycle(self.harmless(hot))):
+            if not running:
+                return
+            for number in range(1, EACH):
+                self.put(number % HOT, hot[number % HOT])
+            self.put(i, os.open(self.path(i), os.O_RDWR) if self.counts[i] else None)
+
+    def harmless(self, hot):
+        """The cold files for which no hot one is forgotten; those that are only made take any place."""
+        via = self.sandbox.rootfs.stat().st_dev
+        places = {(os.fstat(fd).st_ino ^ os.minor(overlay)) % PLACES for fd in hot for overlay in (0, via)}
+        for i in range(HOT, HOT + COLD):
+            if self.path(i).stat().st_ino % PLACES not in places:
+                yield i
+
+    def put(self, i, fd):
+        """Writes to a file; also makes it, if `fd` is None. Only hot ones stay open."""
+        log, slot = self.logs[i], self.counts[i]
+        path = self.path(i) if fd is None else None
+        log.begins[slot] = time.monotonic_ns()
+        if fd is None:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.pwrite(fd, b"%d" % slot, 0)
+        log.ends[slot] = time.monotonic_ns()
+        self.counts[i] = slot + 1
+        if i >= HOT:
+            os.close(fd)
+
+    def stop(self):
+        """The logs by inode: of the hot files, and of the cold ones."""
+        os.kill(self.pid, signal.SIGTERM)
+        pid, self.pid = self.pid, None
+        assert os.waitpid(pid, 0)[1] == 0, "there was room for all"
+        logs = []
+        for i, log in enumerate(self.logs):
+            log.count = self.counts[i]
+            if log.count:
+                logs.append(((self.sandbox.upper / f"{self.name}-{i}").stat().st_ino, log))
+        return dict(logs[:HOT]), dict(logs[HOT:])
+
+    def close(self):
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+
+
+Cut = collections.namedtuple("Cut", "sent received base doubt inodes")
+"""`base`: the last cut that was durable before."""
+
+
+def cut_all(driver):
+    """Cuts so often; not each one becomes durable."""
+    chance = random.Random("crab epochs")
+    cuts, base = [], 0
+    end = time.monotonic() + SECONDS
+    for k in itertools.takewhile(lambda _: time.monotonic() < end, range(ROTATIONS)):
+        sent = time.monotonic_ns()
+        doubt, inodes = driver.inodes("cut")
+        cuts.append(Cut(sent, time.monotonic_ns(), base, doubt, inodes))
+        if k == 0 or chance.random() < 0.9:
+            driver.ask("durable")
+            base = k
+    return cuts
+
+
+def lost_in_an_epoch(cuts, logs):
+    """Claim 1."""
+    claims = 0
+    for k, cut in enumerate(cuts[1:], 1):
+        for inode, log in logs.items():
+            if cut.doubt:
+                continue
+            # Of the writes that begin late enough this one ends first.
+            first = bisect.bisect_left(log.begins, cuts[cut.base].received, 0, log.count)
+            if first < log.count and log.ends[first] <= cut.sent:
+                claims += 1
+                if inode not in cut.inodes:
+                    yield f"a write of inode {inode} between cuts {cut.base} and {k} is not in report {k}"
+    assert claims > len(cuts)
+
+
+def lost_at_a_cut(cuts, logs):
+    """Claim 2, and 1 for each single write."""
+    sent, received = [c.sent for c in cuts], [c.received for c in cuts]
+    across = within = 0
+    for inode, log in logs.items():
+        for begin, end in zip(log.begins[: log.count], log.ends[: log.count]):
+            # The cuts that it overlaps are first..last, so it counts for report `first` at the earliest.
+            first, last = bisect.bisect_left(received, begin), bisect.bisect_right(sent, end) - 1
+            if first == 0 or last + 1 >= len(cuts):
+                continue
+            across, within = (across + 1, within) if first <= last else (across, within + 1)
+            reports = cuts[first : last + 2] if first <= last else [cuts[first]]
+            if not any(inode in cut.inodes or cut.doubt for cut in reports):
+                yield f"a write of inode {inode} is not in reports {first}..{max(last + 1, first)}"
+    assert across > 100 and within > 1000, (across, within)
+
+
+def never_written(cuts, logs):
+    """Claim 3."""
+    for k, cut in enumerate(cuts[1:], 1):
+        for inode in cut.inodes & logs.keys():
+            log = logs[inode]
+            # Of the writes that end late enough this one begins first.
+            first = bisect.bisect_left(log.ends, cuts[cut.base].sent, 0, log.count)
+            if first == log.count or log.begins[first] > cut.received:
+                yield f"inode {inode} is in report {k}, and was not written since cut {cut.base}"
+
+
+def test_every_write_is_in_one_of_two_neighbouring_epochs(bed, builds):
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("needs two CPUs")
+    sandbox = bed.sandbox()
+    driver = bed.watcher(builds[0], sandbox).ready()
+    writers = []
+    try:
+        for cpu in cpus[:2]:
+            writers.append(Writer(sandbox, f"w{cpu}", cpu))
+        deadline = time.monotonic() + watcher.PATIENCE
+        while not all(w.counts[HOT] for w in writers):
+            assert time.monotonic() < deadline, "the writers write"
+        cuts = cut_all(driver)
+        logs = [w.stop() for w in writers]
+    finally:
+        for writer in writers:
+            writer.close()
+    assert len(cuts) > 50
+    bed.note()
+    assert driver.leave() == 0
+    bed.nothing_is_left(builds[0])
+    doubtful = [cut.doubt for cut in cuts[1:] if cut.doubt]
+    assert len(doubtful) < len(cuts) / 50, "what is in doubt proves nothing"
+    wrong = []
+    for hot, cold in logs:
+        wrong += lost_in_an_epoch(cuts, hot)
+        wrong += lost_at_a_cut(cuts, cold)
+        wrong += never_written(cuts, hot | cold)
+    assert not wrong, f"{len(wrong)}: {wrong[:10]}"
