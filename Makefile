@@ -6,7 +6,7 @@ DESTDIR ?=
 BIN     := target/release
 CARGO   ?= cargo
 
-.PHONY: build test demo bench fuzz soak install uninstall clean testbed
+.PHONY: build driver test demo bench fuzz soak install uninstall clean testbed
 
 build: ## the shim and the crab command
 	@integration/host-tools
@@ -21,11 +21,17 @@ test: ## everything that CI runs
 demo: build ## an agent's session, with a crash in the middle
 	integration/demo
 
-bench: build ## measured beside containerd's own shim
-	integration/bench/run
+driver: ## what drives the inspector in its tests
+	@integration/host-tools
+	$(CARGO) build --release --locked --example inspector
 
-fuzz: ## longer random tests of what reads foreign input
-	PROPTEST_CASES=$${CASES:-20000} $(CARGO) test --release --locked --lib -- no_list_of_mounts no_bytes shim::tests::random
+bench: build driver ## measured beside containerd's own shim, and what the inspector costs the host
+	integration/bench/run
+	integration/inspector/cost/run
+
+fuzz: driver ## longer random tests of what reads foreign input, and of the inspector
+	PROPTEST_CASES=$${CASES:-20000} $(CARGO) test --release --locked --lib -- no_list_of_mounts no_bytes shim::tests::random rootfs::layer
+	integration/testbed/enter -- python3 -B /src/integration/inspector/fuzz.py --turns $${TURNS:-20000} --seed $${SEED:-2024}
 
 soak: build ## the end-to-end tests with chaos in them, again and again
 	for i in $$(seq $${ROUNDS:-10}); do integration/e2e/run -k 'chaos or armed or restart' || exit 1; done

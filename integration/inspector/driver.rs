@@ -6,14 +6,17 @@
 use std::{
     env,
     io::{self, BufRead, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitCode},
     time::Instant,
 };
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use crab::inspector::{self, Dirty, Subject, Watch, did_bits};
+use crab::{
+    inspector::{self, Dirty, Subject, Watch, did_bits},
+    rootfs::layer::{Candidate, Change, Comparison, Layer, Scope},
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -85,11 +88,16 @@ fn serve(args: &Args) -> Result<()> {
         if done.status.success() {
             return Ok(());
         }
-        Err(String::from_utf8_lossy(&done.stderr).trim().to_owned())
+        let said = String::from_utf8_lossy(&done.stderr);
+        Err(format!("{}: {}", done.status, said.trim()))
     };
     let watch = Watch::begin(&args.run, &subject, &load).map_err(anyhow::Error::msg)?;
     say(&json!({ "ready": true, "probes": watch.probes() }));
-    let mut driver = Driver { args, watch };
+    let mut driver = Driver {
+        args,
+        watch,
+        layer: None,
+    };
     for line in io::stdin().lock().lines() {
         let order: Order = serde_json::from_str(&line?).context("not an order")?;
         if order.r#do == "quit" {
@@ -109,6 +117,8 @@ fn serve(args: &Args) -> Result<()> {
 struct Driver<'a> {
     args: &'a Args,
     watch: Watch,
+    /// The writable layer as of the last `capture`.
+    layer: Option<Layer>,
 }
 
 impl Driver<'_> {
@@ -124,6 +134,11 @@ impl Driver<'_> {
                 json!({})
             }
             "failed" => json!({}),
+            "changes" => {
+                let dirty = self.watch.look()?;
+                self.verdict(&dirty)?
+            }
+            "capture" => self.capture(order)?,
             "watch" => {
                 self.watch.watch_processes(&self.pids(order)?)?;
                 json!({})
@@ -142,6 +157,68 @@ impl Driver<'_> {
             }
             other => bail!("{other} is no order"),
         })
+    }
+
+    fn upper(&self) -> Result<&Path> {
+        self.args.upper.as_deref().context("no --upper")
+    }
+
+    fn compare(&self, dirty: &Dirty) -> Result<Option<Comparison>> {
+        let Some(layer) = &self.layer else {
+            return Ok(None);
+        };
+        let candidates: Vec<_> = dirty
+            .inodes
+            .keys()
+            .map(|inode| Candidate {
+                dev: inode.dev,
+                ino: inode.ino,
+            })
+            .collect();
+        let outside = dirty.inodes.values().any(|how| how.is_outside());
+        let scope = match (dirty.doubts.is_empty(), outside) {
+            (false, _) => Scope::Everything,
+            (_, true) => Scope::Search,
+            _ => Scope::Candidates,
+        };
+        Ok(Some(layer.compare(
+            self.upper()?,
+            &candidates,
+            scope,
+            &|| false,
+        )?))
+    }
+
+    fn verdict(&self, dirty: &Dirty) -> Result<Value> {
+        let comparison = self.compare(dirty)?;
+        let changes: Option<Vec<_>> = comparison.map(|comparison| {
+            let show = |change: &Change| {
+                let path = change.path.to_string_lossy();
+                json!({ "path": path, "what": change.what.word() })
+            };
+            comparison.changes.iter().map(show).collect()
+        });
+        let doubt = match changes {
+            None => Some("nothing was captured yet".to_owned()),
+            Some(_) => None,
+        };
+        Ok(json!({ "doubt": doubt, "changes": changes.unwrap_or_default() }))
+    }
+
+    /// As around a checkpoint. The layer stands still, so the digests are read out of itself.
+    fn capture(&mut self, order: &Order) -> Result<Value> {
+        self.watch.prepare()?;
+        let dirty = self.watch.cut(&self.pids(order)?)?;
+        let answer = self.verdict(&dirty)?;
+        match self.compare(&dirty)?.zip(self.layer.as_mut()) {
+            Some((comparison, layer)) => {
+                layer.apply(comparison)?;
+                layer.learn(self.args.upper.as_deref().context("no --upper")?, &|| false)?;
+            }
+            None => self.layer = Some(Layer::read(self.upper()?, &|| false)?),
+        }
+        self.watch.durable()?;
+        Ok(answer)
     }
 
     /// The processes of the order, or all of the cgroup and below.
