@@ -116,6 +116,10 @@ impl Inspection {
         self.watch.as_ref().err().map(String::as_str)
     }
 
+    pub(super) fn is_blind(&self) -> bool {
+        self.watch.is_err()
+    }
+
     /// What has changed since the checkpoint of `latest`. Freezes nothing.
     pub(super) fn look(&self, scene: &Scene<'_>, latest: Option<TurnNo>) -> Look {
         let watch = match &self.watch {

@@ -176,12 +176,16 @@ struct Worker {
     settings: Settings,
     /// The newest number given away.
     last_turn: Option<TurnNo>,
-    /// What is known since the last checkpoint. Begun with the first turn.
+    /// What is known since the last checkpoint.
     inspection: Option<Inspection>,
 }
 
 impl Worker {
     fn run(&mut self, jobs: &Receiver<Job>) {
+        // Not at the first boundary: the agent waits there for the programs to be loaded.
+        if let Some(subject) = self.subject.upgrade() {
+            self.begin(&*subject);
+        }
         for job in jobs {
             let (trigger, begin, mut gate, name, reply) = match job {
                 Job::Boundary { at, gate } => (Trigger::Exec, at, gate, None, None),
@@ -285,6 +289,21 @@ impl Worker {
         Ok(())
     }
 
+    /// Begins to watch, unless that is done already. Tried again while it is impossible.
+    fn begin(&mut self, subject: &dyn Subject) {
+        if self.settings.skip_unchanged && self.inspection.as_ref().is_none_or(Inspection::is_blind)
+        {
+            let inspection = Inspection::begin(subject.watch(), self.settings.consistent_cut);
+            let blind = inspection.blind();
+            if blind != self.inspection.as_ref().and_then(Inspection::blind)
+                && let Some(why) = blind
+            {
+                log::warn!("{}: every turn counts as changed: {why}", self.store.id());
+            }
+            self.inspection = Some(inspection);
+        }
+    }
+
     /// What has changed since the last checkpoint.
     fn look(
         &mut self,
@@ -296,14 +315,10 @@ impl Worker {
             return Look::everything("skip_unchanged is off");
         }
         let begin = Instant::now();
-        let consistent_cut = self.settings.consistent_cut;
-        let inspection = self.inspection.get_or_insert_with(|| {
-            let inspection = Inspection::begin(subject.watch(), consistent_cut);
-            if let Some(why) = inspection.blind() {
-                log::warn!("{}: every turn counts as changed: {why}", self.store.id());
-            }
-            inspection
-        });
+        self.begin(subject);
+        let Some(inspection) = &self.inspection else {
+            return Look::everything("nobody watches");
+        };
         let look = scene(subject, &self.doors, |scene| inspection.look(scene, latest))
             .unwrap_or_else(Look::everything);
         line.look_us = micros(begin.elapsed());
@@ -363,13 +378,15 @@ impl Worker {
         }
         let mut seen = None;
         let done = subject.parts()?.cut(&args, || {
-            let stats =
-                rootfs::capture(&overlay.upperdir, pending.upper_dir(), &dying).map_err(text)?;
+            // Before the copy is made: whoever is outside of the sandbox is not frozen, and what
+            // he changes meanwhile must not be known without being in the copy.
             if let Some(inspection) = &mut inspection {
                 seen = scene(subject, &doors, |scene| {
                     inspection.frozen(scene, pending.image_dir())
                 })?;
             }
+            let stats =
+                rootfs::capture(&overlay.upperdir, pending.upper_dir(), &dying).map_err(text)?;
             subject.frozen_hook()?;
             Ok(stats)
         });

@@ -12,9 +12,9 @@ use super::{
 };
 
 /// Inodes that one epoch has room for at first. A bucket takes 16 bytes, at once; an inode that is
-/// recorded takes about 100.
+/// recorded takes about 80.
 pub(super) const FIRST_ROOM: u32 = 8 << 10;
-/// The most: about 30 MiB of the kernel's memory.
+/// The most: about 25 MiB of the kernel's memory.
 const MOST_ROOM: u32 = 256 << 10;
 
 /// The epoch's own entry: [`epoch_bits`], and how many inodes there are.

@@ -26,6 +26,12 @@ use super::{
     sys::{self, Whom},
 };
 
+/// Epochs that wait for a durable cut.
+const MOST_ENDED: usize = 4;
+const GIVEN_UP: &str = "too many checkpoints in a row have failed";
+/// The programs look for a sandbox's cgroup up to this level.
+const LEVELS: u64 = (1 << 24) - 1;
+
 /// An event that a program did not run for, as it was running already on that CPU.
 const MISSED: &str = "the kernel left out events";
 
@@ -46,6 +52,8 @@ pub struct Watch {
     now: Epoch,
     /// Ended, and not yet durable.
     ended: Vec<Epoch>,
+    /// So many were not durable that they are forgotten: everything may have changed.
+    given_up: bool,
     /// Inodes that somebody outside of the sandbox has mapped: nobody tells when that ends.
     foreign: HashSet<InodeKey>,
     /// Watched processes: our pid of each, and that of the first pid namespace.
@@ -72,6 +80,7 @@ impl Watch {
                 key,
                 now,
                 ended: Vec::new(),
+                given_up: false,
                 foreign: HashSet::new(),
                 watched: HashMap::new(),
                 happened: Happened::default(),
@@ -113,6 +122,9 @@ impl Watch {
         for epoch in self.ended.iter().chain([&self.now]) {
             epoch.add_to(&mut dirty)?;
         }
+        if self.given_up {
+            dirty.doubts.push(GIVEN_UP.into());
+        }
         if self.host.missed()? != self.now.missed {
             dirty.doubts.push(MISSED.into());
         }
@@ -132,12 +144,24 @@ impl Watch {
         next.doubt = Some("the last cut was not finished".into());
         self.ended.push(mem::replace(&mut self.now, next));
         failpoint("ended");
+        self.give_up()?;
         let missed = self.host.missed()?;
         if let Some(ended) = self.ended.last_mut() {
             if missed != ended.missed {
                 ended.doubt.get_or_insert_with(|| MISSED.into());
             }
             self.foreign.extend(ended.foreign()?);
+        }
+        Ok(())
+    }
+
+    /// A sandbox that can never be dumped must not fill the kernel's memory with epochs.
+    fn give_up(&mut self) -> io::Result<()> {
+        while self.ended.len() > MOST_ENDED {
+            let epoch = self.ended.remove(0);
+            self.happened.0 |= epoch.happened()?.0;
+            self.foreign.extend(epoch.foreign()?);
+            self.given_up = true;
         }
         Ok(())
     }
@@ -158,6 +182,7 @@ impl Watch {
             self.happened.0 |= epoch.happened()?.0;
         }
         self.ended.clear();
+        self.given_up = false;
         Ok(())
     }
 
@@ -263,16 +288,32 @@ impl Drop for Watch {
     }
 }
 
+/// Magic numbers of file systems (statfs(2)).
+const OVERLAYFS: u64 = 0x794c_7630;
+const CGROUP2: u64 = 0x6367_7270;
+
 /// How a sandbox is recognised, from where it is.
 fn key_of(subject: &Subject) -> Result<Key, String> {
     let cgroup =
         fs::metadata(&subject.cgroup).map_err(|e| format!("{}: {e}", subject.cgroup.display()))?;
     let rootfs =
         fs::metadata(&subject.rootfs).map_err(|e| format!("{}: {e}", subject.rootfs.display()))?;
+    let levels =
+        levels(&subject.cgroup).map_err(|e| format!("{}: {e}", subject.cgroup.display()))?;
+    if levels & LEVELS == 0 {
+        return Err(format!("{} lies too deep", subject.cgroup.display()));
+    }
+    let overlay = rustix::fs::statfs(&subject.rootfs).map_err(|e| e.to_string())?;
+    if overlay.f_type as u64 != OVERLAYFS {
+        return Err(format!("{} is no overlay", subject.rootfs.display()));
+    }
+    let unified = rustix::fs::statfs(&subject.cgroup).map_err(|e| e.to_string())?;
+    if unified.f_type as u64 != CGROUP2 {
+        return Err(format!("{} is not cgroup v2's", subject.cgroup.display()));
+    }
     Ok(Key {
         cgroup: cgroup.ino(),
-        levels: levels(&subject.cgroup)
-            .map_err(|e| format!("{}: {e}", subject.cgroup.display()))?,
+        levels,
         overlay: abi::kernel_dev(rootfs.dev()),
     })
 }
