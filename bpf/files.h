@@ -89,7 +89,8 @@ static __always_inline bool identify(struct inode *inode, unsigned long magic, s
 	/* Numbers are unique in a subvolume, and stat() shows the subvolume's own device. */
 	if (magic == MAGIC_BTRFS && bpf_core_type_exists(struct btrfs_inode))
 		key->dev = AROUND(struct btrfs_inode, vfs_inode, inode)->root->anon_dev;
-	return key->ino != 0;
+	/* btrfs keeps its trees in inodes of no subvolume. */
+	return key->ino != 0 && key->dev != 0;
 }
 
 /* The inode in the writable layer behind one of an overlay; NULL: it is still a lower one. */
@@ -139,6 +140,7 @@ static __always_inline bool is_pseudo(unsigned long magic)
 	case MAGIC_SOCKET:
 	case MAGIC_ANON_INODE:
 	case MAGIC_AIO:
+	case MAGIC_BDEV: /* a file system's own blocks, or a device that is the host's */
 	case MAGIC_DEVPTS:
 	case MAGIC_PROC:
 	case MAGIC_SYSFS:
