@@ -14,15 +14,13 @@ use rustix::{
 
 use super::{
     proc_fs::{Digest, Dir, ProcessError, digest, duplicate, pidfd},
-    socket,
+    queues::{self, Queue},
 };
 
 /// Descriptors of all processes together.
 pub(super) const MAX_DESCRIPTORS: usize = 32 << 10;
 /// How much of a target is kept for a message.
 const SHOWN_TARGET: usize = 96;
-/// A terminal keeps about this many bytes that a count of them shows (N_TTY_BUF_SIZE is 4096).
-const TERMINAL_SHOWS: i64 = 4000;
 
 /// What kind of object a descriptor refers to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,9 +54,9 @@ pub(super) struct Descriptor {
     pub(super) readable: bool,
     /// Target and fdinfo, without what clocks change.
     info: Digest,
-    /// Bytes and states in the kernel's queues; [`socket::Queue::exact`] says whether nothing
+    /// Bytes and states in the kernel's queues; [`Queue::exact`] says whether nothing
     /// can hide behind them.
-    pub(super) queue: socket::Queue,
+    pub(super) queue: Queue,
 }
 
 /// A process's descriptors, sorted by number.
@@ -135,11 +133,12 @@ fn read_one(
         }
     };
     let queue = match kind {
-        Kind::File | Kind::Event | Kind::Odd => socket::Queue::default(),
-        Kind::Socket => socket::queue(&duplicate(dir.pid, handle, fd)?)
+        Kind::File | Kind::Event | Kind::Odd => Queue::default(),
+        Kind::Socket => queues::socket(&duplicate(dir.pid, handle, fd)?)
             .map_err(|errno| dir.failed("socket", errno.into()))?,
-        Kind::Pipe | Kind::Fifo | Kind::Watch => bytes_held(&duplicate(dir.pid, handle, fd)?),
-        Kind::Terminal => terminal(&duplicate(dir.pid, handle, fd)?),
+        Kind::Pipe | Kind::Fifo => queues::pipe(&duplicate(dir.pid, handle, fd)?),
+        Kind::Watch => queues::held(&duplicate(dir.pid, handle, fd)?),
+        Kind::Terminal => queues::terminal(&duplicate(dir.pid, handle, fd)?),
     };
     Ok(Descriptor {
         fd,
@@ -254,23 +253,5 @@ fn device(device_major: u32, device_minor: u32) -> Kind {
         // Virtual consoles, /dev/tty, console, ptmx, pts.
         (4 | 5 | 128..=143, _) => Kind::Terminal,
         _ => Kind::Odd,
-    }
-}
-
-fn bytes_held(fd: &OwnedFd) -> socket::Queue {
-    socket::Queue {
-        amounts: vec![socket::count(fd, libc::FIONREAD)],
-        exact: true,
-    }
-}
-
-fn terminal(fd: &OwnedFd) -> socket::Queue {
-    let (input, output) = (
-        socket::count(fd, libc::FIONREAD),
-        socket::count(fd, libc::TIOCOUTQ),
-    );
-    socket::Queue {
-        amounts: vec![input, output],
-        exact: input < TERMINAL_SHOWS,
     }
 }

@@ -128,9 +128,6 @@ pub struct Settings {
     pub consistent_cut: bool,
     /// Whether memory is compared with the image (b).
     pub compare_memory: bool,
-    /// Whether pinned pages anywhere on the host (`nr_foll_pin_acquired`: process_vm_writev, but
-    /// also O_DIRECT) make "it did not run" and the consistent cut insufficient.
-    pub doubt_pins: bool,
     /// (c): CPU time that is always forgiven.
     pub cpu_floor: Duration,
     /// (c): and this part of the elapsed time, in thousandths.
@@ -146,7 +143,6 @@ impl Default for Settings {
         Self {
             consistent_cut: true,
             compare_memory: true,
-            doubt_pins: true,
             cpu_floor: CUT_CPU_FLOOR,
             cpu_per_mille: CUT_CPU_PER_MILLE,
             cpu_ceiling: CUT_CPU_CEILING,
@@ -213,6 +209,8 @@ pub enum What {
     },
     /// It read, and from what it holds that may have been somebody's message.
     MayHaveRead(&'static str),
+    /// The kernel writes into its memory while it sleeps (the ring of a packet socket).
+    FilledByKernel,
     /// It wrote (`wchar`, `syscw` of /proc/PID/io).
     Wrote,
     /// Its I/O counters cannot be read.
@@ -249,6 +247,7 @@ impl fmt::Display for What {
             Self::SharedFile => f.write_str("ran, and has a file mapped that it may have written"),
             Self::PipeMoved { fd } => write!(f, "ran, and somebody wrote to its descriptor {fd}"),
             Self::MayHaveRead(what) => write!(f, "may have read from {what}"),
+            Self::FilledByKernel => f.write_str("the kernel writes into its memory"),
             Self::Wrote => f.write_str("wrote"),
             Self::NoCounters => f.write_str("its I/O is not counted"),
             Self::Connected => f.write_str("ran after a connection was made"),

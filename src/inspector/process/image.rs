@@ -18,8 +18,9 @@ pub(super) const PAGE: u64 = 4096;
 
 const COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
-/// The page is in an older image, or comes later (`PE_PARENT`, `PE_LAZY`).
-const ELSEWHERE: u32 = 1 | 2;
+/// What an entry's flags may be: `PE_PRESENT`, with `PE_LAZY` (it could be restored later) or
+/// without. Not `PE_PARENT`: such a page is in an older image.
+const PRESENT: [u64; 2] = [4, 4 | 2];
 /// A pagemap larger than this is not looked at: it has an entry of some ten bytes for each run of
 /// pages, and what is compared is bounded anyway.
 const MAX_PAGEMAP: u64 = 4 << 20;
@@ -127,17 +128,20 @@ fn head(message: &[u8]) -> io::Result<u32> {
 /// `pagemap_entry { required uint64 vaddr = 1; optional uint32 compat_nr_pages = 2;
 /// optional bool in_parent = 3; optional uint32 flags = 4; optional uint64 nr_pages = 5; }`
 fn entry(message: &[u8]) -> io::Result<Run> {
-    let (mut address, mut pages, mut elsewhere, mut unknown) = (None, None, false, false);
+    let (mut address, mut pages, mut compatible_pages) = (None, None, None);
+    let mut elsewhere = false;
     each_field(message, |field, value| match field {
         1 => address = Some(value),
-        2 | 5 => pages = Some(value),
+        // CRIU 4.2 writes both, the older one as 0.
+        2 => compatible_pages = Some(value),
+        5 => pages = Some(value),
         3 => elsewhere |= value != 0,
-        4 => elsewhere |= value & u64::from(ELSEWHERE) != 0,
+        4 => elsewhere |= !PRESENT.contains(&value),
         // A later CRIU may say something there that changes what a page is.
-        _ => unknown = true,
+        _ => elsewhere = true,
     })?;
-    match (address, pages) {
-        _ if elsewhere || unknown => Err(io::Error::other("its pages are not all in this image")),
+    match (address, pages.or(compatible_pages)) {
+        _ if elsewhere => Err(io::Error::other("its pages are not all in this image")),
         (Some(address), Some(pages)) => Ok(Run { address, pages }),
         _ => Err(io::Error::new(
             io::ErrorKind::InvalidData,
@@ -163,13 +167,13 @@ fn each_field(message: &[u8], mut f: impl FnMut(u32, u64)) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod testing {
     use protobuf::CodedOutputStream;
 
-    use super::*;
+    use super::{COMMON_MAGIC, PAGEMAP_MAGIC};
 
     /// What CRIU would write.
-    pub(crate) fn pagemap(id: u32, entries: &[&[(u32, u64)]]) -> Vec<u8> {
+    pub(in super::super) fn pagemap(id: u32, entries: &[&[(u32, u64)]]) -> Vec<u8> {
         let mut bytes = Vec::new();
         bytes.extend(COMMON_MAGIC.to_le_bytes());
         bytes.extend(PAGEMAP_MAGIC.to_le_bytes());
@@ -188,6 +192,11 @@ mod tests {
         }
         bytes
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{testing::pagemap, *};
 
     #[test]
     fn an_index_tells_which_pages_are_there() {
@@ -195,7 +204,7 @@ mod tests {
             7,
             &[
                 &[(1, 0x1000), (2, 2), (4, 4)],
-                &[(1, 0x8000), (4, 4), (5, 1)],
+                &[(1, 0x8000), (2, 0), (4, 6), (5, 1)],
             ],
         );
         let (id, runs) = parse(&bytes).unwrap();
@@ -211,10 +220,11 @@ mod tests {
 
     #[test]
     fn an_index_that_is_not_understood_is_refused() {
-        let table: &[(&str, &[&[(u32, u64)]])] = &[
+        type Entries = &'static [&'static [(u32, u64)]];
+        let table: &[(&str, Entries)] = &[
             ("in the parent", &[&[(1, 0x1000), (2, 1), (3, 1)]]),
             ("flag parent", &[&[(1, 0x1000), (2, 1), (4, 5)]]),
-            ("flag lazy", &[&[(1, 0x1000), (2, 1), (4, 6)]]),
+            ("not present, lazy", &[&[(1, 0x1000), (2, 1), (4, 2)]]),
             (
                 "a field of a later version",
                 &[&[(1, 0x1000), (2, 1), (9, 0)]],

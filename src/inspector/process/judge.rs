@@ -205,6 +205,9 @@ impl<'a> Look<'a> {
                 whats.push(What::Attribute(kind));
             }
         }
+        if before.maps.filled_by_kernel || after.maps.filled_by_kernel {
+            whats.push(What::FilledByKernel);
+        }
         whats.extend(self.seen_in_table(before, after));
         whats
     }
@@ -240,7 +243,10 @@ impl<'a> Look<'a> {
             // Of some sockets only the first message shows. Who of the set sent it is changed
             // itself, but an exec is not looked at.
             Kind::Socket => !descriptor.queue.exact && self.facts.others.contains(Others::SOCK),
-            Kind::Terminal => !descriptor.queue.exact,
+            // What is written reaches the other end's queue later, by a worker of the kernel.
+            Kind::Terminal => {
+                !descriptor.queue.exact || self.baseline.watches.moved(pid, descriptor.fd)
+            }
             // Bytes may have been taken out, and as many put in.
             Kind::Pipe | Kind::Fifo => {
                 descriptor.readable
@@ -253,9 +259,7 @@ impl<'a> Look<'a> {
 
     /// Why even a process that has not run may have other memory.
     fn doubts(&self) -> Vec<What> {
-        let pins = |snapshot: &Snapshot| snapshot.world.pins;
-        let pinned = pins(&self.baseline.snapshot) != pins(self.now);
-        if self.facts.memory_reached || (self.settings.doubt_pins && pinned) {
+        if self.facts.memory_reached {
             vec![What::MemoryReached]
         } else {
             Vec::new()
@@ -289,6 +293,8 @@ impl<'a> Look<'a> {
                 if a.written != b.written {
                     whats.push(What::Wrote);
                 }
+                // Bytes, not calls: a thaw makes an interrupted read() start again (measured), and
+                // a call that returned nothing took nothing.
                 if a.read != b.read {
                     whats.extend(self.read(after));
                 }
@@ -309,11 +315,9 @@ impl<'a> Look<'a> {
     /// It made read calls: from what may it have taken something that somebody meant for it?
     fn read(&self, after: &Process) -> Vec<What> {
         let mut whats = Vec::new();
-        for (fact, what) in [
-            (Others::SOCK, "a socket"),
-            (Others::PIPE, "a pipe"),
-            (Others::SHM, "shared memory"),
-        ] {
+        // What comes from a socket is marked at its reader; and each exec begins with the runtime,
+        // which talks through one.
+        for (fact, what) in [(Others::PIPE, "a pipe"), (Others::SHM, "shared memory")] {
             if self.facts.others.contains(fact) {
                 whats.push(What::MayHaveRead(what));
             }

@@ -24,6 +24,8 @@ pub(super) struct Maps {
     pub(super) writes_file: bool,
     /// A file without a name.
     pub(super) deleted: bool,
+    /// A ring that the kernel fills while the process sleeps: of a packet socket, io_uring, perf.
+    pub(super) filled_by_kernel: bool,
 }
 
 /// Reads and sums up.
@@ -37,6 +39,7 @@ pub(super) fn read(dir: &Dir) -> Result<Maps, ProcessError> {
         // A read-only one that can become writable does so by mprotect, which the probe on
         // mappings sees (DID_SHM).
         writes_file: any(|m| m.shared && m.writable && !m.is_nameless()),
+        filled_by_kernel: any(Mapping::is_ring),
         deleted: any(|m| m.name.ends_with(" (deleted)")),
     })
 }
@@ -78,6 +81,10 @@ impl Mapping {
             && (self.name.starts_with("/memfd:")
                 || self.name.starts_with("/SYSV")
                 || self.name == "/dev/zero (deleted)")
+    }
+
+    fn is_ring(&self) -> bool {
+        self.shared && (self.name.starts_with("socket:") || self.name.starts_with("anon_inode:"))
     }
 
     pub(super) fn bytes(&self) -> u64 {
@@ -135,6 +142,11 @@ mod tests {
             assert!(one(line).shared && one(line).writable);
         }
         assert!(!one("7f00-8f00 r--p 00000000 00:00 0").shared);
+        assert!(one("7f00-8f00 rw-s 00000000 00:09 5                  socket:[5]").is_ring());
+        assert!(
+            one("7f00-8f00 rw-s 00000000 00:09 5                  anon_inode:[perf]").is_ring()
+        );
+        assert!(!one("7f00-8f00 rw-s 00000000 08:01 5                  /socket:[5]").is_ring());
         assert!(Mapping::parse("8f00-7f00 r--p 00000000 00:00 0").is_none());
         assert!(Mapping::parse("garbage").is_none());
     }

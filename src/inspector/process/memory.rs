@@ -157,7 +157,7 @@ fn beyond_image(
 }
 
 /// The first of some pages that is not what `expected` writes into its buffer, chunk by chunk.
-/// Reads by /proc/PID/mem: process_vm_readv pins pages, and pins are evidence (`World::pins`).
+/// Reads by /proc/PID/mem, which goes by the open directory and not by a number.
 fn differs(
     live: &File,
     mut address: u64,

@@ -209,8 +209,8 @@ pub(super) fn inner_pid(status: &str) -> Option<i32> {
 /// /proc/PID/io: what read and write calls moved, all threads together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Io {
-    /// Bytes and calls.
-    pub(super) read: [u64; 2],
+    /// Bytes.
+    pub(super) read: u64,
     /// Bytes and calls.
     pub(super) written: [u64; 2],
 }
@@ -226,7 +226,7 @@ pub(super) fn io(dir: &Dir) -> Result<Option<Io>, ProcessError> {
     };
     let counters = || {
         Some(Io {
-            read: [field("rchar:")?, field("syscr:")?],
+            read: field("rchar:")?,
             written: [field("wchar:")?, field("syscw:")?],
         })
     };

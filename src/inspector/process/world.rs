@@ -17,8 +17,6 @@ pub(super) struct World {
     pub(super) mounts: Vec<(String, Digest)>,
     pub(super) ipc: Vec<(String, Ipc)>,
     pub(super) network: Vec<(String, Network)>,
-    /// Pages pinned on this host, ever; `None` where that is not counted.
-    pub(super) pins: Option<u64>,
 }
 
 /// One IPC namespace, with the host name of the same process.
@@ -49,10 +47,7 @@ pub(super) struct Traffic {
 
 /// Reads it through the processes of the set, one for each namespace.
 pub(super) fn read(dirs: &[Dir]) -> Result<World, ProcessError> {
-    let mut world = World {
-        pins: pins(),
-        ..World::default()
-    };
+    let mut world = World::default();
     let mut seen = BTreeSet::new();
     for dir in dirs {
         for kind in ["mnt", "ipc", "net"] {
@@ -123,14 +118,6 @@ fn same<T>(before: &[(String, T)], now: &[(String, T)], equal: impl Fn(&T, &T) -
             .all(|(a, b)| a.0 == b.0 && equal(&a.1, &b.1))
 }
 
-/// Pages that process_vm_writev and its like have pinned on this host.
-fn pins() -> Option<u64> {
-    let text = fs::read_to_string("/proc/vmstat").ok()?;
-    let mut lines = text.lines();
-    let value = lines.find_map(|line| line.strip_prefix("nr_foll_pin_acquired "))?;
-    value.parse().ok()
-}
-
 fn network(dir: &Dir) -> Result<Network, ProcessError> {
     let mut text = String::new();
     for file in ["net/route", "net/if_inet6", "net/fib_trie"] {
@@ -196,6 +183,7 @@ fn ipc_inside(handle: &OwnedFd) -> std::io::Result<Ipc> {
     // A kernel without SysV IPC has no such files.
     let table = |name| fs::read_to_string(format!("/proc/sysvipc/{name}")).unwrap_or_default();
     let (memory, semaphores, messages) = (table("shm"), table("sem"), table("msg"));
+    let memory = without_residency(&memory);
     let entries = |text: &str| text.lines().count() > 1;
     let has_queues = entries(&semaphores) || entries(&messages);
     let has_memory = entries(&memory);
@@ -205,6 +193,14 @@ fn ipc_inside(handle: &OwnedFd) -> std::io::Result<Ipc> {
         state: digest(format!("{memory}{semaphores}{messages}{values:?}").as_bytes()),
         has_queues,
         has_memory,
+    })
+}
+
+/// The last two columns tell how much of a segment is in memory or swapped.
+fn without_residency(table: &str) -> String {
+    table.lines().fold(String::new(), |text, line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        text + &fields[..fields.len().saturating_sub(2)].join(" ") + "\n"
     })
 }
 

@@ -1,16 +1,21 @@
-//! How much waits in the kernel's queues of one socket.
+//! How much waits in the kernel's queues of one pipe, terminal or socket.
 
 use std::{
     mem::{MaybeUninit, size_of},
     os::fd::{AsRawFd, OwnedFd},
 };
 
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, fcntl},
+};
 
 /// What a queue holds: numbers that are equal if nothing was put in or taken out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Queue {
     pub(super) amounts: Vec<i64>,
+    /// What others can set for it without a trace.
+    settings: Vec<i64>,
     /// Whether whatever is put in changes `amounts`.
     pub(super) exact: bool,
 }
@@ -19,17 +24,70 @@ impl Default for Queue {
     fn default() -> Self {
         Self {
             amounts: Vec::new(),
+            settings: Vec::new(),
             exact: true,
         }
     }
 }
 
 /// An ioctl that counts bytes; -1 where there is no such thing (a listening socket).
-pub(super) fn count(fd: &OwnedFd, request: libc::Ioctl) -> i64 {
+fn count(fd: &OwnedFd, request: libc::Ioctl) -> i64 {
     let mut bytes: libc::c_int = 0;
     // SAFETY: all requests used here (FIONREAD, TIOCOUTQ = SIOCOUTQ) write one int.
     let done = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut bytes) };
     if done < 0 { -1 } else { i64::from(bytes) }
+}
+
+/// Bytes that wait to be read.
+pub(super) fn held(fd: &OwnedFd) -> Queue {
+    Queue {
+        amounts: vec![count(fd, libc::FIONREAD)],
+        ..Queue::default()
+    }
+}
+
+/// What a pipe holds, and how much it can.
+pub(super) fn pipe(fd: &OwnedFd) -> Queue {
+    let room = fcntl(fd, FcntlArg::F_GETPIPE_SZ).map_or(-1, i64::from);
+    Queue {
+        settings: vec![room],
+        ..held(fd)
+    }
+}
+
+/// A terminal keeps about this many bytes that a count of them shows (N_TTY_BUF_SIZE is 4096).
+const TERMINAL_SHOWS: i64 = 4000;
+
+/// What waits in a terminal, its settings and its size.
+pub(super) fn terminal(fd: &OwnedFd) -> Queue {
+    let (input, output) = (count(fd, libc::FIONREAD), count(fd, libc::TIOCOUTQ));
+    let mut settings = Vec::new();
+    let mut termios = MaybeUninit::<libc::termios>::zeroed();
+    // SAFETY: tcgetattr writes one termios.
+    if unsafe { libc::tcgetattr(fd.as_raw_fd(), termios.as_mut_ptr()) } == 0 {
+        // SAFETY: zeroed, then written; integers all.
+        let termios = unsafe { termios.assume_init() };
+        let flags = [
+            termios.c_iflag,
+            termios.c_oflag,
+            termios.c_cflag,
+            termios.c_lflag,
+        ];
+        settings.extend(flags.map(i64::from));
+        settings.extend(termios.c_cc.map(i64::from));
+    }
+    let mut size = MaybeUninit::<libc::winsize>::zeroed();
+    // SAFETY: TIOCGWINSZ writes one winsize.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCGWINSZ, size.as_mut_ptr()) } == 0 {
+        // SAFETY: zeroed, then written; integers all.
+        let size = unsafe { size.assume_init() };
+        settings.extend([size.ws_row, size.ws_col].map(i64::from));
+    }
+    Queue {
+        amounts: vec![input, output],
+        settings,
+        exact: input < TERMINAL_SHOWS,
+    }
 }
 
 /// `SK_MEMINFO_VARS` of linux/sock_diag.h.
@@ -39,7 +97,7 @@ const MEMINFO: usize = 9;
 const MEMINFO_USED: [usize; 4] = [0, 2, 5, 8];
 
 /// Reads the queues of a socket.
-pub(super) fn queue(fd: &OwnedFd) -> Result<Queue, Errno> {
+pub(super) fn socket(fd: &OwnedFd) -> Result<Queue, Errno> {
     let number = |name| -> Result<i32, Errno> {
         let [word] = option::<1>(fd, libc::SOL_SOCKET, name).ok_or_else(Errno::last)?;
         Ok(word.cast_signed())
@@ -49,7 +107,8 @@ pub(super) fn queue(fd: &OwnedFd) -> Result<Queue, Errno> {
     let listens = number(libc::SO_ACCEPTCONN)? != 0;
     // TIOCOUTQ is SIOCOUTQ.
     let mut amounts = vec![count(fd, libc::FIONREAD), count(fd, libc::TIOCOUTQ)];
-    amounts.push(i64::from(readiness(fd)?));
+    let readiness = readiness(fd)?;
+    amounts.push(i64::from(readiness));
     let memory = option::<MEMINFO>(fd, libc::SOL_SOCKET, libc::SO_MEMINFO).unwrap_or([0; MEMINFO]);
     amounts.extend(MEMINFO_USED.map(|index| i64::from(memory[index])));
     let inet = family == libc::AF_INET || family == libc::AF_INET6;
@@ -58,10 +117,13 @@ pub(super) fn queue(fd: &OwnedFd) -> Result<Queue, Errno> {
     }
     Ok(Queue {
         amounts,
+        settings: Vec::new(),
         // Received datagrams and raw packets are charged to the receiver, so `memory` counts them
         // all. A unix datagram is charged to its sender, and only the first one's length is
-        // shown; of a unix listener only whether somebody waits.
-        exact: inet || (family == libc::AF_UNIX && stream && !listens),
+        // shown; of a unix listener only whether somebody waits. An empty queue hides nothing.
+        exact: inet
+            || (family == libc::AF_UNIX && stream && !listens)
+            || (family == libc::AF_UNIX && readiness & libc::POLLIN == 0),
     })
 }
 

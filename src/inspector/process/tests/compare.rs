@@ -1,0 +1,321 @@
+//! (b): memory against an image.
+
+use std::os::unix::fs::FileExt as _;
+
+use super::*;
+use crate::inspector::process::image::{PAGE, testing::pagemap};
+
+/// Registers that never change, for threads that do not run.
+fn registers(tid: i32) -> Option<u64> {
+    Some(u64::from(tid.unsigned_abs()))
+}
+
+/// Every page of its own, as CRIU would write it; `keep` chooses.
+fn dump(pid: i32, inner_pid: i32, to: &std::path::Path, keep: impl Fn(u64) -> bool) {
+    let dir = proc_fs::Dir::open(pid).unwrap();
+    let (memory, map) = (
+        dir.open_file("mem").unwrap(),
+        dir.open_file("pagemap").unwrap(),
+    );
+    let (memory, map) = (fs::File::from(memory), fs::File::from(map));
+    let (mut entries, mut pages) = (Vec::new(), Vec::new());
+    for mapping in maps::list(&dir).unwrap().0 {
+        if mapping.shared || mapping.is_of_kernel() {
+            continue;
+        }
+        for address in (mapping.start..mapping.end).step_by(4096) {
+            let mut entry = [0; 8];
+            map.read_exact_at(&mut entry, address / PAGE * 8).unwrap();
+            let entry = u64::from_le_bytes(entry);
+            if entry >> 62 != 0 && entry >> 61 & 1 == 0 && keep(address) {
+                let mut page = vec![0; 4096];
+                memory.read_exact_at(&mut page, address).unwrap();
+                if page.iter().any(|&byte| byte != 0) {
+                    entries.push([(1, address), (2, 1), (4, 4)]);
+                    pages.extend(page);
+                }
+            }
+        }
+    }
+    let rows: Vec<&[(u32, u64)]> = entries.iter().map(|row| &row[..]).collect();
+    fs::write(
+        to.join(format!("pagemap-{inner_pid}.img")),
+        pagemap(9, &rows),
+    )
+    .unwrap();
+    fs::write(to.join("pages-9.img"), pages).unwrap();
+}
+
+fn comparing() -> Settings {
+    Settings {
+        compare_memory: true,
+        ..settings()
+    }
+}
+
+struct Dumped {
+    actor: Actor,
+    images: tempfile::TempDir,
+    baseline: Baseline,
+    /// Of a page that holds "marker" at its start.
+    address: u64,
+}
+
+impl Dumped {
+    fn new(keep: impl Fn(u64, u64) -> bool) -> Self {
+        let actor = Actor::asleep(
+            "m = mmap.mmap(-1, 16 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); m[:6] = b'marker'; m[4096] = 0\n\
+             open('at', 'w').write(str(ctypes.addressof(ctypes.c_char.from_buffer(m))) + '\\n')",
+        );
+        let address = fs::read_to_string(actor.path("at"))
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap();
+        let images = tempfile::tempdir().unwrap();
+        dump(actor.pid(), actor.pid(), images.path(), |page| {
+            keep(page, address)
+        });
+        let mut baseline = baseline(&[actor.pid()], registers);
+        baseline.set_images(images.path());
+        Self {
+            actor,
+            images,
+            baseline,
+            address,
+        }
+    }
+
+    fn judge(&self, registers: Registers<'_>, settings: &Settings) -> Verdict {
+        let now = Snapshot::take(&[self.actor.pid()], registers).unwrap();
+        let mut facts = self.actor.facts();
+        facts.memory_reached = true;
+        self.baseline.verdict(&now, &facts, registers, settings)
+    }
+
+    fn poke(&self, address: u64, bytes: &[u8]) {
+        let path = format!("/proc/{}/mem", self.actor.pid());
+        let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+        file.write_all_at(bytes, address).unwrap();
+    }
+
+    fn differs_at(&self) -> u64 {
+        let why = reasons(&self.judge(&registers, &comparing()));
+        let [What::MemoryReached, What::Memory(place)] = &why[..] else {
+            panic!("{why:?}");
+        };
+        u64::from_str_radix(place.strip_prefix("page 0x").unwrap(), 16).unwrap()
+    }
+}
+
+#[test]
+fn who_equals_its_image_is_acquitted_though_its_memory_was_reached() {
+    let dumped = Dumped::new(|_, _| true);
+    assert_eq!(
+        acquittals(&dumped.judge(&registers, &comparing())),
+        [Acquittal::Equal]
+    );
+    let off = Settings {
+        compare_memory: false,
+        ..comparing()
+    };
+    assert_eq!(
+        reasons(&dumped.judge(&registers, &off)),
+        [What::MemoryReached]
+    );
+}
+
+#[test]
+fn one_byte_written_by_another_process_is_found() {
+    let dumped = Dumped::new(|_, _| true);
+    // Without a doubt nobody looks: the process has not run. This is what the doubt is for.
+    dumped.poke(dumped.address + 5, b"!");
+    let verdict = dumped.actor.judge(&dumped.baseline, &dumped.actor.facts());
+    assert_eq!(acquittals(&verdict), [Acquittal::NotRun]);
+    assert_eq!(dumped.differs_at(), dumped.address);
+    dumped.poke(dumped.address + 5, b"r");
+    assert_eq!(
+        acquittals(&dumped.judge(&registers, &comparing())),
+        [Acquittal::Equal]
+    );
+    // A page that was untouched, or zeros, when the image was made.
+    for page in [1, 7] {
+        let address = dumped.address + page * PAGE;
+        dumped.poke(address + 4095, b"!");
+        assert_eq!(dumped.differs_at(), address);
+        dumped.poke(address + 4095, b"\0");
+        assert_eq!(
+            acquittals(&dumped.judge(&registers, &comparing())),
+            [Acquittal::Equal]
+        );
+    }
+}
+
+#[test]
+fn a_page_that_the_image_lacks_is_found() {
+    let dumped = Dumped::new(|page, address| page != address);
+    assert_eq!(dumped.differs_at(), dumped.address);
+}
+
+#[test]
+fn registers_must_be_known_and_equal() {
+    let dumped = Dumped::new(|_, _| true);
+    let other = |tid| registers(tid).map(|value| value + 1);
+    let why = reasons(&dumped.judge(&other, &comparing()));
+    assert!(
+        matches!(&why[..], [_, What::Memory(place)] if place.contains("registers")),
+        "{why:?}"
+    );
+    let why = reasons(&dumped.judge(&no_registers, &comparing()));
+    assert!(matches!(&why[..], [_, What::NotCompared(_)]), "{why:?}");
+    let mut blind = baseline(&[dumped.actor.pid()], no_registers);
+    blind.set_images(dumped.images.path());
+    let mut facts = dumped.actor.facts();
+    facts.memory_reached = true;
+    let verdict = blind.verdict(
+        &dumped.actor.snapshot(),
+        &facts,
+        &no_registers,
+        &comparing(),
+    );
+    assert!(matches!(&reasons(&verdict)[..], [_, What::NotCompared(_)]));
+    // Also those that change between the look and the end of the comparison.
+    let calls = std::cell::Cell::new(0);
+    let moving = |tid| {
+        calls.set(calls.get() + 1);
+        registers(tid).map(|value| value + u64::from(calls.get() > 1))
+    };
+    let why = reasons(&dumped.judge(&moving, &comparing()));
+    assert!(
+        matches!(&why[..], [_, What::NotCompared(why)] if why.contains("ran")),
+        "{why:?}"
+    );
+}
+
+#[test]
+fn too_much_memory_is_not_compared() {
+    let dumped = Dumped::new(|_, _| true);
+    let little = Settings {
+        compared_bytes: 8192,
+        ..comparing()
+    };
+    let why = reasons(&dumped.judge(&registers, &little));
+    assert!(
+        matches!(&why[..], [_, What::NotCompared(why)] if why.contains("bytes")),
+        "{why:?}"
+    );
+    let empty = Dumped::new(|_, _| false);
+    let none = Settings {
+        compared_bytes: 0,
+        ..comparing()
+    };
+    let why = reasons(&empty.judge(&registers, &none));
+    assert!(
+        matches!(&why[..], [_, What::NotCompared(why)] if why.contains("not in the image")),
+        "{why:?}"
+    );
+}
+
+#[test]
+fn a_damaged_or_missing_image_acquits_nobody() {
+    let dumped = Dumped::new(|_, _| true);
+    let pages = dumped.images.path().join("pages-9.img");
+    let length = fs::metadata(&pages).unwrap().len();
+    fs::File::options()
+        .write(true)
+        .open(&pages)
+        .unwrap()
+        .set_len(length - 1)
+        .unwrap();
+    let why = reasons(&dumped.judge(&registers, &comparing()));
+    assert!(
+        matches!(&why[..], [_, What::NotCompared(why)] if why.contains("short")),
+        "{why:?}"
+    );
+    fs::remove_file(
+        dumped
+            .images
+            .path()
+            .join(format!("pagemap-{}.img", dumped.actor.pid())),
+    )
+    .unwrap();
+    let why = reasons(&dumped.judge(&registers, &comparing()));
+    assert!(matches!(&why[..], [_, What::NotCompared(_)]), "{why:?}");
+}
+
+#[test]
+fn shared_memory_and_other_mappings_are_not_equal() {
+    let dumped = Dumped::new(|_, _| true);
+    let mut now = Snapshot::take(&[dumped.actor.pid()], &registers).unwrap();
+    let mut facts = dumped.actor.facts();
+    facts.memory_reached = true;
+    now.processes[0].maps.shares_memory = true;
+    let verdict = dumped
+        .baseline
+        .verdict(&now, &facts, &registers, &comparing());
+    assert!(
+        matches!(&reasons(&verdict)[..], [_, What::NotCompared(why)] if why.contains("shared"))
+    );
+    now.processes[0].maps.digest = [0; 32];
+    let verdict = dumped
+        .baseline
+        .verdict(&now, &facts, &registers, &comparing());
+    assert!(matches!(&reasons(&verdict)[..], [_, What::Memory(what)] if what == "mappings"));
+}
+
+/// After a thaw system calls start again with other registers; they are P's if the memory is.
+#[test]
+fn settling_takes_new_registers_only_with_the_memory_of_the_image() {
+    let later = |tid| registers(tid).map(|value| value + 1);
+    for changed in [false, true] {
+        let mut dumped = Dumped::new(|_, _| true);
+        if changed {
+            dumped.poke(dumped.address, b"M");
+        }
+        let now = Snapshot::take(&[dumped.actor.pid()], &later).unwrap();
+        let settled = dumped
+            .baseline
+            .settle(now, &dumped.actor.facts(), &comparing(), None);
+        assert_eq!(settled, Settled::Yes);
+        if changed {
+            dumped.poke(dumped.address, b"m");
+        }
+        assert_eq!(dumped.judge(&later, &comparing()).is_unchanged(), !changed);
+        assert_eq!(
+            dumped.judge(&registers, &comparing()).is_unchanged(),
+            changed
+        );
+    }
+}
+
+/// By hand, on a process that CRIU has dumped (`--leave-running`): docs/inspector-processes.md.
+/// DUMPED_PID is its host pid, DUMPED_IMAGES CRIU's directory.
+#[test]
+#[ignore = "needs CRIU"]
+fn what_criu_dumped_is_where_the_index_says() {
+    let pid = std::env::var("DUMPED_PID").unwrap().parse().unwrap();
+    let images = std::env::var("DUMPED_IMAGES").unwrap();
+    let inner_pid = baseline(&[pid], registers).snapshot.processes[0].inner_pid;
+    let pages = image::Pages::open(images.as_ref(), inner_pid).unwrap();
+    let (file, mut offset) = (pages.file().unwrap(), 0);
+    assert_eq!(file.metadata().unwrap().len(), pages.bytes());
+    let memory = fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+    let mut different = Vec::new();
+    for run in &pages.runs {
+        for address in (run.address..run.end()).step_by(4096) {
+            let mut both = [[0; 4096]; 2];
+            file.read_exact_at(&mut both[0], offset).unwrap();
+            memory.read_exact_at(&mut both[1], address).unwrap();
+            if both[0] != both[1] {
+                different.push(format!("{address:#x}"));
+            }
+            offset += PAGE;
+        }
+    }
+    println!(
+        "{} runs, {offset} bytes, different: {different:?}",
+        pages.runs.len()
+    );
+    // CRIU's own signal frame on the stack.
+    assert!(different.len() <= 1, "{different:?}");
+}
