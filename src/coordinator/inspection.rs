@@ -9,11 +9,11 @@ use std::{path::Path, time::Instant};
 
 use super::{
     freeze::Freezable,
-    memory_files::{MemoryFiles, Mounts, shared_memory},
+    memory_files::{MemoryFiles, Mounts},
     processes::Processes,
 };
 use crate::{
-    inspector::{Dirty, Watch},
+    inspector::{Dirty, Inode, Watch, process},
     rootfs::layer::{Candidate, Comparison, Layer, Scope},
     sandbox::TurnNo,
     store::Effect,
@@ -274,6 +274,18 @@ fn taken(
     let mounts = Mounts::of(scene.init).map_err(|e| format!("cannot list the mounts: {e}"))?;
     let memory_files = MemoryFiles::of(scene.init, &mounts, scene.stop);
     let processes = Processes::take(&pids, scene, image, watch, consistent_cut);
+    if let Ok(Outline::Delta(delta)) = &layer {
+        // Without a name, and as they are now they belong to the dump. CRIU itself makes and removes
+        // a directory in the sandbox for each of its tmpfs.
+        let ours = |one: &&Candidate| known.is_some_and(|known| known.layer.dev() == one.dev);
+        let inode = |one: &Candidate| Inode {
+            dev: one.dev,
+            ino: one.ino,
+        };
+        watch
+            .forget(delta.outside.iter().filter(ours).map(inode))
+            .map_err(|e| format!("cannot forget an inode: {e}"))?;
+    }
     watch
         .watch_processes(&pids)
         .map_err(|e| format!("cannot watch the processes: {e}"))?;
@@ -313,7 +325,7 @@ fn outline(
 /// sign, so then names that nothing explains are searched for.
 fn candidates(dirty: &Dirty) -> (Vec<Candidate>, Scope) {
     let outside = dirty.inodes.values().any(|how| how.is_outside());
-    let candidate = |inode: &crate::inspector::Inode| Candidate {
+    let candidate = |inode: &Inode| Candidate {
         dev: inode.dev,
         ino: inode.ino,
     };
@@ -364,7 +376,7 @@ fn files(
             Some(_) if memory_files.is_as_it_was(scene.init, mounts, dev, scene.stop) => continue,
             Some(place) => format!("{} changed", place.display()),
             // Volumes are the host's; of memory the processes' own marks tell.
-            None if mounts.is_external(dev) || Some(dev) == shared_memory() => continue,
+            None if mounts.is_external(dev) || Some(dev) == process::shared_memory() => continue,
             // The runtime, which has joined the sandbox's cgroup and not yet its mounts.
             None if Mounts::of_self().is_ok_and(|host| host.has(dev)) => continue,
             None => {

@@ -5,7 +5,6 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
-    sync::OnceLock,
 };
 
 use crate::rootfs::{
@@ -74,15 +73,6 @@ impl Mounts {
     pub(super) fn is_external(&self, dev: u64) -> bool {
         self.others.contains_key(&dev)
     }
-}
-
-/// The device of the kernel's own tmpfs, in which memfds and shared memory live.
-pub(super) fn shared_memory() -> Option<u64> {
-    static DEV: OnceLock<Option<u64>> = OnceLock::new();
-    *DEV.get_or_init(|| {
-        let memory = rustix::fs::memfd_create(c"crab", rustix::fs::MemfdFlags::CLOEXEC).ok()?;
-        Some(rustix::fs::fstat(&memory).ok()?.st_dev)
-    })
 }
 
 /// `8:1` as a device number.

@@ -25,6 +25,8 @@ const SETTLE_TRIES: u32 = 5;
 const SETTLE_PAUSE: Duration = Duration::from_millis(4);
 /// So many reasons are told.
 const TOLD: usize = 4;
+/// So many processes are named that ran and were acquitted nevertheless, of each way.
+const NAMED: usize = 16;
 
 /// The processes of the last dump.
 pub(super) struct Processes {
@@ -87,16 +89,7 @@ impl Processes {
     /// name was changed.
     pub(super) fn look(&self, watch: &Watch, scene: &Scene<'_>, orphans: bool, look: &mut Look) {
         match self.verdict(watch, scene, orphans) {
-            Ok(Verdict::Unchanged { by }) => {
-                let cut: Vec<_> = by
-                    .iter()
-                    .filter(|(.., how)| *how == Acquittal::ConsistentCut)
-                    .map(|(pid, comm, _)| format!("{pid} {comm:?}"))
-                    .collect();
-                if !cut.is_empty() {
-                    look.tell(format!("ran and moved no data: {}", cut.join(", ")));
-                }
-            }
+            Ok(Verdict::Unchanged { by }) => look.tell(acquitted(&by)),
             Ok(Verdict::Changed { why }) => {
                 for reason in &why {
                     look.add(effect(&reason.what));
@@ -194,10 +187,59 @@ fn effect(what: &What) -> Effect {
     }
 }
 
+/// By which of D6's three ways each process was acquitted; none: nothing in the sandbox ran at all.
+fn acquitted(by: &[(i32, String, Acquittal)]) -> String {
+    if by.is_empty() {
+        return "no process ran".into();
+    }
+    let named = |way: Acquittal, title: &str| {
+        let mut all = by.iter().filter(|(.., how)| *how == way);
+        let name = |(pid, comm, _): &(i32, String, Acquittal)| format!("{pid} {comm:?}");
+        let names: Vec<_> = all.by_ref().take(NAMED).map(name).collect();
+        let more = match all.count() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        (!names.is_empty()).then(|| format!("{title}: {}{more}", names.join(", ")))
+    };
+    // Who did not run is the rule, and not worth a name.
+    let still = by.iter().filter(|(.., how)| *how == Acquittal::NotRun);
+    let ways = [
+        Some(format!("did not run: {}", still.count())),
+        named(Acquittal::ConsistentCut, "ran and moved no data"),
+        named(Acquittal::Equal, "equal to the image"),
+    ];
+    ways.into_iter().flatten().collect::<Vec<_>>().join("; ")
+}
+
 fn tell(why: &[Reason]) -> String {
     let mut text: Vec<_> = why.iter().take(TOLD).map(ToString::to_string).collect();
     if why.len() > TOLD {
         text.push(format!("and {} more", why.len() - TOLD));
     }
     text.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_way_of_each_acquittal_is_told_and_the_text_stays_short() {
+        assert_eq!(acquitted(&[]), "no process ran");
+        let one = |pid, comm: &str, way| (pid, comm.to_owned(), way);
+        let by = [
+            one(1, "init", Acquittal::NotRun),
+            one(2, "re\ndis", Acquittal::ConsistentCut),
+            one(3, "sh", Acquittal::Equal),
+        ];
+        assert_eq!(
+            acquitted(&by),
+            "did not run: 1; ran and moved no data: 2 \"re\\ndis\"; equal to the image: 3 \"sh\""
+        );
+        let many = vec![one(7, "x", Acquittal::Equal); NAMED + 3];
+        let text = acquitted(&many);
+        assert!(text.ends_with("7 \"x\" and 3 more"), "{text}");
+        assert_eq!(text.matches("7 \"x\"").count(), NAMED);
+    }
 }

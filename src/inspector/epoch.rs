@@ -144,6 +144,16 @@ impl Dirty {
     }
 }
 
+impl From<Inode> for InodeKey {
+    fn from(inode: Inode) -> Self {
+        Self {
+            ino: inode.ino,
+            dev: abi::kernel_dev(inode.dev),
+            unused: 0,
+        }
+    }
+}
+
 impl InodeKey {
     /// The inode that an iterator's line names; none for a ring of asynchronous I/O.
     pub(super) fn of(mapping: &Mapping) -> Option<Self> {

@@ -18,9 +18,9 @@ use std::{
 
 use super::{
     abi::{self, InodeKey, MAPPING_AIO, Mapping, Registers, SLOTS, Watched},
-    dirty::{Dirty, Happened},
+    dirty::{Dirty, Happened, Inode},
     epoch::{Epoch, FIRST_ROOM},
-    host::{Host, Key, get, put},
+    host::{Host, Key, get, put, remove},
     load::failpoint,
     slots::Slot,
     sys::{self, Whom},
@@ -174,6 +174,16 @@ impl Watch {
         self.now.doubt = None;
         failpoint("cut");
         self.look()
+    }
+
+    /// What was noted of these inodes since [`Watch::prepare`] is of no use. After [`Watch::cut`], while
+    /// the sandbox is frozen, and before [`Watch::watch_processes`]: the programs do not tell twice of
+    /// what they have told of, until that.
+    pub fn forget(&mut self, inodes: impl Iterator<Item = Inode>) -> io::Result<()> {
+        for inode in inodes {
+            remove(&self.now.map, &InodeKey::from(inode))?;
+        }
+        Ok(())
     }
 
     /// The last cut is durable: what was prepared for it is forgotten.

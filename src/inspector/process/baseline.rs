@@ -121,6 +121,9 @@ impl Baseline {
             let registers = settings.compare_memory && new.has_registers() && same_memory();
             // Everything else is equal, or is what the image holds: the memory.
             old.io = new.io;
+            if registers {
+                old.blocked.clone_from(&new.blocked);
+            }
             for (task, settled) in old.tasks.iter_mut().zip(new.tasks) {
                 task.progress = settled.progress;
                 if registers {

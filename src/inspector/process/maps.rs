@@ -1,5 +1,7 @@
 //! /proc/PID/maps: its digest, and which kinds of shared memory are in it.
 
+use std::sync::OnceLock;
+
 use super::proc_fs::{Digest, Dir, ProcessError, digest};
 
 /// One mapping.
@@ -10,7 +12,25 @@ pub(super) struct Mapping {
     /// Stores reach an object that others may map, too.
     pub(super) shared: bool,
     writable: bool,
+    /// The object lies in the kernel's own tmpfs, and never had a name anywhere.
+    of_kernel_memory: bool,
     name: String,
+}
+
+/// The device of the kernel's own tmpfs, in which memfds, SysV and anonymous shared memory live.
+pub fn shared_memory() -> Option<u64> {
+    static DEV: OnceLock<Option<u64>> = OnceLock::new();
+    *DEV.get_or_init(|| {
+        let memory = rustix::fs::memfd_create(c"crab", rustix::fs::MemfdFlags::CLOEXEC).ok()?;
+        Some(rustix::fs::fstat(&memory).ok()?.st_dev)
+    })
+}
+
+/// `fe:00` as a device number.
+fn device(text: &str) -> Option<u64> {
+    let (major, minor) = text.split_once(':')?;
+    let number = |text| u32::from_str_radix(text, 16).ok();
+    Some(libc::makedev(number(major)?, number(minor)?))
 }
 
 /// What a process has mapped.
@@ -22,7 +42,7 @@ pub(super) struct Maps {
     pub(super) shares_memory: bool,
     /// A shared mapping, writable now, of an object that has a name.
     pub(super) writes_file: bool,
-    /// A file without a name.
+    /// A file of a file system, without a name.
     pub(super) deleted: bool,
     /// A ring that the kernel fills while the process sleeps: of a packet socket, io_uring, perf.
     pub(super) filled_by_kernel: bool,
@@ -40,7 +60,7 @@ pub(super) fn read(dir: &Dir) -> Result<Maps, ProcessError> {
         // mappings sees (DID_SHM).
         writes_file: any(|m| m.shared && m.writable && !m.is_nameless()),
         filled_by_kernel: any(Mapping::is_ring),
-        deleted: any(|m| m.name.ends_with(" (deleted)")),
+        deleted: any(|m| m.name.ends_with(" (deleted)") && !m.of_kernel_memory),
     })
 }
 
@@ -61,13 +81,14 @@ impl Mapping {
         let mut fields = line.splitn(6, ' ');
         let (start, end) = fields.next()?.split_once('-')?;
         let permissions = fields.next()?.as_bytes();
-        let (_offset, _device, _inode) = (fields.next()?, fields.next()?, fields.next()?);
+        let (_offset, device_text, _inode) = (fields.next()?, fields.next()?, fields.next()?);
         let name = fields.next().unwrap_or_default().trim_start();
         let mapping = Self {
             start: u64::from_str_radix(start, 16).ok()?,
             end: u64::from_str_radix(end, 16).ok()?,
             shared: *permissions.get(3)? == b's',
             writable: *permissions.get(1)? == b'w',
+            of_kernel_memory: device(device_text).is_some_and(|dev| Some(dev) == shared_memory()),
             name: name.to_owned(),
         };
         (mapping.start < mapping.end).then_some(mapping)
@@ -149,5 +170,17 @@ mod tests {
         assert!(!one("7f00-8f00 rw-s 00000000 08:01 5                  /socket:[5]").is_ring());
         assert!(Mapping::parse("8f00-7f00 r--p 00000000 00:00 0").is_none());
         assert!(Mapping::parse("garbage").is_none());
+    }
+
+    #[test]
+    fn anonymous_shared_memory_is_no_deleted_file_whatever_a_file_is_called() {
+        let memory = shared_memory().unwrap();
+        let line = |dev| {
+            let (major, minor) = (libc::major(dev), libc::minor(dev));
+            format!("7f00-8f00 rw-s 00000000 {major:02x}:{minor:02x} 5   /dev/zero (deleted)")
+        };
+        assert!(one(&line(memory)).of_kernel_memory);
+        assert!(!one(&line(libc::makedev(0xfe, 0x1f))).of_kernel_memory);
+        assert_eq!(device("fe:1f"), Some(libc::makedev(254, 31)));
     }
 }

@@ -42,6 +42,9 @@ pub(super) fn equal(
             _ => return Err(place()),
         }
     }
+    if before.blocked != after.blocked {
+        return Err(What::Attribute("blocked signals"));
+    }
     equal_memory(before, after, images, limit)?;
     // If it had run, and slept again, this would differ.
     let same = |task: &super::tasks::Task| registers(task.tid) == task.registers;

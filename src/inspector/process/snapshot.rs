@@ -36,6 +36,8 @@ pub(super) struct Process {
     /// Read again after everything else.
     pub(super) progress_after: Vec<Progress>,
     pub(super) attributes: Attributes,
+    /// See [`tasks::blocked`]; memory and registers alone do not tell.
+    pub(super) blocked: Option<String>,
     pub(super) io: Option<Io>,
     pub(super) maps: Maps,
     pub(super) table: Table,
@@ -131,6 +133,7 @@ impl Process {
             tasks,
             progress_after,
             attributes,
+            blocked: tasks::blocked(&status).map(str::to_owned),
             io,
             maps,
             table,

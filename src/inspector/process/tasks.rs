@@ -106,7 +106,8 @@ impl Stat {
     }
 }
 
-/// The lines of /proc/PID/status that are part of a state (docs/state.md). CPUs and memory nodes
+/// The lines of /proc/PID/status that are part of a state (docs/state.md), but for the mask of blocked
+/// signals: see [`blocked`]. CPUs and memory nodes
 /// are there because an exec can change them for another process.
 const STATUS: &[&str] = &[
     "Umask",
@@ -118,7 +119,6 @@ const STATUS: &[&str] = &[
     "Groups",
     "SigPnd",
     "ShdPnd",
-    "SigBlk",
     "SigIgn",
     "SigCgt",
     "CapInh",
@@ -196,6 +196,16 @@ fn link_or_none(dir: &Dir, name: &str) -> Result<String, ProcessError> {
         Err(ProcessError::Gone(_)) => Ok(String::new()),
         result => result,
     }
+}
+
+/// The blocked signals of the first thread. Only it itself sets them, by running. While it waits in
+/// sigsuspend, ppoll or the like these are the call's own, and in a freeze after a dump those to which
+/// the call will return, so that they change with a thaw (nginx).
+pub(super) fn blocked(status: &str) -> Option<&str> {
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigBlk:"))
+        .map(str::trim)
 }
 
 /// The pid within the innermost namespace: images are named by it.
