@@ -287,35 +287,3 @@ fn settling_takes_new_registers_only_with_the_memory_of_the_image() {
         );
     }
 }
-
-/// By hand, on a process that CRIU has dumped (`--leave-running`): docs/inspector-processes.md.
-/// DUMPED_PID is its host pid, DUMPED_IMAGES CRIU's directory.
-#[test]
-#[ignore = "needs CRIU"]
-fn what_criu_dumped_is_where_the_index_says() {
-    let pid = std::env::var("DUMPED_PID").unwrap().parse().unwrap();
-    let images = std::env::var("DUMPED_IMAGES").unwrap();
-    let inner_pid = baseline(&[pid], registers).snapshot.processes[0].inner_pid;
-    let pages = image::Pages::open(images.as_ref(), inner_pid).unwrap();
-    let (file, mut offset) = (pages.file().unwrap(), 0);
-    assert_eq!(file.metadata().unwrap().len(), pages.bytes());
-    let memory = fs::File::open(format!("/proc/{pid}/mem")).unwrap();
-    let mut different = Vec::new();
-    for run in &pages.runs {
-        for address in (run.address..run.end()).step_by(4096) {
-            let mut both = [[0; 4096]; 2];
-            file.read_exact_at(&mut both[0], offset).unwrap();
-            memory.read_exact_at(&mut both[1], address).unwrap();
-            if both[0] != both[1] {
-                different.push(format!("{address:#x}"));
-            }
-            offset += PAGE;
-        }
-    }
-    println!(
-        "{} runs, {offset} bytes, different: {different:?}",
-        pages.runs.len()
-    );
-    // CRIU's own signal frame on the stack.
-    assert!(different.len() <= 1, "{different:?}");
-}
