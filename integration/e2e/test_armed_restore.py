@@ -46,7 +46,7 @@ class Sandbox:
     """An opted-in container of either client, and how it dies and comes back."""
 
     def __init__(self, kind, directory, *command, options=()):
-        self.kind, self.log_file = kind, directory / unique("log")
+        self.kind, self.log_file, self.execs = kind, directory / unique("log"), 0
         if kind == "ctr":
             self.container = Ctr(CRAB, *command, options=[*OPT_IN, *options], output=self.log_file)
         else:
@@ -61,9 +61,11 @@ class Sandbox:
         shutil.rmtree(pathlib.Path("/var/lib/crab", "default" if self.kind == "ctr" else "moby", self.container.id), ignore_errors=True)
 
     def exec(self, *command, **kwargs):
+        self.execs += 1
         return self.container.exec(*command, **kwargs)
 
     def sh(self, script, **kwargs):
+        self.execs += 1
         return self.container.sh(script, **kwargs)
 
     def ask(self, *words):
@@ -97,8 +99,25 @@ class Sandbox:
             self.container.stopped()
             self.container.delete_task()
 
-    def restore(self, which="", **kwargs):
-        return crab("restore", self.name + which, **kwargs)
+    def settled(self, wanted=None):
+        """Waits for the last exec's turn; returns its number. `wanted="none"`: repeats a command that only reads until
+        its turn was one that changed nothing, as it may not be while other sandboxes' dumps disturb it."""
+        def is_none(line):
+            return line["action"] == "skip" and not line["effects"]
+
+        def last():
+            lines = self.turns()
+            return lines and len(lines) == self.execs and (lines[-1]["checkpoint"] or is_none(lines[-1])) and lines[-1]
+
+        for _ in range(10):
+            line = until(last, "the turn is protected")
+            if not wanted or is_none(line):
+                return line["turn"]
+            self.sh("true")
+        raise AssertionError(f"never none: {self.turns()}")
+
+    def restore(self, which="", options=(), **kwargs):
+        return crab("restore", *options, self.name + which, **kwargs)
 
     def start(self):
         if self.kind == "docker":
@@ -272,10 +291,53 @@ def test_execs_wait_at_the_gate_for_the_last_turn(tmp_path):
     with Sandbox("ctr", tmp_path) as sandbox:
         for n in range(3):
             sandbox.sh(f"echo {n} >/file")
-            turns = sandbox.turns()
+            turn = sandbox.execs
             sandbox.sh("true")
-            durable = [turn["turn"] for turn in sandbox.turns() if turn["checkpoint"]]
-            assert len(durable) > len(turns) or durable[-1] > n, "the turn before was durable when this exec ran"
+            durable = [line["turn"] for line in sandbox.turns() if line["checkpoint"]]
+            assert turn in durable, "the turn before was durable when this exec ran"
+
+
+# turns that changed nothing
+
+
+def test_a_turn_that_changed_nothing_is_restored_from_the_checkpoint_before_it(tmp_path):
+    with Sandbox("ctr", tmp_path) as sandbox:
+        sandbox.sh("echo one >/file")
+        sandbox.settled()
+        sandbox.sh("cat /file")
+        none = sandbox.settled(wanted="none")
+        held = max(line["turn"] for line in sandbox.turns() if line["checkpoint"])
+        # Protected up to the newest turn, though its checkpoint is an earlier one's.
+        shown = next(json.loads(line) for line in crab("ps", "--json").out.splitlines() if sandbox.name in line)
+        assert (shown["turn"], shown["checkpoint"]) == (none, held)
+        assert re.search(rf"^ +{none} +- +none ", crab("log", sandbox.name).out, re.M)
+        assert crab("verify", f"{sandbox.name}@{none}").out == f"default/{sandbox.name}@{held}  ok\n"
+        sandbox.sh("echo two >/file")
+        last = sandbox.turn()
+        sandbox.die()
+        said = sandbox.restore(f"@{none}").out
+        assert f"restores turn {held}" in said and f"turn {none} changed nothing" in said, said
+        assert json.loads(sandbox.restore(f"@{none}", options=["--json"]).out)["armed"] == held
+        sandbox.start()
+        assert sandbox.sh("cat /file") == "one\n"
+        until(lambda: sandbox.turns()[-1]["turn"] > last, "the next turn has a number of its own")
+
+
+def test_a_turn_that_changed_nothing_goes_with_the_checkpoint_before_it(tmp_path):
+    with Sandbox("ctr", tmp_path, options=["--annotation", "dev.crab.keep=1"]) as sandbox:
+        sandbox.sh("echo one >/file")
+        sandbox.settled()
+        sandbox.sh("cat /file")
+        none = sandbox.settled(wanted="none")
+        sandbox.sh("echo two >/file")
+        last = sandbox.turn()
+        sandbox.die()
+        done = sandbox.restore(f"@{none}", check=False)
+        assert done.rc == 1 and f"no checkpoint of turn {none}" in done.err and "no longer kept" in done.err, done
+        assert sandbox.restore(f"@{last + 7}", check=False).rc == 1
+        sandbox.restore()
+        sandbox.start()
+        assert sandbox.sh("cat /file") == "two\n"
 
 
 # what is refused

@@ -9,6 +9,8 @@ RUN = ("/run/crab", "/run/containerd/s", "/run/containerd/runc", "/run/container
        "/run/docker/runtime-runc", "/var/lib/docker/containers", "/var/run/docker/containerd")
 SHARED = {"/run/crab", "/run/crab/runc", "/run/crab/s", "/run/crab/shims"}
 """Directories that are made with the first sandbox and may stay. So may those of a namespace, one level below."""
+KEPT = {"/run/crab/bpf.lock"}
+"""A file that is locked can't be removed without a race: whoever waits for it would have the lock of no file."""
 
 
 def mounts():
@@ -29,7 +31,7 @@ def files():
     for root in map(os.path.realpath, RUN):
         for top, dirs, names in os.walk(root):
             dirs[:] = [d for d in dirs if d != "rootfs"]
-            found.update(f"file {top}/{n}" for n in names)
+            found.update(f"file {top}/{n}" for n in names if f"{top}/{n}" not in KEPT)
             found.update(f"directory {top}/{d}" for d in dirs if not is_shared(f"{top}/{d}"))
     return found
 

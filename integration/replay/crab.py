@@ -41,13 +41,20 @@ class Crab:
         wait_for(f"crab to finish the turn after {turn}", is_there)
         return found[0]
 
-    def checkpoint(self) -> None:
-        """A checkpoint now, whatever the turn was."""
-        self._crab("checkpoint", self.client.id)
-
     def arm(self) -> None:
         """The dead sandbox's next start goes back to its newest checkpoint."""
         self._crab("restore", self.client.id)
+
+
+def is_none(line: Line) -> bool:
+    """Whether crab found that the turn had changed nothing. (A turn that could not be protected is no `none`.)"""
+    return (line["action"] == "skip" and line["trigger"] == "exec" and line["effects"] == []
+            and line["checkpoint"] is None)
+
+
+def is_unprotected(line: Line) -> bool:
+    """Whether the turn has changed something, and has no checkpoint."""
+    return line["checkpoint"] is None and not is_none(line)
 
 
 def _is_settled(line: Line) -> bool:

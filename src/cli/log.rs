@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::{Scope, print, printable};
+use super::{Scope, print, printable, turns};
 use crate::store::{Action, JournalLine};
 
 pub(super) fn run(scope: &Scope, word: &str) -> anyhow::Result<ExitCode> {
@@ -30,6 +30,8 @@ pub(super) fn run(scope: &Scope, word: &str) -> anyhow::Result<ExitCode> {
 /// One turn in one line.
 pub(super) fn describe(line: &JournalLine) -> String {
     let action = match line.action {
+        Action::Skip if turns::is_none(line) => "none",
+        // Not protected: the note says why.
         Action::Skip => "-",
         Action::Files => "files",
         Action::Full => "full",

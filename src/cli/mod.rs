@@ -6,6 +6,7 @@ mod docker;
 mod log;
 mod ps;
 mod restore;
+mod turns;
 
 use std::{
     io::{self, Write},
@@ -19,7 +20,7 @@ use clap::{Parser, Subcommand};
 use crate::{
     config::{self, Config},
     control::client,
-    sandbox::{SandboxId, TurnNo},
+    sandbox::SandboxId,
     shim::run_dir::{RUN, RunDir},
     store::Store,
 };
@@ -57,7 +58,8 @@ enum Verb {
     },
     /// Make a stopped container's next start restore a checkpoint instead of booting
     Restore {
-        /// SANDBOX, SANDBOX@TURN or SANDBOX@NAME; without @ the newest checkpoint
+        /// SANDBOX, SANDBOX@TURN or SANDBOX@NAME; without @ the newest checkpoint. For a turn that
+        /// changed nothing, that is the checkpoint before it
         sandbox: String,
         /// Take it back: the next start boots
         #[arg(long, conflicts_with = "start")]
@@ -68,7 +70,7 @@ enum Verb {
     },
     /// Check the checkpoints of one sandbox, or of all, against their digests
     Verify {
-        /// Container id, a unique prefix of it, or a Docker name
+        /// Container id, a unique prefix of it, or a Docker name; with @TURN or @NAME one checkpoint
         sandbox: Option<String>,
     },
 }
@@ -198,6 +200,10 @@ fn checkpoint(context: &Scope, word: &str, name: Option<&str>) -> anyhow::Result
 
 fn verify(context: &Scope, word: Option<&str>) -> anyhow::Result<ExitCode> {
     let store = context.store()?;
+    let (word, which) = match word.map(split_at) {
+        Some((word, which)) => (Some(word), which),
+        None => (None, None),
+    };
     let sandboxes = match word {
         Some(word) => vec![context.find(word)?],
         None => store.sandboxes()?,
@@ -205,7 +211,11 @@ fn verify(context: &Scope, word: Option<&str>) -> anyhow::Result<ExitCode> {
     let mut broken = 0;
     for sandbox in sandboxes {
         let checkpoints = store.sandbox(&sandbox);
-        for turn in checkpoints.turns()? {
+        let turns = match which {
+            Some(_) => vec![turns::find(&checkpoints, which)?.by],
+            None => checkpoints.turns()?,
+        };
+        for turn in turns {
             let faults: Vec<String> = match checkpoints.verify(turn) {
                 Ok(faults) => faults.iter().map(ToString::to_string).collect(),
                 Err(e) => vec![e.to_string()],
@@ -238,24 +248,6 @@ fn split_at(word: &str) -> (&str, Option<&str>) {
         Some((sandbox, which)) => (sandbox, Some(which)),
         None => (word, None),
     }
-}
-
-/// A turn by number or name; without one the newest.
-fn turn_of(
-    checkpoints: &crate::store::SandboxStore,
-    which: Option<&str>,
-) -> anyhow::Result<TurnNo> {
-    let id = checkpoints.id();
-    let Some(which) = which else {
-        let latest = checkpoints.latest()?;
-        return latest
-            .map(|c| c.turn())
-            .with_context(|| format!("{id} has no checkpoint"));
-    };
-    if let Ok(turn) = which.parse() {
-        return Ok(checkpoints.get(turn)?.turn());
-    }
-    Ok(checkpoints.named(which)?)
 }
 
 /// One line to stdout.

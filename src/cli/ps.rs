@@ -2,7 +2,10 @@
 
 use std::{path::Path, process::ExitCode};
 
-use super::{Scope, print, printable};
+use super::{
+    Scope, print, printable,
+    turns::{self, Held},
+};
 use crate::{
     control::{api::Sandbox, client},
     sandbox::SandboxId,
@@ -15,12 +18,14 @@ pub(super) fn run(scope: &Scope) -> anyhow::Result<ExitCode> {
     sandboxes.sort_by(|a, b| (&a.namespace, &a.id).cmp(&(&b.namespace, &b.id)));
     let mut rows = vec![["NAMESPACE", "ID", "STATE", "TURN", "PROTECTED"].map(str::to_owned)];
     for sandbox in &sandboxes {
-        let turn = newest(scope, sandbox);
+        let held = newest(scope, sandbox);
+        let turn = held.map(|held| held.turn);
         if scope.json {
             let object = serde_json::json!({
                 "namespace": sandbox.namespace, "id": sandbox.id, "state": sandbox.phase,
                 "pid": sandbox.pid, "protected": sandbox.is_protected,
-                "why_not": sandbox.why_not, "turn": turn, "execs": sandbox.execs,
+                "why_not": sandbox.why_not, "turn": turn,
+                "checkpoint": held.map(|held| held.by), "execs": sandbox.execs,
             });
             print(&object.to_string())?;
             continue;
@@ -49,14 +54,13 @@ pub(super) fn run(scope: &Scope) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// The newest checkpoint's turn.
-fn newest(scope: &Scope, sandbox: &Sandbox) -> Option<u64> {
+/// The newest turn that is protected: by its own checkpoint, or because it changed nothing.
+fn newest(scope: &Scope, sandbox: &Sandbox) -> Option<Held> {
     let id = SandboxId::new(&sandbox.namespace, &sandbox.id).ok()?;
     if !scope.store_root.exists() {
         return None;
     }
-    let turns = scope.store().ok()?.sandbox(&id).turns().ok()?;
-    turns.last().map(|turn| turn.0)
+    turns::newest(&scope.store().ok()?.sandbox(&id)).ok()?
 }
 
 /// Columns as wide as their widest cell; the last one as it is.

@@ -9,7 +9,10 @@ use std::{
 
 use anyhow::{Context, bail};
 
-use super::{Scope, print, split_at, turn_of};
+use super::{
+    Scope, print, split_at,
+    turns::{self, Held},
+};
 use crate::{
     control::client,
     sandbox::SandboxId,
@@ -35,7 +38,8 @@ pub(super) fn run(
         say(scope, &sandbox, None)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let turn = turn_of(&writer, which)?;
+    let held = turns::find(&writer, which)?;
+    let turn = held.by;
     let faults = writer.verify(turn)?;
     if let Some(fault) = faults.first() {
         bail!(
@@ -47,7 +51,7 @@ pub(super) fn run(
     writer.arm(turn)?;
     // The shim takes the lock when it starts.
     drop(writer);
-    say(scope, &sandbox, Some(turn.0))?;
+    say(scope, &sandbox, Some(held))?;
     if start {
         start_it(&sandbox)?;
     }
@@ -79,17 +83,25 @@ fn refuse_if_alive(sandbox: &SandboxId) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn say(scope: &Scope, sandbox: &SandboxId, turn: Option<u64>) -> anyhow::Result<()> {
+fn say(scope: &Scope, sandbox: &SandboxId, held: Option<Held>) -> anyhow::Result<()> {
     if scope.json {
         let object = serde_json::json!({
-            "namespace": sandbox.namespace(), "id": sandbox.id(), "armed": turn,
+            "namespace": sandbox.namespace(), "id": sandbox.id(),
+            "armed": held.map(|held| held.by), "turn": held.map(|held| held.turn),
         });
-        print(&object.to_string())?;
-    } else if let Some(turn) = turn {
-        print(&format!("{sandbox}: the next start restores turn {turn}"))?;
-    } else {
-        print(&format!("{sandbox}: the next start boots"))?;
+        return Ok(print(&object.to_string())?);
     }
+    print(&match held {
+        None => format!("{sandbox}: the next start boots"),
+        Some(Held { turn, by }) if turn == by => {
+            format!("{sandbox}: the next start restores turn {turn}")
+        }
+        Some(Held { turn, by }) => {
+            format!(
+                "{sandbox}: the next start restores turn {by}, since which turn {turn} changed nothing"
+            )
+        }
+    })?;
     Ok(())
 }
 

@@ -49,12 +49,27 @@ pub fn sweep(dir: &Path) {
     for socket in fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = socket.file_name();
         let pid = name.to_str().and_then(|n| n.strip_suffix(".sock"));
-        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists())
+        if pid.is_some_and(|pid| !is_alive(pid))
             && let Err(e) = fs::remove_file(socket.path())
         {
             log::warn!("cannot remove the socket of a dead shim: {e}");
         }
     }
+}
+
+/// Whether a process lives, and is not about to end. Who has just been killed still is in /proc, and
+/// so is who has not been waited for; the kernel marks both, before it closes any of their files.
+fn is_alive(pid: &str) -> bool {
+    /// include/linux/sched.h.
+    const PF_EXITING: u32 = 4;
+    let Ok(stat) = fs::read_to_string(Path::new("/proc").join(pid).join("stat")) else {
+        return false;
+    };
+    // The name, which may hold anything, ends with the last parenthesis; before the flags come
+    // state, parent, group, session, terminal and its foreground group (proc(5)).
+    let rest = stat.rsplit_once(')').map(|(_, rest)| rest);
+    let flags = rest.and_then(|rest| rest.split_whitespace().nth(6)?.parse::<u32>().ok());
+    flags.is_none_or(|flags| flags & PF_EXITING == 0)
 }
 
 /// The directory of the sockets below `/run/crab`.
@@ -112,5 +127,47 @@ impl Drop for ControlSocket {
             std::mem::forget(server);
         }
         let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn sockets_of_the_dead_go_also_before_somebody_has_waited_for_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = |pid: u32| {
+            let path = dir.path().join(format!("{pid}.sock"));
+            UnixListener::bind(&path).unwrap();
+            path
+        };
+        let mut living = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let mut dead = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        dead.kill().unwrap();
+        let zombie =
+            rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT;
+        let pid = rustix::process::Pid::from_child(&dead);
+        rustix::process::waitid(rustix::process::WaitId::Pid(pid), zombie).unwrap();
+        let gone = Command::new("true").spawn().map(|mut child| {
+            child.wait().unwrap();
+            child.id()
+        });
+
+        let (alive, zombie, gone) = (
+            socket(living.id()),
+            socket(dead.id()),
+            socket(gone.unwrap()),
+        );
+        fs::write(dir.path().join("other"), "").unwrap();
+        sweep(dir.path());
+        assert!(alive.exists() && dir.path().join("other").exists());
+        assert!(!zombie.exists() && !gone.exists());
+
+        living.kill().unwrap();
+        living.wait().unwrap();
+        dead.wait().unwrap();
     }
 }

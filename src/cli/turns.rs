@@ -1,0 +1,195 @@
+//! Which checkpoint holds the state after a turn: its own, or, if the turn changed nothing, an earlier one.
+
+use anyhow::{Context, bail};
+
+use crate::{
+    sandbox::TurnNo,
+    store::{Action, JournalLine, SandboxStore, Trigger},
+};
+
+/// A turn that was asked for, and the checkpoint that holds the state after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Held {
+    pub(super) turn: TurnNo,
+    /// The same turn, or an earlier one with nothing but unchanged turns in between.
+    pub(super) by: TurnNo,
+}
+
+/// Whether crab found that the turn had changed nothing. A turn that could not be protected has no
+/// checkpoint either, and is no such one.
+pub(super) fn is_none(line: &JournalLine) -> bool {
+    line.action == Action::Skip
+        && line.trigger == Trigger::Exec
+        && line.effects.is_empty()
+        && line.checkpoint.is_none()
+}
+
+/// A turn by number or name; without one the newest checkpoint.
+pub(super) fn find(checkpoints: &SandboxStore, which: Option<&str>) -> anyhow::Result<Held> {
+    let id = checkpoints.id();
+    let own = |turn| Held { turn, by: turn };
+    let Some(which) = which else {
+        let latest = checkpoints.latest()?;
+        return latest
+            .map(|c| own(c.turn()))
+            .with_context(|| format!("{id} has no checkpoint"));
+    };
+    let Ok(turn) = which.parse() else {
+        return Ok(own(checkpoints.named(which)?));
+    };
+    let kept = checkpoints.turns()?;
+    if kept.contains(&turn) {
+        return Ok(own(checkpoints.get(turn)?.turn()));
+    }
+    let journal = checkpoints.journal()?;
+    let by = holder(&kept, &journal.lines, turn)
+        .with_context(|| format!("{id} has no checkpoint of turn {turn}"))?;
+    Ok(Held {
+        turn,
+        by: checkpoints.get(by)?.turn(),
+    })
+}
+
+/// The newest turn whose state some checkpoint holds.
+pub(super) fn newest(checkpoints: &SandboxStore) -> anyhow::Result<Option<Held>> {
+    let kept = checkpoints.turns()?;
+    let Some(&last) = kept.last() else {
+        return Ok(None);
+    };
+    // Without a journal at least the checkpoint itself is known.
+    let journal = checkpoints.journal().unwrap_or_default();
+    let lines = journal.lines.iter().rev();
+    let held = lines
+        .map(|line| line.turn)
+        .take_while(|turn| *turn > last)
+        .find(|turn| holder(&kept, &journal.lines, *turn).is_ok());
+    Ok(Some(Held {
+        turn: held.unwrap_or(last),
+        by: last,
+    }))
+}
+
+/// The checkpoint that holds the state after `turn`, which has none of its own. Each turn after that
+/// checkpoint must be in the journal: of one that is missing nobody knows what it did.
+fn holder(kept: &[TurnNo], lines: &[JournalLine], turn: TurnNo) -> anyhow::Result<TurnNo> {
+    let mut wanted = turn;
+    let known = lines.iter().rposition(|line| line.turn == turn);
+    let known = known.context("the journal has no such turn")?;
+    for line in lines.iter().take(known + 1).rev() {
+        if kept.contains(&wanted) {
+            return Ok(wanted);
+        }
+        if line.turn != wanted {
+            bail!(
+                "turn {turn} changed nothing, but the journal does not say what turn {wanted} did"
+            );
+        }
+        match is_none(line) {
+            true => wanted = TurnNo(wanted.0.saturating_sub(1)),
+            false => bail!(why_not(line, turn)),
+        }
+    }
+    match kept.contains(&wanted) {
+        true => Ok(wanted),
+        false => bail!("turn {turn} changed nothing, but there is no checkpoint before it"),
+    }
+}
+
+/// Why the chain of unchanged turns that ends with `turn` does not begin with a checkpoint.
+fn why_not(line: &JournalLine, turn: TurnNo) -> String {
+    let so = match &line.note {
+        _ if line.checkpoint.is_some() => "its checkpoint is no longer kept".to_owned(),
+        Some(note) => note.clone(),
+        None => "not protected".to_owned(),
+    };
+    match line.turn == turn {
+        true => so,
+        false => format!(
+            "it changed nothing since turn {}, and of that: {so}",
+            line.turn
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use time::OffsetDateTime;
+
+    use super::*;
+    use crate::store::Effect;
+
+    /// One line a word: `full`, `none`, `failed` (a turn), `asked` (a checkpoint that failed), `-` (lost).
+    fn journal(words: &str) -> Vec<JournalLine> {
+        let words = words.split_whitespace().zip(1..);
+        let known = words.filter(|(word, _)| *word != "-");
+        known.map(|(word, turn)| line(word, turn)).collect()
+    }
+
+    fn line(word: &str, turn: u64) -> JournalLine {
+        let full = word == "full";
+        JournalLine {
+            turn: TurnNo(turn),
+            trigger: match word {
+                "asked" => Trigger::Manual,
+                _ => Trigger::Exec,
+            },
+            effects: match word {
+                "full" | "failed" => vec![Effect::Files],
+                _ => Vec::new(),
+            },
+            action: if full { Action::Full } else { Action::Skip },
+            pre_dumps: 0,
+            checkpoint: full.then(|| format!("sha256:{}", "0".repeat(64)).parse().unwrap()),
+            changed_files: 0,
+            bytes_captured: 0,
+            bytes_written: 0,
+            look_us: 0,
+            freeze_us: 0,
+            durable_us: None,
+            exposed_us: 0,
+            started_at: OffsetDateTime::UNIX_EPOCH,
+            ended_at: OffsetDateTime::UNIX_EPOCH,
+            note: matches!(word, "failed" | "asked").then(|| "not protected: disk full".into()),
+        }
+    }
+
+    #[test]
+    fn a_turn_that_changed_nothing_is_held_by_the_checkpoint_before_it() {
+        let table = [
+            // Journal, kept checkpoints, asked for: held by, or the reason why not.
+            ("full none", &[1][..], 2, Ok(1)),
+            ("full none none none", &[1], 4, Ok(1)),
+            ("full none full none none", &[1, 3], 5, Ok(3)),
+            ("full none full none none", &[1, 3], 2, Ok(1)),
+            // Pruned: the state of an older one is another state.
+            ("full full none full", &[1, 4], 3, Err("no longer kept")),
+            ("full full none full", &[1, 4], 2, Err("no longer kept")),
+            // Not protected, and so nothing after it is.
+            ("full failed none", &[1], 2, Err("disk full")),
+            (
+                "full failed none",
+                &[1],
+                3,
+                Err("since turn 2, and of that: not protected: disk full"),
+            ),
+            ("full asked none", &[1], 3, Err("disk full")),
+            // The power failed before the line was written.
+            ("full - none", &[1], 3, Err("does not say what turn 2 did")),
+            ("full none", &[1], 7, Err("no such turn")),
+            ("none none", &[], 2, Err("no checkpoint before it")),
+            // The line of the checkpoint itself was lost, or is of a life before the journal's.
+            ("- none", &[1], 2, Ok(1)),
+        ];
+        for (words, kept, turn, wanted) in table {
+            let kept: Vec<_> = kept.iter().copied().map(TurnNo).collect();
+            let found = holder(&kept, &journal(words), TurnNo(turn));
+            match (found, wanted) {
+                (Ok(found), Ok(wanted)) => assert_eq!(found, TurnNo(wanted), "{words}@{turn}"),
+                (Err(e), Err(wanted)) => {
+                    assert!(e.to_string().contains(wanted), "{words}@{turn}: {e}");
+                }
+                (found, wanted) => panic!("{words}@{turn}: {found:?}, wanted {wanted:?}"),
+            }
+        }
+    }
+}
