@@ -10,7 +10,7 @@ import signal
 
 import pytest
 
-from harness import CRAB, LIMIT, Ctr, Docker, alive, crab, ctr, unique, until
+from harness import CRAB, IMAGE, LIMIT, Ctr, Docker, alive, crab, ctr, unique, until
 
 OPT_IN = ("--annotation", "dev.crab.enabled=true")
 SEED = 20240428
@@ -45,12 +45,12 @@ for word in sys.argv[1:]:
 class Sandbox:
     """An opted-in container of either client, and how it dies and comes back."""
 
-    def __init__(self, kind, directory, *command, options=()):
+    def __init__(self, kind, directory, *command, options=(), image=IMAGE):
         self.kind, self.log_file, self.execs = kind, directory / unique("log"), 0
         if kind == "ctr":
-            self.container = Ctr(CRAB, *command, options=[*OPT_IN, *options], output=self.log_file)
+            self.container = Ctr(CRAB, *command, options=[*OPT_IN, *options], output=self.log_file, image=image)
         else:
-            self.container = Docker(CRAB, *command, options=[*OPT_IN, *options])
+            self.container = Docker(CRAB, *command, options=[*OPT_IN, *options], image=image)
         self.name = self.container.id if kind == "ctr" else self.container.name
 
     def __enter__(self):

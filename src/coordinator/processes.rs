@@ -2,18 +2,22 @@
 //! together for the judge in [`process`](crate::inspector::process).
 
 use std::{
+    collections::HashSet,
+    fs, io,
     path::Path,
     thread,
     time::{Duration, Instant},
 };
 
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+
 use super::inspection::{Look, Scene};
 use crate::{
     inspector::{
-        Dirty, Happened, Watch,
+        Dirty, Happened, How, Inode, Watch,
         process::{
-            Acquittal, Baseline, Did, KernelFacts, Others, Reason, Registers, Settings, Settled,
-            Snapshot, Verdict, What, no_registers,
+            self, Acquittal, Baseline, Did, KernelFacts, Others, Reason, Registers, Settings,
+            Settled, Snapshot, Verdict, What, no_registers,
         },
     },
     store::Effect,
@@ -34,6 +38,8 @@ pub(super) struct Processes {
     /// Host pids of all of them.
     pids: Vec<i32>,
     marks: Vec<Option<Instant>>,
+    /// Inodes of all shared memory that one of them has.
+    memory: HashSet<u64>,
     settings: Settings,
 }
 
@@ -51,6 +57,7 @@ impl Processes {
             baseline: Baseline::take(pids, image, &registers).map_err(|e| e.to_string())?,
             pids: pids.to_vec(),
             marks: scene.marks.clone(),
+            memory: memory_of(pids).map_err(|e| e.to_string())?,
             settings: Settings {
                 consistent_cut,
                 ..Settings::default()
@@ -149,12 +156,21 @@ impl Processes {
         for (what, other) in [
             (Happened::SOCKET, Others::SOCK),
             (Happened::PIPE, Others::PIPE),
-            (Happened::MEMORY, Others::SHM),
+            (Happened::MEMORY, Others::MEMORY),
             (Happened::QUEUE, Others::SHM),
         ] {
             if dirty.happened.has(what) {
                 others = others.with(other);
             }
+        }
+        // Those that have it mapped are judged by what they did themselves.
+        let theirs = |(inode, how): (&Inode, &How)| {
+            how.is_seen()
+                && Some(inode.dev) == process::shared_memory()
+                && self.memory.contains(&inode.ino)
+        };
+        if dirty.inodes.iter().any(theirs) {
+            others = others.with(Others::SHM);
         }
         Ok(KernelFacts {
             did: did
@@ -172,6 +188,33 @@ impl Processes {
 fn snapshot(scene: &Scene<'_>, registers: Registers<'_>) -> Result<Snapshot, String> {
     let pids = scene.cgroup.procs().map_err(|e| e.to_string())?;
     Snapshot::take(&pids, registers).map_err(|e| e.to_string())
+}
+
+/// The inodes of the kernel's own tmpfs that these processes have mapped or open.
+fn memory_of(pids: &[i32]) -> io::Result<HashSet<u64>> {
+    let dev = process::shared_memory().ok_or_else(|| io::Error::other("no shared memory"))?;
+    let shown = format!("{:02x}:{:02x}", libc::major(dev), libc::minor(dev));
+    let mut found = HashSet::new();
+    for pid in pids {
+        let maps = fs::read(format!("/proc/{pid}/maps"))?;
+        for line in maps.split(|byte| *byte == b'\n') {
+            let mut words = line.split(|byte| *byte == b' ').skip(3);
+            let mapped = words.next() == Some(shown.as_bytes());
+            let ino: Option<u64> = words
+                .next()
+                .and_then(|word| str::from_utf8(word).ok()?.parse().ok());
+            found.extend(ino.filter(|_| mapped));
+        }
+        for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+            // Without asking a file system that the sandbox itself serves, and that stands still.
+            let asked = AtFlags::STATX_DONT_SYNC;
+            let its = statx(CWD, entry?.path(), asked, StatxFlags::INO)?;
+            if libc::makedev(its.stx_dev_major, its.stx_dev_minor) == dev {
+                found.insert(its.stx_ino);
+            }
+        }
+    }
+    Ok(found)
 }
 
 fn cpu_ns(scene: &Scene<'_>) -> Option<u64> {

@@ -18,6 +18,11 @@ pub struct Inode {
 pub struct How(pub(super) u32);
 
 impl How {
+    /// The kernel saw it change; else it merely could have, being mapped.
+    pub fn is_seen(self) -> bool {
+        self.0 & !seen_bits::CARRIED != 0
+    }
+
     /// Somebody outside of the sandbox's cgroup changed it.
     pub fn is_outside(self) -> bool {
         self.0 & seen_bits::OUTSIDE != 0

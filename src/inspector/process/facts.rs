@@ -72,8 +72,10 @@ flags! {
         SOCK = 0, "an exec used a socket";
         /// Wrote some pipe.
         PIPE = 1, "an exec wrote a pipe";
-        /// Wrote or mapped shared memory that is no file of the layer.
+        /// Wrote or mapped shared memory that a process of P has, too.
         SHM = 2, "an exec used shared memory";
+        /// Wrote or mapped any shared memory, be it its own.
+        MEMORY = 3, "an exec used memory of its own";
     }
 }
 

@@ -315,12 +315,10 @@ impl<'a> Look<'a> {
     /// It made read calls: from what may it have taken something that somebody meant for it?
     fn read(&self, after: &Process) -> Vec<What> {
         let mut whats = Vec::new();
-        // What comes from a socket is marked at its reader; and each exec begins with the runtime,
-        // which talks through one.
-        for (fact, what) in [(Others::PIPE, "a pipe"), (Others::SHM, "shared memory")] {
-            if self.facts.others.contains(fact) {
-                whats.push(What::MayHaveRead(what));
-            }
+        // What comes from a socket is marked at its reader, and pipes of the set are watched
+        // themselves; each exec has such of its own.
+        if self.facts.others.contains(Others::SHM) {
+            whats.push(What::MayHaveRead("shared memory"));
         }
         for (kind, what) in [
             (Kind::Terminal, "a terminal"),

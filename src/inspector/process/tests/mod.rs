@@ -23,6 +23,7 @@ use super::*;
 const ACTOR: &str = r#"
 import ctypes, fcntl, mmap, os, select, signal, socket, struct, sys, termios, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(1, 9, 0, 0, 0)  # never outlives the test
 def name(text): libc.prctl(15, text.encode(), 0, 0, 0)
 setup, action, trigger = sys.argv[1:4]
 # The loopback interface goes up.
