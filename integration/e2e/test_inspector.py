@@ -42,9 +42,9 @@ class Watched(Sandbox):
 
         def read():
             lines = [line for line in self.turns() if line["trigger"] == "exec"]
-            return lines if len(lines) >= self.execs else None
+            return [lines] if len(lines) >= self.execs else None
 
-        lines = until(read, "a line for each exec")
+        [lines] = until(read, "a line for each exec")
         assert len(lines) == self.execs, lines
         return lines
 
@@ -79,11 +79,6 @@ def is_none(line):
         return False
     assert line["action"] == "skip" and line["checkpoint"] is None, line
     return True
-
-
-def is_disturbed(line):
-    """Whether somebody else on this host (another sandbox's dump) has pinned pages: that casts doubt everywhere."""
-    return "others may have written its memory" in (line["note"] or "")
 
 
 # The acceptance test of D6.
@@ -320,15 +315,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 def done(result):
     assert result >= 0, os.strerror(ctypes.get_errno())
     return result
-class Vec(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("len", ctypes.c_size_t)]
 """
 REACHES = {
-    "process_vm_writev": """
-text = ctypes.create_string_buffer(b"after!")
-ours, theirs = Vec(ctypes.addressof(text), 6), Vec(address, 6)
-assert done(libc.process_vm_writev(pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)) == 6
-""",
     "/proc/PID/mem": """
 with open(f"/proc/{pid}/mem", "rb+", buffering=0) as mem:
     mem.seek(address)
