@@ -114,7 +114,7 @@ impl<'a> Look<'a> {
         for what in before.world.differences(&self.now.world) {
             note(0, "", What::Sandbox(what));
         }
-        if self.facts.others.contains(Others::SHM)
+        if self.facts.others.contains(Others::MEMORY)
             && (before.world.has_memory() || self.now.world.has_memory())
         {
             note(

@@ -91,7 +91,7 @@ fn sysv_memory_without_a_mapping_counts_once_an_exec_used_shared_memory() {
         acquittals(&actor.judge(&baseline, &facts)),
         [Acquittal::NotRun]
     );
-    facts.others = Others::SHM;
+    facts.others = Others::MEMORY;
     let why = reasons(&actor.judge(&baseline, &facts));
     assert!(matches!(why[..], [What::Sandbox(_)]), "{why:?}");
     // A reader that attaches for reading only is no event of the kernel side; it shows here.
