@@ -29,7 +29,7 @@ MOMENTS = ("frozen", "restored")
 CUT_LOST = ("pages", "mappings")
 CUT_LOST_OF_THREADS = ("sp", "pc")
 #: How the journal names those that this rule has acquitted: host pids, and names as Rust quotes them.
-ACQUITTED = re.compile(r'ran and moved no data: ((?:\d+ "(?:[^"\\]|\\.)*"(?:, )?)+)')
+ACQUITTED = re.compile(r'(?:ran and moved no data|settled after the thaw): ((?:\d+ "(?:[^"\\]|\\.)*"(?:, )?)+)')
 ONE_ACQUITTED = re.compile(r'(\d+) "(?:[^"\\]|\\.)*"')
 #: At most this many differences are kept for the report.
 KEPT = 200

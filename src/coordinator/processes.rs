@@ -40,6 +40,9 @@ pub(super) struct Processes {
     marks: Vec<Option<Instant>>,
     /// Inodes of all shared memory that one of them has.
     memory: HashSet<u64>,
+    /// Those that ran after the thaw until all had blocked again, which counts as the dump's: the
+    /// same rule as that of the consistent cut, and named like it.
+    settled: Vec<(i32, String)>,
     settings: Settings,
 }
 
@@ -58,6 +61,7 @@ impl Processes {
             pids: pids.to_vec(),
             marks: scene.marks.clone(),
             memory: memory_of(pids).map_err(|e| e.to_string())?,
+            settled: Vec::new(),
             settings: Settings {
                 consistent_cut,
                 ..Settings::default()
@@ -77,7 +81,12 @@ impl Processes {
         for _ in 0..SETTLE_TRIES {
             match self.try_to_settle(watch, scene) {
                 Ok(Settled::NotYet) => thread::sleep(SETTLE_PAUSE),
-                Ok(Settled::Yes) => return,
+                Ok(Settled::Yes) => {
+                    // Each of them was given a CPU, into the freezer and out of it.
+                    let name = |pid: &i32| (*pid, comm(*pid));
+                    self.settled = self.pids.iter().map(name).collect();
+                    return;
+                }
                 Ok(Settled::No(why)) => return log::debug!("not settled: {}", tell(&why)),
                 Err(e) => return log::debug!("not settled: {e}"),
             }
@@ -96,7 +105,15 @@ impl Processes {
     /// name was changed.
     pub(super) fn look(&self, watch: &Watch, scene: &Scene<'_>, orphans: bool, look: &mut Look) {
         match self.verdict(watch, scene, orphans) {
-            Ok(Verdict::Unchanged { by }) => look.tell(acquitted(&by)),
+            Ok(Verdict::Unchanged { by }) => {
+                look.tell(acquitted(&by));
+                if !self.settled.is_empty() {
+                    look.tell(format!(
+                        "settled after the thaw: {}",
+                        names(self.settled.iter())
+                    ));
+                }
+            }
             Ok(Verdict::Changed { why }) => {
                 for reason in &why {
                     look.add(effect(&reason.what));
@@ -227,6 +244,21 @@ fn effect(what: &What) -> Effect {
     match what {
         What::Created | What::Gone | What::Threads | What::Children => Effect::Processes,
         _ => Effect::Memory,
+    }
+}
+
+fn comm(pid: i32) -> String {
+    let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+    String::from_utf8_lossy(&name).trim_end().to_owned()
+}
+
+/// `7 "bash", 8 "vi" and 3 more`
+fn names<'a>(all: impl Iterator<Item = &'a (i32, String)>) -> String {
+    let mut all = all.map(|(pid, comm)| format!("{pid} {comm:?}"));
+    let named: Vec<_> = all.by_ref().take(NAMED).collect();
+    match all.count() {
+        0 => named.join(", "),
+        more => format!("{} and {more} more", named.join(", ")),
     }
 }
 
