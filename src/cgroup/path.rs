@@ -58,6 +58,19 @@ impl Mounts {
         Self(mountinfo.lines().filter_map(parse_mount).collect())
     }
 
+    /// The directories of a cgroup whose path is counted from each hierarchy's mount, as the OCI
+    /// specification's absolute `cgroupsPath` is. Those that there are.
+    pub(super) fn dirs_at(&self, path: &Path) -> Vec<PathBuf> {
+        let Ok(below) = path.strip_prefix("/") else {
+            return Vec::new();
+        };
+        let mut dirs: Vec<PathBuf> = self.0.iter().map(|m| m.point.join(below)).collect();
+        dirs.retain(|dir| dir.is_dir());
+        dirs.sort();
+        dirs.dedup();
+        dirs
+    }
+
     /// The directory of a membership; `None` for a hierarchy's root or when no mount shows it.
     pub(super) fn dir_of(&self, membership: &Membership<'_>) -> Option<PathBuf> {
         if membership.path == Path::new("/") {

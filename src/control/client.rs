@@ -60,7 +60,8 @@ pub fn list(run: &Path) -> (Vec<Sandbox>, Vec<ControlError>) {
     let dir = run.join(SHIMS);
     sweep(&dir);
     let sockets = fs::read_dir(&dir).into_iter().flatten();
-    for socket in sockets.flatten().map(|entry| entry.path()) {
+    let sockets = sockets.flatten().map(|entry| entry.path());
+    for socket in sockets.filter(|path| path.extension().is_some_and(|kind| kind == "sock")) {
         let listed = connect(&socket).and_then(|client| {
             client
                 .list(context::with_timeout(QUICK), &ListRequest::new())

@@ -59,7 +59,7 @@ pub fn sweep(dir: &Path) {
 
 /// Whether a process lives, and is not about to end. Who has just been killed still is in /proc, and
 /// so is who has not been waited for; the kernel marks both, before it closes any of their files.
-fn is_alive(pid: &str) -> bool {
+pub fn is_alive(pid: &str) -> bool {
     /// include/linux/sched.h.
     const PF_EXITING: u32 = 4;
     let Ok(stat) = fs::read_to_string(Path::new("/proc").join(pid).join("stat")) else {

@@ -56,6 +56,10 @@ impl Runc {
         command.arg(verb);
         command.stdin(std::process::Stdio::null());
         command.stdout(std::process::Stdio::null());
+        // What cleans up goes on.
+        if !matches!(verb, "kill" | "delete") {
+            die_with_parent(&mut command);
+        }
         command
     }
 
@@ -282,6 +286,28 @@ fn inherit(command: &mut Command, fds: Vec<OwnedFd>) {
                 }
             }
             Ok(())
+        });
+    }
+}
+
+/// Has the child killed when the thread that starts it ends, which waits for it.
+///
+/// A runtime that outlives its shim would go on making a container of which nobody knows: the
+/// clean-up after the shim's death finds nothing yet.
+fn die_with_parent(command: &mut Command) {
+    let parent = std::process::id();
+    // SAFETY: the closure runs between fork and exec and calls prctl and getppid alone, which are
+    // async-signal-safe.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // It may have died before it could be asked for.
+            match libc::getppid() == parent as libc::pid_t {
+                true => Ok(()),
+                false => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+            }
         });
     }
 }

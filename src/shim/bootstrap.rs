@@ -2,8 +2,7 @@
 
 use std::{
     env, fs,
-    io::{ErrorKind, Read, Write},
-    os::unix::net::UnixStream,
+    io::{Read, Write},
     path::Path,
     sync::Arc,
     time::Duration,
@@ -29,7 +28,7 @@ use super::{
     hold,
     host::{Host, Linux},
     io::Pump,
-    logger,
+    logger, orphans,
     reaper::Reaper,
     run_dir::RUN,
     service::{Service, Stop},
@@ -37,7 +36,7 @@ use super::{
 };
 use crate::{
     config,
-    control::{self, ControlSocket, SHIMS},
+    control::{ControlSocket, SHIMS},
     inspector,
     sandbox::SandboxId,
 };
@@ -158,6 +157,7 @@ struct Crab {
 
 /// What lives as long as the serving shim.
 struct Running {
+    host: Arc<dyn Host>,
     events: Arc<RemoteSink>,
     control: Option<ControlSocket>,
 }
@@ -201,16 +201,15 @@ impl Shim for Crab {
             .ok_or_else(|| failed("delete", "no bundle"))?;
         let sandbox = SandboxId::new(&self.namespace, &self.id).map_err(|e| failed("delete", e))?;
         let host = linux().map_err(|e| failed("delete", e))?;
-        control::sweep(&Path::new(RUN).join(SHIMS));
         if let Err(e) = inspector::sweep(Path::new(RUN)) {
             log::warn!("the inspector: {e}");
         }
-        remove_dead_socket(&socket_address(
-            &self.address,
-            &self.namespace,
-            &group(&bundle, &self.id),
-        ));
-        Ok(delete::after_death(&host, &sandbox, &bundle))
+        // The bundle's `address` may not have been written yet.
+        let address = socket_address(&self.address, &self.namespace, &group(&bundle, &self.id));
+        orphans::remove_dead_socket(Path::new(socket_path(&address)));
+        let response = delete::after_death(&host, &sandbox, &bundle);
+        orphans::sweep(&host, Path::new(RUN));
+        Ok(response)
     }
 
     fn wait(&mut self) {
@@ -218,9 +217,12 @@ impl Shim for Crab {
         // containerd may have removed the bundle, and with it the file that names the socket.
         let _ = fs::remove_file(socket_path(&self.socket));
         let running = self.running.lock().take();
+        let run = Path::new(RUN);
         if let Some(running) = running {
             running.events.flush(FLUSH);
             drop(running.control);
+            orphans::forget(run);
+            orphans::sweep(&*running.host, run);
         }
         // Everything is done; joining the server's threads would wait for its clients.
         std::process::exit(0);
@@ -249,17 +251,6 @@ fn group(bundle: &Path, id: &str) -> String {
     group.map_or_else(|| id.to_owned(), Clone::clone)
 }
 
-/// Removes the task API's socket of a shim that was killed, unless one of its group listens. The
-/// bundle's `address` may not have been written yet.
-fn remove_dead_socket(address: &str) {
-    let path = socket_path(address);
-    let refused =
-        UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
-    if refused && let Err(e) = fs::remove_file(path) {
-        log::warn!("cannot remove {path}: {e}");
-    }
-}
-
 fn failed(step: &str, e: impl std::fmt::Display) -> Error {
     Error::Other(format!("{step}: {e}"))
 }
@@ -280,7 +271,7 @@ impl Crab {
         let host: Arc<dyn Host> = Arc::new(linux()?);
         let service = Service::new(
             &self.namespace,
-            host,
+            Arc::clone(&host),
             Arc::clone(&events) as _,
             Arc::clone(&self.exit) as _,
         );
@@ -291,7 +282,13 @@ impl Crab {
         if let Some(control) = &control {
             service.set_control(control.path().to_owned());
         }
-        *self.running.lock() = Some(Running { events, control });
+        orphans::record(Path::new(RUN), Path::new(socket_path(&self.socket)))
+            .unwrap_or_else(|e| log::warn!("should this shim be killed, its socket stays: {e}"));
+        *self.running.lock() = Some(Running {
+            host,
+            events,
+            control,
+        });
         Ok(service)
     }
 }

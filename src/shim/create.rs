@@ -34,22 +34,36 @@ use crate::{
     store::Store,
 };
 
-/// What `containerd-shim-crab-v2 delete` must know after the shim has died: a file in the bundle.
+/// What has to be known to clean up after the shim has died: a file in the sandbox's run directory.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Remains {
+    /// containerd's directory for the container.
+    pub bundle: PathBuf,
+    /// The cgroup that the client asked for.
+    pub cgroups_path: Option<PathBuf>,
     /// The runtime's binary.
     pub runtime: PathBuf,
     /// Its state directory, without the namespace.
     pub root: PathBuf,
     /// Whether it drives systemd.
     pub systemd_cgroup: bool,
-    /// The mounted root file system, if the shim has mounted it.
+    /// Where the shim mounts the root file system, if it does.
     pub mounted: Option<PathBuf>,
 }
 
 impl Remains {
-    /// Its name in the bundle.
-    pub const FILE: &str = "crab.json";
+    const FILE: &str = "remains.json";
+
+    /// What a shim has written down; none if it died before that, or had no sandbox there.
+    pub fn load(run_dir: &RunDir) -> Option<Self> {
+        let bytes = fs::read(run_dir.path().join(Self::FILE)).ok()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+
+    fn save(&self, run_dir: &RunDir) -> std::io::Result<()> {
+        let path = run_dir.path().join(Self::FILE);
+        fs::write(path, serde_json::to_vec(self)?)
+    }
 }
 
 /// What every container of a shim shares.
@@ -94,6 +108,16 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         move || run_dir.remove().map_err(|e| e.to_string())
     });
 
+    // Before there is anything to clean up.
+    let remains = Remains {
+        cgroups_path: spec.cgroups_path().map(Path::to_owned),
+        runtime: config.runtime.clone(),
+        root: config.root.clone(),
+        systemd_cgroup: config.systemd_cgroup,
+        mounted: (!request.rootfs.is_empty()).then(|| bundle.join("rootfs")),
+        bundle: bundle.clone(),
+    };
+    remains.save(&run_dir).context(&sandbox)?;
     if let Some(socket) = world.control {
         ControlSocket::link(socket, run_dir.path()).context(&sandbox)?;
     }
@@ -102,7 +126,6 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
     if spec.wants_private_network() {
         make_netns(host, &sandbox, &bundle, &run_dir)?;
     }
-    save_remains(&bundle, &config, mounted.as_deref()).context(&sandbox)?;
 
     let phase = match source {
         Some(_) => Phase::CreatedCheckpoint,
@@ -239,14 +262,4 @@ fn make_netns(
     host.create_netns(&path)
         .context(format_args!("{sandbox}: make a network namespace"))?;
     spec::set_network_path(bundle, &path).context(sandbox)
-}
-
-fn save_remains(bundle: &Path, config: &Config, mounted: Option<&Path>) -> std::io::Result<()> {
-    let remains = Remains {
-        runtime: config.runtime.clone(),
-        root: config.root.clone(),
-        systemd_cgroup: config.systemd_cgroup,
-        mounted: mounted.map(Path::to_owned),
-    };
-    fs::write(bundle.join(Remains::FILE), serde_json::to_vec(&remains)?)
 }

@@ -1,6 +1,6 @@
 //! How processes and containers go: Delete, and what is done after the shim's own death.
 
-use std::{fs, path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use containerd_shim::protos::{
     api::DeleteResponse, events::task::TaskDelete, protobuf::MessageField,
@@ -16,7 +16,6 @@ use super::{
     host::Host,
     process::{Process, Step},
     proto,
-    reaper::Exit,
     state::{Phase, Request},
 };
 use crate::{config::Config, sandbox::SandboxId};
@@ -110,45 +109,55 @@ pub fn delete_container(container: &Arc<Container>) -> Result<DeleteResponse> {
 }
 
 /// `containerd-shim-crab-v2 delete`: the shim is gone, and so shall be all it had.
-///
-/// Every step is tried, whatever the others come to.
 pub fn after_death(host: &dyn Host, sandbox: &SandboxId, bundle: &Path) -> DeleteResponse {
-    let attempt = |step: &str, done: std::result::Result<(), String>| {
-        if let Err(e) = done {
-            log::error!("{sandbox}: {step}: {e}");
-        }
-    };
-    let run_dir = host.run_dir(sandbox);
-    // The runtime needs a place for its log, also when the shim died before it made one.
-    attempt("clean up", run_dir.create().map_err(|e| e.to_string()));
-    let remains = fs::read(bundle.join(Remains::FILE))
-        .ok()
-        .and_then(|bytes| serde_json::from_slice::<Remains>(&bytes).ok());
-    let mut config = Config::default();
-    let mut mounted = Some(bundle.join("rootfs"));
-    if let Some(remains) = remains {
-        config.runtime = remains.runtime;
-        config.root = remains.root;
-        config.systemd_cgroup = remains.systemd_cgroup;
-        mounted = remains.mounted;
+    let remains = Remains::load(&host.run_dir(sandbox));
+    clear(host, sandbox, remains.as_ref());
+    // Also a shim that died before it wrote anything down may have been given a mounted rootfs.
+    if remains.is_none() && bundle.join("rootfs").exists() {
+        attempt(sandbox, "unmount", host.unmount(&bundle.join("rootfs")));
     }
     let pid = crate::runtime::runc::read_pid(&bundle.join("init.pid")).unwrap_or(0);
-    let runtime = host.runtime(&config, sandbox.namespace(), run_dir.path());
-    let deleted = runtime.delete(sandbox.id(), true);
-    attempt("delete", deleted.map_err(|e| e.to_string()));
-    if let Some(rootfs) = mounted.filter(|r| r.exists()) {
-        attempt("unmount", host.unmount(&rootfs));
-    }
-    attempt("clean up", run_dir.remove().map_err(|e| e.to_string()));
-    let exit = Exit {
-        pid,
-        status: KILLED,
-        at: OffsetDateTime::now_utc(),
-    };
     DeleteResponse {
         pid: pid as u32,
-        exit_status: exit.status,
-        exited_at: MessageField::some(proto::timestamp(exit.at)),
+        exit_status: KILLED,
+        exited_at: MessageField::some(proto::timestamp(OffsetDateTime::now_utc())),
         ..Default::default()
+    }
+}
+
+/// Removes what is left of a sandbox whose shim is dead. Every step is tried, whatever the others
+/// come to.
+pub(super) fn clear(host: &dyn Host, sandbox: &SandboxId, remains: Option<&Remains>) {
+    let run_dir = host.run_dir(sandbox);
+    // The runtime needs a place for its log, also when the shim died before it made one.
+    attempt(sandbox, "clean up", run_dir.create());
+    let mut config = Config::default();
+    if let Some(remains) = remains {
+        config.runtime.clone_from(&remains.runtime);
+        config.root.clone_from(&remains.root);
+        config.systemd_cgroup = remains.systemd_cgroup;
+    }
+    let runtime = host.runtime(&config, sandbox.namespace(), run_dir.path());
+    attempt(sandbox, "delete", runtime.delete(sandbox.id(), true));
+    // A runtime that ended with its shim, half-way, has made a cgroup and written no state yet.
+    if let Some(path) = remains.and_then(|r| r.cgroups_path.as_deref()) {
+        let removed = host.remove_cgroup(path, sandbox.id());
+        attempt(sandbox, "remove the cgroup", removed);
+    }
+    if let Some(rootfs) = remains.and_then(|r| r.mounted.as_deref())
+        && rootfs.exists()
+    {
+        attempt(sandbox, "unmount", host.unmount(rootfs));
+    }
+    attempt(sandbox, "clean up", run_dir.remove());
+}
+
+fn attempt<E: std::fmt::Display>(
+    sandbox: &SandboxId,
+    step: &str,
+    done: std::result::Result<(), E>,
+) {
+    if let Err(e) = done {
+        log::error!("{sandbox}: {step}: {e}");
     }
 }

@@ -21,7 +21,7 @@ use super::{
     run_dir::{RUN, RunDir},
 };
 use crate::{
-    cgroup::{Cgroup, CgroupError, OomWatch},
+    cgroup::{self, Cgroup, CgroupError, OomWatch},
     config::Config,
     coordinator::freeze::Freezable,
     inspector::{self, Watch},
@@ -82,6 +82,8 @@ pub trait Host: Send + Sync {
     fn target(&self, pid: i32) -> io::Result<Box<dyn Target>>;
     /// The cgroup that a process is in.
     fn cgroup(&self, pid: i32) -> Result<Arc<dyn ControlGroup>, CgroupError>;
+    /// Ends and removes what is left in the cgroup of a container that no runtime knows.
+    fn remove_cgroup(&self, path: &Path, id: &str) -> Result<(), CgroupError>;
     /// Makes a network namespace.
     fn create_netns(&self, path: &Path) -> io::Result<()>;
     /// Mounts a root file system.
@@ -181,6 +183,10 @@ impl Host for Linux {
 
     fn cgroup(&self, pid: i32) -> Result<Arc<dyn ControlGroup>, CgroupError> {
         Ok(Arc::new(Cgroup::of_pid(pid)?))
+    }
+
+    fn remove_cgroup(&self, path: &Path, id: &str) -> Result<(), CgroupError> {
+        cgroup::remove_remains(path, id)
     }
 
     fn create_netns(&self, path: &Path) -> io::Result<()> {

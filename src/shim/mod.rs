@@ -19,6 +19,7 @@ pub mod host;
 pub mod io;
 pub mod logger;
 pub mod netns;
+pub mod orphans;
 pub mod process;
 pub mod proto;
 pub mod reaper;

@@ -24,7 +24,12 @@ impl RunDir {
 
     /// The same below another directory than [`RUN`].
     pub fn below(run: &Path, sandbox: &SandboxId) -> Self {
-        Self(run.join("s").join(sandbox.namespace()).join(sandbox.id()))
+        Self(Self::all(run).join(sandbox.namespace()).join(sandbox.id()))
+    }
+
+    /// The directory of all of them: a directory for each namespace, with one for each sandbox.
+    pub fn all(run: &Path) -> PathBuf {
+        run.join("s")
     }
 
     /// Makes it, with its parents, mode 0700.

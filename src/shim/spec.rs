@@ -36,9 +36,12 @@ struct Root {
 }
 
 #[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct Linux {
     #[serde(default)]
     namespaces: Vec<Namespace>,
+    #[serde(default)]
+    cgroups_path: Option<PathBuf>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -79,6 +82,11 @@ impl Spec {
             .as_ref()
             .map_or(Path::new("rootfs"), |r| r.path.as_path());
         bundle.join(path)
+    }
+
+    /// The cgroup that the client asks for.
+    pub fn cgroups_path(&self) -> Option<&Path> {
+        self.linux.as_ref()?.cgroups_path.as_deref()
     }
 
     fn namespace(&self, kind: LinuxNamespaceType) -> Option<&Namespace> {

@@ -43,7 +43,7 @@ fn a_container_is_made_step_by_step() {
     let config = fs::read_to_string(bundle.join("config.json")).unwrap();
     assert!(config.contains(netns.to_str().unwrap()), "{config}");
     // What the shim's successor must know to clean up.
-    let remains = fs::read_to_string(bundle.join("crab.json")).unwrap();
+    let remains = fs::read_to_string(bed.run_dir("c").join("remains.json")).unwrap();
     assert!(remains.contains("bundles/c/rootfs"), "{remains}");
 }
 

@@ -80,3 +80,61 @@ fn a_container_that_was_to_be_restored_is_unknown_to_the_runtime() {
     assert!(!bed.run_dir("c").exists());
     assert_eq!(bed.events(), ["create c", "delete c 0"]);
 }
+
+/// A container whose shim has died; the link to that shim's socket, and its bundle.
+fn dead() -> (Bed, PathBuf) {
+    let bed = Bed::new();
+    let mut request = bed.request("c");
+    request.rootfs.push(Mount::new());
+    let bundle = PathBuf::from(&request.bundle);
+    let config =
+        r#"{"linux":{"cgroupsPath":"/test/c","namespaces":[{"type":"pid"},{"type":"ipc"}]}}"#;
+    fs::write(bundle.join("config.json"), config).unwrap();
+    fs::create_dir_all(bundle.join("rootfs")).unwrap();
+    bed.create_as(request).unwrap();
+    let mut shim = std::process::Command::new("true").spawn().unwrap();
+    shim.wait().unwrap();
+    let link = bed.run_dir("c").join(crate::control::LINK);
+    let socket = bed.path("run/shims").join(format!("{}.sock", shim.id()));
+    std::os::unix::fs::symlink(socket, link).unwrap();
+    (bed, bundle)
+}
+
+fn assert_cleared(bed: &Bed, bundle: &std::path::Path) {
+    let calls = bed.machine.calls();
+    assert_eq!(
+        calls[calls.len() - 3..],
+        [
+            "delete --force c".into(),
+            "remove cgroup /test/c of c".into(),
+            format!("unmount {}", bundle.join("rootfs").display()),
+        ]
+    );
+    assert!(!bed.run_dir("c").exists());
+}
+
+#[test]
+fn after_a_shims_death_all_it_had_is_removed_also_what_no_runtime_knows() {
+    let (bed, bundle) = dead();
+    let sandbox = crate::sandbox::SandboxId::new("test", "c").unwrap();
+    let answer = super::super::delete::after_death(&*bed.machine, &sandbox, &bundle);
+    assert_eq!(answer.exit_status, 137);
+    assert_cleared(&bed, &bundle);
+}
+
+#[test]
+fn a_dead_shims_sandbox_is_cleared_by_others_once_containerd_has_forgotten_it() {
+    let (bed, bundle) = dead();
+    let sweep = || super::super::orphans::sweep(&*bed.machine, &bed.path("run"));
+    let before = bed.machine.calls();
+    sweep();
+    assert_eq!(bed.machine.calls(), before, "containerd will ask for it");
+    fs::rename(&bundle, bed.path("bundles/forgotten")).unwrap();
+    sweep();
+    let calls = bed.machine.calls();
+    assert_eq!(
+        calls[before.len()..],
+        ["delete --force c", "remove cgroup /test/c of c"]
+    );
+    assert!(!bed.run_dir("c").exists());
+}

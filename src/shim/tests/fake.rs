@@ -292,6 +292,11 @@ impl Host for Machine {
         Ok(Arc::clone(group.unwrap()) as _)
     }
 
+    fn remove_cgroup(&self, path: &Path, id: &str) -> Result<(), CgroupError> {
+        self.record(format!("remove cgroup {} of {id}", path.display()));
+        Ok(())
+    }
+
     fn create_netns(&self, path: &Path) -> io::Result<()> {
         // No file is made there: to unmount one takes root.
         self.record(format!("netns {}", path.display()));
