@@ -1,10 +1,13 @@
 """What the replayer asks of the `crab` command."""
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+from pathlib import Path
 from typing import Any
 
-from clients import Client, call, wait_for
+from clients import Client, ClientError, call, wait_for
 
 #: Puts a sandbox under crab.
 ANNOTATIONS = {"dev.crab.enabled": "true"}
@@ -38,12 +41,29 @@ class Crab:
             found[:] = [line for line in self.log() if line["turn"] > turn and _is_settled(line)]
             return bool(found)
 
-        wait_for(f"crab to finish the turn after {turn}", is_there)
+        try:
+            wait_for(f"crab to finish the turn after {turn}", is_there)
+        except ClientError as error:
+            raise ClientError(f"{error}; the journal ends with {self.log()[-1:]}; what runs here:\n{all_tasks()}") from None
         return found[0]
 
     def arm(self) -> None:
         """The dead sandbox's next start goes back to its newest checkpoint."""
         self._crab("restore", self.client.id)
+
+
+def all_tasks() -> str:
+    """Every thread that this pid namespace shows, and where it waits: for whoever looks for a hang."""
+    lines = []
+    for task in sorted(Path("/proc").glob("[0-9]*/task/[0-9]*"), key=lambda path: int(path.name)):
+        with contextlib.suppress(OSError):
+            command = (task / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:90]
+            state = re.search(r"State:\s+(\S)", (task / "status").read_text())
+            stack = (task / "stack").read_text().split("\n")[:5]
+            calls = " < ".join(line.split()[-1].split("+")[0] for line in stack if line)
+            lines.append(f"{task.parts[2]}/{task.name} {(task / 'comm').read_text().strip()} {state and state[1]} "
+                         f"{calls} | {command}")
+    return "\n".join(lines)
 
 
 def is_none(line: Line) -> bool:

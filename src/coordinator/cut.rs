@@ -23,9 +23,10 @@ use crate::{
 
 /// How long a cut waits for execs that are half-way through the door.
 const LATCH_LIMIT: Duration = Duration::from_secs(30);
-/// A vforked child needs a few hundred microseconds to its exec.
-const VFORK_PAUSE: Duration = Duration::from_millis(3);
-const VFORK_TRIES: u32 = 100;
+/// A vforked child needs a few hundred microseconds to its exec, and the threads of a process that
+/// ends a little longer to theirs.
+const UNREST_PAUSE: Duration = Duration::from_millis(3);
+const UNREST_TRIES: u32 = 100;
 
 /// What a cut must know of the sandbox's processes.
 pub trait Scene: Send + Sync {
@@ -73,9 +74,14 @@ pub enum CutError {
         list(.0)
     )]
     Stopped(Vec<i32>),
-    /// A process stays between vfork and exec.
-    #[error("a process waits for its vforked child all the time, and CRIU cannot dump it so")]
-    Vfork,
+    /// A process stays in a state in which CRIU cannot dump it.
+    #[error("process {pid} (host pid) {state} all the time, and CRIU cannot dump it so")]
+    Unrest {
+        /// Its host pid.
+        pid: i32,
+        /// What it does, in words.
+        state: &'static str,
+    },
     /// Another cut has taken longer than one may take.
     #[error("another checkpoint of the sandbox does not end")]
     Busy,
@@ -156,7 +162,7 @@ impl Sandbox<'_> {
                 return Err(CutError::Stopped(stopped));
             }
         }
-        let held = self.hold_outside_vfork()?;
+        let held = self.hold_at_rest()?;
         let before: BTreeSet<i32> = self.freeze.cgroup().procs()?.into_iter().collect();
         let strangers = strangers(&before, self.scene.init_pid());
         if !strangers.is_empty() {
@@ -186,21 +192,24 @@ impl Sandbox<'_> {
         })
     }
 
-    /// Freezes at a moment when no process is between vfork and exec.
-    ///
-    /// Its parent waits for it where CRIU cannot seize it, and CRIU would give up after 10 s. The
-    /// child is let run on for a moment.
-    fn hold_outside_vfork(&self) -> Result<Held, CutError> {
-        for _ in 0..VFORK_TRIES {
+    /// Freezes at a moment when no process is in a passing state that CRIU cannot dump. Whoever is
+    /// gets a moment to pass.
+    fn hold_at_rest(&self) -> Result<Held, CutError> {
+        let mut tries = 0;
+        loop {
             let held = self.freeze.hold()?;
             let procs = self.freeze.cgroup().procs()?;
-            if !procs.iter().any(|pid| waits_for_vfork(*pid)) {
+            let unrest = procs.iter().find_map(|pid| Some((*pid, unrest(*pid)?)));
+            let Some((pid, state)) = unrest else {
                 return Ok(held);
+            };
+            tries += 1;
+            if tries == UNREST_TRIES {
+                return Err(CutError::Unrest { pid, state });
             }
             drop(held);
-            thread::sleep(VFORK_PAUSE);
+            thread::sleep(UNREST_PAUSE);
         }
-        Err(CutError::Vfork)
     }
 
     fn dump(&self, args: &runtime::Checkpoint) -> Result<(), CutError> {
@@ -258,13 +267,32 @@ fn is_dying(pid: i32) -> bool {
         || pending.into_iter().any(|mask| mask & SIGKILL != 0)
 }
 
+/// Why CRIU could not dump a process at this moment, if it could not: it waits uninterruptibly, and
+/// CRIU would give up after 10 s, or it has ended in part ("Zombies with threads are not supported").
+fn unrest(pid: i32) -> Option<&'static str> {
+    if waits_for_vfork(pid) {
+        return Some("waits for its vforked child");
+    }
+    let half_gone = stat(pid)?.state == 'Z' && tasks(pid).count() > 1;
+    half_gone.then_some("has ended, but not all of its threads,")
+}
+
+/// The directories of a process's threads. Those of a zombie are in /proc until they have ended.
+fn tasks(pid: i32) -> impl Iterator<Item = PathBuf> {
+    let tasks = fs::read_dir(proc(pid).join("task"));
+    tasks
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|task| task.path())
+}
+
 /// Whether one of a process's threads waits for its vforked child: in `wait_for_vfork_done`, or,
 /// where the compiler has inlined that (kernel 6.18), in `kernel_clone`, which waits for nothing
 /// else.
 fn waits_for_vfork(pid: i32) -> bool {
-    let tasks = fs::read_dir(proc(pid).join("task"));
-    tasks.into_iter().flatten().flatten().any(|task| {
-        fs::read_to_string(task.path().join("wchan"))
+    tasks(pid).any(|task| {
+        fs::read_to_string(task.join("wchan"))
             .is_ok_and(|place| place == "wait_for_vfork_done" || place == "kernel_clone")
     })
 }
@@ -313,6 +341,34 @@ mod tests {
         assert!(strangers(&BTreeSet::from([init, me]), init).is_empty());
         assert_eq!(strangers(&BTreeSet::from([me]), init), [me]);
         assert!(strangers(&BTreeSet::from([me]), me).is_empty());
+    }
+
+    /// The main thread has ended, and another goes on until it is told to end.
+    const HALF_GONE: &str = "import ctypes, sys, threading\n\
+        def wait():\n    print(flush=True)\n    sys.stdin.read()\n\
+        threading.Thread(target=wait).start()\n\
+        ctypes.CDLL(None).pthread_exit(None)\n";
+
+    #[test]
+    fn a_process_of_which_only_the_first_thread_has_ended_is_not_dumped() {
+        use std::process::{Command, Stdio};
+
+        assert_eq!(unrest(std::process::id() as i32), None);
+        let mut python = Command::new("python3")
+            .args(["-c", HALF_GONE])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let pid = python.id() as i32;
+        let end = Instant::now() + Duration::from_secs(20);
+        while unrest(pid).is_none() {
+            assert!(Instant::now() < end, "{:?}", stat(pid).map(|s| s.state));
+            thread::yield_now();
+        }
+        drop(python.stdin.take());
+        python.wait().unwrap();
+        assert_eq!(unrest(pid), None);
     }
 
     #[test]

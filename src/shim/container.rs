@@ -101,6 +101,8 @@ pub struct Container {
     pub init: Arc<Process>,
     /// Who runs it.
     pub runtime: Arc<dyn OciRuntime>,
+    /// Docker's health check.
+    pub(super) health_check: Option<Vec<String>>,
     /// The machine below.
     pub host: Arc<dyn Host>,
     /// Where events go.

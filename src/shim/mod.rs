@@ -13,6 +13,7 @@ pub mod create;
 pub mod delete;
 pub mod error;
 pub mod events;
+mod health_check;
 pub mod hold;
 pub mod hooks;
 pub mod host;

@@ -27,12 +27,21 @@ pub struct Spec {
     #[serde(default)]
     root: Option<Root>,
     #[serde(default)]
+    mounts: Vec<Mount>,
+    #[serde(default)]
     linux: Option<Linux>,
 }
 
 #[derive(Debug, Deserialize)]
 struct Root {
     path: PathBuf,
+}
+
+#[derive(Debug, Deserialize)]
+struct Mount {
+    destination: PathBuf,
+    #[serde(default)]
+    source: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -82,6 +91,13 @@ impl Spec {
             .as_ref()
             .map_or(Path::new("rootfs"), |r| r.path.as_path());
         bundle.join(path)
+    }
+
+    /// What the client mounts at a place in the container; of several the last, which covers the
+    /// others.
+    pub fn bound_from(&self, destination: &Path) -> Option<&Path> {
+        let mount = self.mounts.iter().rfind(|m| m.destination == destination)?;
+        mount.source.as_deref()
     }
 
     /// The cgroup that the client asks for.

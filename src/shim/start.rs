@@ -308,7 +308,7 @@ fn is_turn(container: &Container, process: &Process) -> bool {
         .ok()
         .and_then(|spec| serde_json::from_value(spec["args"].clone()).ok())
         .unwrap_or_default();
-    container.config.is_turn(&args)
+    container.health_check.as_ref() != Some(&args) && container.config.is_turn(&args)
 }
 
 /// A runtime may die after it has started the process: nobody would ever see or end that.
