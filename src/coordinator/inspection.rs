@@ -5,7 +5,7 @@
 //! the checkpoint away again, and [`Inspection::learn`] when nobody waits any more. If anything fails in
 //! between, what was known before counts on, and what cannot be known any more counts as changed.
 
-use std::{path::Path, time::Instant};
+use std::{path::Path, sync::Arc, time::Instant};
 
 use super::{
     freeze::Freezable,
@@ -197,8 +197,13 @@ impl Inspection {
         }
     }
 
-    /// The checkpoint of `turn` is durable, its image at `image`.
-    pub(super) fn durable(&mut self, turn: TurnNo, taken: Option<Taken>, image: &Path) {
+    /// The checkpoint of `turn` is durable, its images are where `images` says.
+    pub(super) fn durable(
+        &mut self,
+        turn: TurnNo,
+        taken: Option<Taken>,
+        images: Arc<dyn process::Images>,
+    ) {
         let Some(taken) = taken else {
             self.known = None;
             return;
@@ -228,7 +233,7 @@ impl Inspection {
                     mounts: taken.mounts,
                     processes: taken
                         .processes
-                        .map(|processes| processes.at(image))
+                        .map(|processes| processes.at(images))
                         .inspect_err(|e| log::warn!("the processes cannot be compared: {e}"))
                         .ok(),
                 });

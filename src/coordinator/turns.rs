@@ -19,6 +19,7 @@ use super::{
     cut,
     doors::Doors,
     inspection::{Inspection, Look, Scene, Taken},
+    stored_images::StoredImages,
 };
 use crate::{
     config::Gate,
@@ -27,8 +28,8 @@ use crate::{
     runtime::{self, criu_conf::CriuConf, descriptors::Stream},
     sandbox::TurnNo,
     store::{
-        Action, Checkpoint, Facts, Host, JournalLine, Kind, Pending, SandboxWriter, StdioPipe,
-        StoreError, Sync as Durability, Trigger,
+        Action, Checkpoint, Facts, Files, Host, Images, JournalLine, Kind, Pending, Retention,
+        SandboxWriter, Staging, StdioPipe, StoreError, Sync as Durability, Trigger,
     },
 };
 
@@ -57,8 +58,8 @@ pub trait Subject: Send + Sync {
 pub struct Settings {
     /// When the next exec may start.
     pub gate: Gate,
-    /// How many turns are kept.
-    pub keep: u32,
+    /// Which checkpoints are kept.
+    pub retention: Retention,
     /// How long a dump may take.
     pub dump_limit: Duration,
     /// Whether a turn that changed nothing is skipped.
@@ -250,10 +251,10 @@ impl Worker {
         line.effects = look.effects;
         line.note = look.note;
         let taken = self.take(subject, turn, parent, gate, &mut line);
-        if let Ok(checkpoint) = &taken {
+        if let Ok((checkpoint, _)) = &taken {
             line.action = Action::Full;
             line.checkpoint = Some(checkpoint.digest);
-            line.bytes_written = checkpoint.manifest.contents.bytes;
+            line.bytes_written = checkpoint.stored;
             line.durable_us = Some(micros(begin.elapsed()));
         }
         if let Err(e) = &taken {
@@ -263,18 +264,17 @@ impl Worker {
         // not be on the disk by itself, the checkpoint is.
         self.store.append(&line, Durability::Later).map_err(text)?;
         self.exposed(gate, &mut line)?;
-        let checkpoint = taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
+        let (_, staging) = taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
         if let Some(name) = name {
             self.store.name(name, turn).map_err(text)?;
         }
-        let keep = usize::try_from(self.settings.keep).unwrap_or(usize::MAX);
-        self.store.prune(keep).map_err(text)?;
         if let Some(inspection) = &mut self.inspection {
-            let upper = checkpoint.upper_dir();
             scene(subject, &self.doors, |scene| {
-                inspection.learn(scene, &upper)
+                inspection.learn(scene, staging.upper_dir());
             })?;
         }
+        drop(staging);
+        self.store.retain(&self.settings.retention).map_err(text)?;
         Ok(line)
     }
 
@@ -348,7 +348,7 @@ impl Worker {
         parent: Option<TurnNo>,
         gate: &mut ShutGate,
         line: &mut JournalLine,
-    ) -> Result<Checkpoint, String> {
+    ) -> Result<(Checkpoint, Staging), String> {
         let overlay = subject.overlay()?;
         let pending = self.store.begin(turn).map_err(text)?;
         let scratch = subject.scratch();
@@ -397,16 +397,17 @@ impl Worker {
         line.freeze_us = micros(done.frozen);
         let differ = seen.as_ref().and_then(|seen: &Taken| seen.changed_files);
         line.changed_files = differ.unwrap_or_else(|| done.captured.entries());
-        let checkpoint = commit(subject, pending, parent, &done)?;
+        let (checkpoint, staging) = commit(subject, pending, parent, &done)?;
         if let Some(inspection) = inspection {
-            inspection.durable(turn, seen, &checkpoint.image_dir());
+            let images = Arc::new(StoredImages(checkpoint.clone()));
+            inspection.durable(turn, seen, images);
         }
         line.bytes_captured = checkpoint.manifest.contents.bytes;
         // The checkpoint exists from here on: nothing may make its turn count as unprotected.
         if let Err(e) = fs::remove_dir_all(&work) {
             log::warn!("{}: cannot remove {work:?}: {e}", self.store.id());
         }
-        Ok(checkpoint)
+        Ok((checkpoint, staging))
     }
 }
 
@@ -433,7 +434,7 @@ fn commit<T>(
     pending: Pending,
     parent: Option<TurnNo>,
     done: &cut::Done<T>,
-) -> Result<Checkpoint, String> {
+) -> Result<(Checkpoint, Staging), String> {
     let config = subject.bundle().join("config.json");
     let kept = pending.bundle_dir().join("config.json");
     fs::copy(&config, &kept).map_err(|e| format!("cannot keep {config:?}: {e}"))?;
@@ -446,8 +447,12 @@ fn commit<T>(
         pipes: done.streams.iter().map(pipe).collect(),
         runtime: serde_json::json!({ "terminal": subject.has_terminal() }),
         notes: Vec::new(),
+        processes_of: None,
+        references: Vec::new(),
     };
-    pending.commit(facts).map_err(text)
+    pending
+        .commit(facts, Images::Staged, Files::Whole)
+        .map_err(text)
 }
 
 fn pipe(stream: &Stream) -> StdioPipe {

@@ -27,6 +27,7 @@ use crate::{
         descriptors::{self, Stream},
     },
     sandbox::TurnNo,
+    store::Laid,
 };
 
 /// Where a container's processes come from instead of a boot.
@@ -41,10 +42,8 @@ pub enum Source {
     Armed {
         /// The turn to go back to.
         turn: TurnNo,
-        /// CRIU's image directory.
-        image: PathBuf,
-        /// The writable layer, put back by Create.
-        upper: PathBuf,
+        /// Its images, and its writable layer, which Create puts back.
+        laid: Arc<Laid>,
         /// A directory on the same file system, which the store tidies.
         scratch: PathBuf,
     },
@@ -62,9 +61,10 @@ impl Source {
         error
     }
 
-    fn image(&self) -> &Path {
+    fn image(&self) -> PathBuf {
         match self {
-            Self::Client { image } | Self::Armed { image, .. } => image,
+            Self::Client { image } => image.clone(),
+            Self::Armed { laid, .. } => laid.image_dir(),
         }
     }
 }
@@ -81,20 +81,21 @@ impl Source {
 
 /// Restores the container's processes. After an error none of them is left.
 pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
-    let step = format!("{}: restore from {:?}", container.sandbox, source.image());
+    let images = source.image();
+    let step = format!("{}: restore from {images:?}", container.sandbox);
     let io = container.init.io().ok_or_else(|| {
         ShimError::new(Kind::Failed, format!("{step}: an earlier try has failed"))
     })?;
-    let streams = descriptors::load(source.image()).context(&step)?;
+    let streams = descriptors::load(&images).context(&step)?;
     let taken = take_up(container, &streams).context(&step)?;
     if let Some(stream) = streams.iter().find(|s| s.exec_id.is_empty() && s.fd == 0) {
         io.preload_stdin(&pending(stream));
     }
     let mut image = descriptors::prepare_restore(
-        source.image(),
+        &images,
         &[source.scratch(), container.run_dir.path()],
         taken.fds,
-        descriptors::of_this_boot(source.image()),
+        descriptors::of_this_boot(&images),
     )
     .context(&step)?;
     let held = hooks::restored_exists();
