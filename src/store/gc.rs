@@ -298,7 +298,6 @@ impl SandboxWriter {
                 .filter(|(digest, _)| live.contains(digest))
                 .collect();
             if objects.is_empty() {
-                failpoint("delete a dead pack");
                 files::remove(&path)?;
                 continue;
             }
@@ -339,7 +338,6 @@ impl SandboxWriter {
         failpoint("sync a kept pack");
         files::sync_dir(&dir)?;
         for needed in packs.iter().filter(|needed| needed.name != last) {
-            failpoint("delete a copied pack");
             files::remove(&dir.join(needed.name.file()))?;
         }
         Ok(())
