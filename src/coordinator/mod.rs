@@ -5,5 +5,6 @@ pub mod doors;
 pub mod freeze;
 mod inspection;
 mod memory_files;
+pub mod poison;
 mod processes;
 pub mod turns;
