@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 
-pytest.register_assert_rewrite("harness")
+pytest.register_assert_rewrite("harness", "equality", "programs")
 
 import harness  # noqa: E402
 import world  # noqa: E402

@@ -12,11 +12,13 @@ use std::{
 use super::{
     doors::Doors,
     freeze::{Freeze, FreezeError, Held},
+    poison::{self, Snapshot, SnapshotError, Verdict},
 };
 use crate::{
     cgroup::CgroupError,
     runtime::{
-        self, OciRuntime, RuntimeError, criu_conf,
+        self, OciRuntime, RuntimeError,
+        criu_conf::{self, CriuConf},
         descriptors::{self, DescriptorsError, Stream},
     },
 };
@@ -27,6 +29,9 @@ const LATCH_LIMIT: Duration = Duration::from_secs(30);
 /// ends a little longer to theirs.
 const UNREST_PAUSE: Duration = Duration::from_millis(3);
 const UNREST_TRIES: u32 = 100;
+/// How long a server that has time is given to accept a connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(5);
+const ACCEPT_TRIES: u32 = 20;
 
 /// What a cut must know of the sandbox's processes.
 pub trait Scene: Send + Sync {
@@ -50,6 +55,8 @@ pub struct Sandbox<'a> {
     pub doors: &'a Arc<Doors>,
     /// Its processes.
     pub scene: &'a dyn Scene,
+    /// The directories of its overlay, the writable one first; none if it has no overlay.
+    pub layers: Vec<PathBuf>,
 }
 
 /// Why there is no dump.
@@ -94,9 +101,17 @@ pub enum CutError {
     /// Its processes could not be listed.
     #[error("cannot list the sandbox's processes: {0}")]
     Procs(#[from] CgroupError),
+    /// A dump of these processes would fail, or be worth nothing.
+    #[error("the sandbox's processes cannot be kept: {}", why_not(.0))]
+    Poison(Verdict),
+    /// Whether they can be dumped is not known.
+    #[error("cannot tell whether the sandbox's processes can be kept: {0}")]
+    Unknown(#[from] SnapshotError),
     /// CRIU failed.
-    #[error("{source}; CRIU's log says:\n{log}")]
+    #[error("{}{source}; CRIU's log says:\n{log}", sentence(.means))]
     Dump {
+        /// What that means, if it is known.
+        means: Option<String>,
         /// The runtime's answer.
         source: RuntimeError,
         /// The end of CRIU's log.
@@ -111,6 +126,18 @@ pub enum CutError {
     /// The part done by the caller.
     #[error("{0}")]
     Capture(String),
+}
+
+fn why_not(verdict: &Verdict) -> String {
+    match verdict {
+        Verdict::Fine => String::new(),
+        Verdict::FilesOnly(reasons) | Verdict::Refuse(reasons) => reasons.to_string(),
+    }
+}
+
+fn sentence(means: &Option<String>) -> String {
+    let means = means.as_ref();
+    means.map_or_else(String::new, |means| format!("{means}. "))
 }
 
 fn list(pids: &[i32]) -> String {
@@ -139,6 +166,14 @@ pub struct Done<T> {
     pub captured: T,
 }
 
+/// A sandbox that stands still.
+struct Moment {
+    held: Held,
+    begin: Instant,
+    procs: BTreeSet<i32>,
+    snapshot: Snapshot,
+}
+
 impl Sandbox<'_> {
     /// Dumps all processes into `args.image_path` and calls `capture` while they stand still.
     ///
@@ -154,7 +189,6 @@ impl Sandbox<'_> {
             .cut_alone(args.limit + LATCH_LIMIT)
             .ok_or(CutError::Busy)?;
         let _latched = self.doors.latch(LATCH_LIMIT).ok_or(CutError::Latch)?;
-        let begin = Instant::now();
         if self.freeze.cgroup().hangs_on_stopped() {
             let mut stopped = self.freeze.cgroup().procs()?;
             stopped.retain(|pid| is_stopped(*pid));
@@ -162,22 +196,28 @@ impl Sandbox<'_> {
                 return Err(CutError::Stopped(stopped));
             }
         }
-        let held = self.hold_at_rest()?;
-        let before: BTreeSet<i32> = self.freeze.cgroup().procs()?.into_iter().collect();
-        let strangers = strangers(&before, self.scene.init_pid());
-        if !strangers.is_empty() {
-            return Err(CutError::LiveExecs {
-                execs: self.doors.inside(),
-                pids: strangers,
-            });
+        let Moment {
+            held,
+            begin,
+            procs: before,
+            snapshot,
+        } = self.hold_at_a_good_moment()?;
+        match poison::judge(&snapshot) {
+            Verdict::Fine => {}
+            verdict => return Err(CutError::Poison(verdict)),
+        }
+        if let Some(home) = &args.home {
+            let watched = snapshot.watched_paths(&self.layers);
+            CriuConf::add_watched(home, &watched)
+                .map_err(|e| CutError::Capture(format!("{home:?}: {e}")))?;
         }
         self.scene.drain();
         let streams = self.scene.streams().map_err(CutError::Capture)?;
-        self.dump(args)?;
+        self.dump(args, &snapshot)?;
         if args.leave_running {
             self.check_stillness(&before)?;
         }
-        descriptors::save(&args.image_path, &streams)?;
+        descriptors::save(&args.image_path, &streams, snapshot.has_outside_tcp())?;
         let captured = capture().map_err(CutError::Capture)?;
         // With --exit it is meant to die.
         if args.leave_running && self.freeze.is_dying() {
@@ -190,6 +230,36 @@ impl Sandbox<'_> {
             streams,
             captured,
         })
+    }
+
+    /// Freezes at a moment when no connection waits to be accepted, as far as there is one, and
+    /// lists the processes.
+    fn hold_at_a_good_moment(&self) -> Result<Moment, CutError> {
+        let mut tries = 0;
+        loop {
+            let begin = Instant::now();
+            let held = self.hold_at_rest()?;
+            let procs: BTreeSet<i32> = self.freeze.cgroup().procs()?.into_iter().collect();
+            let strangers = strangers(&procs, self.scene.init_pid());
+            if !strangers.is_empty() {
+                return Err(CutError::LiveExecs {
+                    execs: self.doors.inside(),
+                    pids: strangers,
+                });
+            }
+            let snapshot = Snapshot::read(&procs, self.scene.init_pid())?;
+            if tries == ACCEPT_TRIES || !snapshot.has_waiting_connection() {
+                return Ok(Moment {
+                    held,
+                    begin,
+                    procs,
+                    snapshot,
+                });
+            }
+            tries += 1;
+            drop(held);
+            thread::sleep(ACCEPT_PAUSE);
+        }
     }
 
     /// Freezes at a moment when no process is in a passing state that CRIU cannot dump. Whoever is
@@ -212,16 +282,20 @@ impl Sandbox<'_> {
         }
     }
 
-    fn dump(&self, args: &runtime::Checkpoint) -> Result<(), CutError> {
+    fn dump(&self, args: &runtime::Checkpoint, snapshot: &Snapshot) -> Result<(), CutError> {
         // CRIU and an init that dies under its hands wait for each other. With --exit it is CRIU
         // that kills.
         let init = self.scene.init_pid();
         let stop = || args.leave_running && (self.freeze.is_dying() || is_dying(init));
         self.runtime
             .checkpoint(self.id, args, &stop)
-            .map_err(|source| CutError::Dump {
-                source,
-                log: criu_conf::log_tail(&args.work_path.join("dump.log")),
+            .map_err(|source| {
+                let log = criu_conf::log_tail(&args.work_path.join("dump.log"));
+                CutError::Dump {
+                    means: poison::explain(&log, Some(snapshot)),
+                    source,
+                    log,
+                }
             })
     }
 

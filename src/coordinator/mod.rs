@@ -5,6 +5,7 @@ pub mod doors;
 pub mod freeze;
 mod inspection;
 mod memory_files;
+pub mod poison;
 mod processes;
 mod stored_images;
 pub mod turns;

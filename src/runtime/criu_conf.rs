@@ -5,9 +5,13 @@
 //! annotation stays free for the user.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write},
     path::{Path, PathBuf},
 };
+
+/// CRIU's file of options below HOME.
+const CONF: &str = ".criu/default.conf";
 
 /// Deleted files up to this size (bytes) are kept inside the image.
 pub const GHOST_LIMIT: u64 = 256 << 20;
@@ -45,11 +49,20 @@ impl CriuConf {
         Self { lines }
     }
 
+    /// Adds to options that [`CriuConf::write`] has written where watched files are, which CRIU
+    /// could not find by itself.
+    pub fn add_watched(home: &Path, paths: &[PathBuf]) -> io::Result<()> {
+        let mut file = fs::File::options().append(true).open(home.join(CONF))?;
+        for path in paths {
+            writeln!(file, "irmap-scan-path {}", path.display())?;
+        }
+        Ok(())
+    }
+
     /// Writes the options below `home` and returns it, to be passed as HOME.
     pub fn write(&self, home: &Path) -> io::Result<PathBuf> {
-        let dir = home.join(".criu");
-        fs::create_dir_all(&dir)?;
-        fs::write(dir.join("default.conf"), self.lines.join("\n") + "\n")?;
+        fs::create_dir_all(home.join(CONF).parent().unwrap_or(home))?;
+        fs::write(home.join(CONF), self.lines.join("\n") + "\n")?;
         Ok(home.to_owned())
     }
 }

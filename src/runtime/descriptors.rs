@@ -54,6 +54,9 @@ struct Streams {
     /// The boot during which the dump was made.
     #[serde(default)]
     boot_id: String,
+    /// Whether a TCP connection leads out of the sandbox; none if nobody has looked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    outside_tcp: Option<bool>,
     streams: Vec<Stream>,
 }
 
@@ -74,12 +77,13 @@ fn at<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Descr
     }
 }
 
-/// Saves the streams beside the images.
-pub fn save(image: &Path, streams: &[Stream]) -> Result<(), DescriptorsError> {
+/// Saves the streams beside the images, and whether a TCP connection leads out of the sandbox.
+pub fn save(image: &Path, streams: &[Stream], outside_tcp: bool) -> Result<(), DescriptorsError> {
     let path = image.join(STREAMS);
     let file = Streams {
         version: 1,
         boot_id: boot_id(),
+        outside_tcp: Some(outside_tcp),
         streams: streams.to_vec(),
     };
     serde_json::to_vec(&file)
@@ -97,6 +101,12 @@ fn boot_id() -> String {
 pub fn of_this_boot(image: &Path) -> bool {
     let boot = boot_id();
     load_file(image).is_ok_and(|file| !boot.is_empty() && file.boot_id == boot)
+}
+
+/// Whether no TCP connection of the dump leads out of the sandbox. Then none has a peer that has
+/// moved on, and all of them can be taken up: CRIU closes either all or none.
+pub fn has_no_outside_tcp(image: &Path) -> bool {
+    load_file(image).is_ok_and(|file| file.outside_tcp == Some(false))
 }
 
 /// The streams of a dump; none if another shim has made it.

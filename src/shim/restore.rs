@@ -103,7 +103,9 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
         true => Some(hold::write_script(container.run_dir.path()).context(&step)?),
         false => None,
     };
-    let home = CriuConf::for_restore(container.config.tcp == Tcp::Close, script.as_deref())
+    let keep_tcp =
+        container.config.tcp == Tcp::Keep || descriptors::has_no_outside_tcp(source.image());
+    let home = CriuConf::for_restore(!keep_tcp, script.as_deref())
         .write(&container.run_dir.criu_home("restore"))
         .context(&step)?;
     let work = container.run_dir.criu_work();
@@ -120,7 +122,7 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
         pid_file: &pid_file,
         stdio,
         extra_fds,
-        tcp_established: container.config.tcp == Tcp::Keep,
+        tcp_established: keep_tcp,
         shell_job: container.init.stdio.terminal,
         file_locks: true,
         no_pivot_root: container.config.no_pivot_root,

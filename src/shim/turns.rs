@@ -72,7 +72,7 @@ impl Subject for Container {
 
 impl Container {
     /// Where the root file system is mounted.
-    fn rootfs(&self) -> PathBuf {
+    pub(super) fn rootfs(&self) -> PathBuf {
         let mounted = self.mounted.clone();
         mounted.unwrap_or_else(|| self.spec.rootfs(&self.bundle))
     }
