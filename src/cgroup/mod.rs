@@ -9,6 +9,7 @@
 mod freezer;
 mod oom;
 mod path;
+mod remove;
 mod stats;
 mod stats_v1;
 mod stats_v2;
@@ -16,6 +17,7 @@ mod stats_v2;
 pub use freezer::FreezerState;
 pub use oom::OomWatch;
 pub use path::Mounts;
+pub use remove::remove;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -6,4 +6,5 @@ pub mod freeze;
 mod inspection;
 mod memory_files;
 mod processes;
+pub mod rollback;
 pub mod turns;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use containerd_shim::protos::api::CreateTaskRequest;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -45,11 +45,30 @@ pub struct Remains {
     pub systemd_cgroup: bool,
     /// The mounted root file system, if the shim has mounted it.
     pub mounted: Option<PathBuf>,
+    /// The directories of its cgroup, while the runtime may have forgotten it.
+    #[serde(default)]
+    pub cgroup: Vec<PathBuf>,
 }
 
 impl Remains {
     /// Its name in the bundle.
     pub const FILE: &str = "crab.json";
+
+    /// Writes the file.
+    fn save(&self, bundle: &Path) -> std::io::Result<()> {
+        fs::write(bundle.join(Self::FILE), serde_json::to_vec(self)?)
+    }
+
+    /// Adds the cgroup, before a rollback makes the runtime forget the container.
+    pub fn add_cgroup(bundle: &Path, cgroup: Vec<PathBuf>) -> std::io::Result<()> {
+        let bytes = fs::read(bundle.join(Self::FILE))?;
+        let mut remains: Self = serde_json::from_slice(&bytes)?;
+        if remains.cgroup != cgroup {
+            remains.cgroup = cgroup;
+            remains.save(bundle)?;
+        }
+        Ok(())
+    }
 }
 
 /// What every container of a shim shares.
@@ -120,9 +139,10 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         host: Arc::clone(host),
         events: Arc::clone(world.events),
         doors: Doors::new(),
-        place: OnceLock::new(),
+        place: RwLock::default(),
         turns: OnceLock::new(),
         leftovers: Mutex::default(),
+        tidying: Mutex::default(),
         inner: Mutex::new(Inner::new(phase)),
         changed: Condvar::new(),
         source,
@@ -132,6 +152,7 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         spec,
         run_dir,
         mounted,
+        mounts: request.rootfs.iter().map(proto::mount_spec).collect(),
     });
     if phase == Phase::Created {
         start::create_init(&container)?;
@@ -247,6 +268,7 @@ fn save_remains(bundle: &Path, config: &Config, mounted: Option<&Path>) -> std::
         root: config.root.clone(),
         systemd_cgroup: config.systemd_cgroup,
         mounted: mounted.map(Path::to_owned),
+        cgroup: Vec::new(),
     };
-    fs::write(bundle.join(Remains::FILE), serde_json::to_vec(&remains)?)
+    remains.save(bundle)
 }

@@ -126,16 +126,19 @@ pub fn after_death(host: &dyn Host, sandbox: &SandboxId, bundle: &Path) -> Delet
         .and_then(|bytes| serde_json::from_slice::<Remains>(&bytes).ok());
     let mut config = Config::default();
     let mut mounted = Some(bundle.join("rootfs"));
+    let mut cgroup = Vec::new();
     if let Some(remains) = remains {
         config.runtime = remains.runtime;
         config.root = remains.root;
         config.systemd_cgroup = remains.systemd_cgroup;
         mounted = remains.mounted;
+        cgroup = remains.cgroup;
     }
     let pid = crate::runtime::runc::read_pid(&bundle.join("init.pid")).unwrap_or(0);
     let runtime = host.runtime(&config, sandbox.namespace(), run_dir.path());
     let deleted = runtime.delete(sandbox.id(), true);
     attempt("delete", deleted.map_err(|e| e.to_string()));
+    attempt("remove the cgroup", host.remove_cgroup(&cgroup));
     if let Some(rootfs) = mounted.filter(|r| r.exists()) {
         attempt("unmount", host.unmount(&rootfs));
     }

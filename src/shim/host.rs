@@ -4,14 +4,18 @@
 
 use std::{
     io,
-    os::unix::fs::FileExt,
+    os::{fd::AsFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::{
@@ -21,7 +25,7 @@ use super::{
     run_dir::{RUN, RunDir},
 };
 use crate::{
-    cgroup::{Cgroup, CgroupError, OomWatch},
+    cgroup::{self, Cgroup, CgroupError, OomWatch},
     config::Config,
     coordinator::freeze::Freezable,
     inspector::{self, Watch},
@@ -37,10 +41,14 @@ const LOAD_LIMIT: Duration = Duration::from_secs(30);
 pub trait Target: Send + Sync {
     /// Sends a signal by number.
     fn signal(&self, signal: i32) -> io::Result<()>;
+    /// Waits until it has ended, reaped or not; false if it lives on for longer than `limit`.
+    fn wait_end(&self, limit: Duration) -> io::Result<bool>;
 }
 
 /// A sandbox's cgroup.
 pub trait ControlGroup: Freezable {
+    /// Its directory in every hierarchy.
+    fn directories(&self) -> Vec<PathBuf>;
     /// containerd's metrics message.
     fn stats(&self) -> Result<Any, CgroupError>;
     /// Calls `on_oom` whenever the kernel has killed for lack of memory. None where the host
@@ -51,6 +59,10 @@ pub trait ControlGroup: Freezable {
 }
 
 impl ControlGroup for Cgroup {
+    fn directories(&self) -> Vec<PathBuf> {
+        Cgroup::directories(self)
+    }
+
     fn stats(&self) -> Result<Any, CgroupError> {
         Cgroup::stats(self)
     }
@@ -90,6 +102,8 @@ pub trait Host: Send + Sync {
     fn overlay(&self, rootfs: &Path) -> Result<Overlay, String>;
     /// Unmounts it; one that is not mounted is no error.
     fn unmount(&self, target: &Path) -> Result<(), String>;
+    /// Kills what is left in a cgroup and removes its directories, those that are there.
+    fn remove_cgroup(&self, directories: &[PathBuf]) -> Result<(), String>;
     /// Begins to watch what changes in a sandbox.
     fn watch(&self, subject: &inspector::Subject) -> Result<Watch, String>;
 }
@@ -120,6 +134,20 @@ impl Target for PidFd {
             })
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
         pidfd_send_signal(&self.0, signal).map_err(Into::into)
+    }
+
+    fn wait_end(&self, limit: Duration) -> io::Result<bool> {
+        let end = Instant::now() + limit;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            // Readable from the end of its last thread on.
+            let mut ended = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut ended, left) {
+                Err(Errno::EINTR) => {}
+                polled => return Ok(polled? > 0),
+            }
+        }
     }
 }
 
@@ -197,6 +225,10 @@ impl Host for Linux {
 
     fn unmount(&self, target: &Path) -> Result<(), String> {
         rootfs::unmount(target).map_err(|e| e.to_string())
+    }
+
+    fn remove_cgroup(&self, directories: &[PathBuf]) -> Result<(), String> {
+        cgroup::remove(directories).map_err(|e| e.to_string())
     }
 
     fn watch(&self, subject: &inspector::Subject) -> Result<Watch, String> {

@@ -25,6 +25,7 @@ mod arm;
 mod digest;
 mod files;
 mod journal;
+mod lineage;
 mod manifest;
 mod pending;
 mod sandbox;

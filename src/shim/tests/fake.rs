@@ -257,6 +257,19 @@ impl Target for FakeTarget {
             false => Err(io::Error::from_raw_os_error(libc::ESRCH)),
         }
     }
+
+    fn wait_end(&self, limit: Duration) -> io::Result<bool> {
+        let end = Instant::now() + limit;
+        loop {
+            if self.0.state.lock().ended.contains(&self.1) {
+                return Ok(true);
+            }
+            if Instant::now() >= end {
+                return Ok(false);
+            }
+            thread::yield_now();
+        }
+    }
 }
 
 impl Host for Machine {
@@ -318,6 +331,11 @@ impl Host for Machine {
     fn unmount(&self, target: &Path) -> Result<(), String> {
         self.record(format!("unmount {}", target.display()));
         self.plan(Verb::Unmount)
+    }
+
+    fn remove_cgroup(&self, directories: &[PathBuf]) -> Result<(), String> {
+        self.record(format!("remove cgroup {directories:?}"));
+        Ok(())
     }
 
     fn watch(&self, _: &inspector::Subject) -> Result<Watch, String> {
