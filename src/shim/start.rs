@@ -155,11 +155,10 @@ pub fn adopt_init(container: &Arc<Container>, pid_file: &Path, watch: Watch) -> 
     }
     let this = Arc::clone(container);
     watch.claim(pid, move |exit| {
-        let told = Exit {
-            pid: this.init.pid(),
-            ..exit
-        };
-        handle_exit(move || this.init_exited(told));
+        handle_exit(move || {
+            let pid = this.init.pid();
+            this.init_exited(Exit { pid, ..exit });
+        });
     });
     Ok(())
 }

@@ -2,10 +2,12 @@
 //! its processes end when a test says so.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Weak},
+    thread,
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
@@ -40,6 +42,9 @@ struct State {
     plans: HashMap<Verb, VecDeque<Plan>>,
     groups: BTreeMap<String, Arc<Group>>,
     last_pid: i32,
+    ended: HashSet<i32>,
+    /// SIGKILL kills, instead of being written down only.
+    mortal: bool,
     checkpoints: Vec<Checkpoint>,
     overlay: Option<PathBuf>,
 }
@@ -104,6 +109,11 @@ impl Machine {
         self.state.lock().plans.clear();
     }
 
+    /// From now on SIGKILL kills.
+    pub fn make_mortal(&self) {
+        self.state.lock().mortal = true;
+    }
+
     /// Gives every container a writable layer.
     pub fn set_upper(&self, upper: &Path) {
         self.state.lock().overlay = Some(upper.to_owned());
@@ -155,7 +165,7 @@ impl Machine {
     /// Ends a process; one that is gone already stays so.
     pub fn end(&self, pid: i32, status: u32) {
         {
-            let state = self.state.lock();
+            let mut state = self.state.lock();
             let alive = state.groups.values().any(|group| {
                 let mut procs = group.cgroup.procs.lock();
                 let place = procs.iter().position(|p| *p == pid);
@@ -164,6 +174,7 @@ impl Machine {
             if !alive {
                 return;
             }
+            state.ended.insert(pid);
         }
         self.reaper.inject(Exit {
             pid,
@@ -250,9 +261,16 @@ struct FakeTarget(Arc<Machine>, i32);
 impl Target for FakeTarget {
     fn signal(&self, signal: i32) -> io::Result<()> {
         self.0.record(format!("signal {} {signal}", self.1));
-        let state = self.0.state.lock();
-        let mut groups = state.groups.values();
-        match groups.any(|g| g.cgroup.procs.lock().contains(&self.1)) {
+        let (alive, mortal) = {
+            let state = self.0.state.lock();
+            let mut groups = state.groups.values();
+            let alive = groups.any(|g| g.cgroup.procs.lock().contains(&self.1));
+            (alive, state.mortal)
+        };
+        if alive && mortal && signal == libc::SIGKILL {
+            self.0.end(self.1, 137);
+        }
+        match alive {
             true => Ok(()),
             false => Err(io::Error::from_raw_os_error(libc::ESRCH)),
         }
