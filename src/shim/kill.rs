@@ -87,7 +87,9 @@ impl Container {
     pub(super) fn kill_restored(&self) {
         let mut inner = self.inner.lock();
         inner.going_back = None;
-        let Some(signal) = inner.kill_at_start.take() else {
+        // Death may have been on its way to those who are gone.
+        let deadly = Some(libc::SIGKILL).filter(|_| self.doors.is_dying() && !inner.init_gone);
+        let Some(signal) = deadly.or(inner.kill_at_start.take()) else {
             return;
         };
         if self.init.pid() == 0 {

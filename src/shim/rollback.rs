@@ -212,10 +212,15 @@ impl Stopping {
         Remains::add_cgroup(&container.bundle, place.cgroup.directories())
             .context("note its cgroup")?;
         container.drain();
-        if let Some(io) = container.init.io() {
-            io.replace_pipes().context("make new pipes")?;
-        }
+        let pipes = match container.init.io() {
+            Some(io) => Some((io.make_pipes().context("make new pipes")?, io)),
+            None => None,
+        };
         container.begin_replacing()?;
+        // Before they are killed, so that their end is not taken for that of the streams.
+        if let Some((pipes, io)) = pipes {
+            io.switch_to(pipes);
+        }
         Ok(Self {
             place: Arc::clone(place),
             held,
@@ -317,6 +322,12 @@ fn end(container: &Arc<Container>) {
         if let Err(e) = container.host.remove_cgroup(&place.cgroup.directories()) {
             log::error!("{}: {e}", container.sandbox);
         }
+    }
+    // The new pipes, if nobody has them: so their streams end, for which clients wait.
+    if let Some(io) = container.init.io()
+        && let Err(e) = io.start()
+    {
+        log::error!("{}: {e}", container.sandbox);
     }
     let mut inner = container.inner.lock();
     inner.going_back = None;
