@@ -85,8 +85,19 @@ class Sandbox:
         assert line["checkpoint"], line
         return line["turn"]
 
+    @property
+    def shown(self):
+        """The line of `crab ps`."""
+        lines = [json.loads(line) for line in crab("ps", "--json").out.splitlines()]
+        return next(line for line in lines if line["id"] == self.container.id)
+
+    @property
+    def init(self):
+        """The pid of its init. After a rollback that is another one than its client knows."""
+        return self.shown["pid"]
+
     def die(self, with_shim=False):
-        pid, shim = self.container.pid, self.container.shim
+        pid, shim = self.init, self.container.shim
         if with_shim:
             os.kill(shim, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)

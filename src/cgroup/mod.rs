@@ -10,6 +10,7 @@ mod freezer;
 mod oom;
 mod path;
 mod remains;
+mod remove;
 mod stats;
 mod stats_v1;
 mod stats_v2;
@@ -17,7 +18,8 @@ mod stats_v2;
 pub use freezer::FreezerState;
 pub use oom::OomWatch;
 pub use path::Mounts;
-pub use remains::remove_remains;
+pub use remains::named;
+pub use remove::remove;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

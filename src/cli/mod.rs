@@ -6,6 +6,7 @@ mod docker;
 mod log;
 mod ps;
 mod restore;
+mod rollback;
 mod turns;
 
 use std::{
@@ -68,6 +69,12 @@ enum Verb {
         #[arg(long)]
         start: bool,
     },
+    /// Take a running sandbox back to one of its checkpoints, in place
+    Rollback {
+        /// SANDBOX@TURN or SANDBOX@NAME
+        #[arg(value_parser = rollback::target)]
+        sandbox: String,
+    },
     /// Check the checkpoints of one sandbox, or of all, against their digests
     Verify {
         /// Container id, a unique prefix of it, or a Docker name; with @TURN or @NAME one checkpoint
@@ -114,6 +121,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
             cancel,
             start,
         } => restore::run(&context, &sandbox, cancel, start),
+        Verb::Rollback { sandbox } => rollback::run(&context, &sandbox),
         Verb::Verify { sandbox } => verify(&context, sandbox.as_deref()),
     }
 }

@@ -1,5 +1,7 @@
 //! Which checkpoint holds the state after a turn: its own, or, if the turn changed nothing, an earlier one.
 
+use std::collections::HashMap;
+
 use anyhow::{Context, bail};
 
 use crate::{
@@ -24,13 +26,13 @@ pub(super) fn is_none(line: &JournalLine) -> bool {
         && line.checkpoint.is_none()
 }
 
-/// A turn by number or name; without one the newest checkpoint.
+/// A turn by number or name; without one the checkpoint that the sandbox goes on from.
 pub(super) fn find(checkpoints: &SandboxStore, which: Option<&str>) -> anyhow::Result<Held> {
     let id = checkpoints.id();
     let own = |turn| Held { turn, by: turn };
     let Some(which) = which else {
-        let latest = checkpoints.latest()?;
-        return latest
+        let head = checkpoints.head()?;
+        return head
             .map(|c| own(c.turn()))
             .with_context(|| format!("{id} has no checkpoint"));
     };
@@ -58,41 +60,49 @@ pub(super) fn newest(checkpoints: &SandboxStore) -> anyhow::Result<Option<Held>>
     };
     // Without a journal at least the checkpoint itself is known.
     let journal = checkpoints.journal().unwrap_or_default();
-    let lines = journal.lines.iter().rev();
-    let held = lines
-        .map(|line| line.turn)
-        .take_while(|turn| *turn > last)
-        .find(|turn| holder(&kept, &journal.lines, *turn).is_ok());
-    Ok(Some(Held {
-        turn: held.unwrap_or(last),
+    let later = journal.lines.iter().rev().map(|line| line.turn);
+    let mut later = later.take_while(|turn| *turn > last);
+    let held = later.find_map(|turn| {
+        let by = holder(&kept, &journal.lines, turn).ok()?;
+        Some(Held { turn, by })
+    });
+    Ok(Some(held.unwrap_or(Held {
+        turn: last,
         by: last,
-    }))
+    })))
+}
+
+/// Whether the turn left the sandbox as it was: it changed nothing, or is a rollback that was refused.
+fn left_it(line: &JournalLine) -> bool {
+    let refused =
+        line.trigger == Trigger::Rollback && line.effects.is_empty() && line.checkpoint.is_none();
+    is_none(line) || refused
 }
 
 /// The checkpoint that holds the state after `turn`, which has none of its own. Each turn after that
 /// checkpoint must be in the journal: of one that is missing nobody knows what it did.
 fn holder(kept: &[TurnNo], lines: &[JournalLine], turn: TurnNo) -> anyhow::Result<TurnNo> {
+    let by_turn: HashMap<TurnNo, &JournalLine> = lines.iter().map(|l| (l.turn, l)).collect();
+    if !by_turn.contains_key(&turn) {
+        bail!("the journal has no such turn");
+    }
     let mut wanted = turn;
-    let known = lines.iter().rposition(|line| line.turn == turn);
-    let known = known.context("the journal has no such turn")?;
-    for line in lines.iter().take(known + 1).rev() {
+    while wanted != TurnNo::default() {
         if kept.contains(&wanted) {
             return Ok(wanted);
         }
-        if line.turn != wanted {
+        let Some(line) = by_turn.get(&wanted) else {
             bail!(
                 "turn {turn} changed nothing, but the journal does not say what turn {wanted} did"
             );
-        }
-        match is_none(line) {
-            true => wanted = TurnNo(wanted.0.saturating_sub(1)),
-            false => bail!(why_not(line, turn)),
-        }
+        };
+        wanted = match line.went_back_to(lines) {
+            Some(to) => to,
+            None if left_it(line) => TurnNo(wanted.0.saturating_sub(1)),
+            None => bail!(why_not(line, turn)),
+        };
     }
-    match kept.contains(&wanted) {
-        true => Ok(wanted),
-        false => bail!("turn {turn} changed nothing, but there is no checkpoint before it"),
-    }
+    bail!("turn {turn} changed nothing, but there is no checkpoint before it")
 }
 
 /// Why the chain of unchanged turns that ends with `turn` does not begin with a checkpoint.

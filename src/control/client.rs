@@ -9,10 +9,10 @@ use ttrpc::{Client, context};
 
 use super::{
     LINK, SHIMS,
-    api::{CheckpointRequest, ControlClient, ListRequest, Sandbox},
+    api::{CheckpointRequest, ControlClient, ListRequest, RollbackRequest, Sandbox},
     sweep,
 };
-use crate::sandbox::SandboxId;
+use crate::sandbox::{SandboxId, TurnNo};
 
 /// A question about sandboxes must not hang on one stopped shim.
 const QUICK: i64 = 3_000_000_000;
@@ -75,16 +75,36 @@ pub fn list(run: &Path) -> (Vec<Sandbox>, Vec<ControlError>) {
     (sandboxes, errors)
 }
 
+/// Where the shim of a running sandbox listens.
+fn socket_of(run_dir: &Path, sandbox: &SandboxId) -> Result<PathBuf, ControlError> {
+    let socket = run_dir.join(LINK);
+    match socket.exists() {
+        true => Ok(socket),
+        false => Err(ControlError::NotRunning(sandbox.clone())),
+    }
+}
+
+/// Takes a running sandbox back to the checkpoint of a turn; returns what was done, as JSON.
+pub fn rollback(run_dir: &Path, sandbox: &SandboxId, turn: TurnNo) -> Result<String, ControlError> {
+    let socket = socket_of(run_dir, sandbox)?;
+    let request = RollbackRequest {
+        id: sandbox.id().to_owned(),
+        turn: turn.0,
+        ..Default::default()
+    };
+    connect(&socket)?
+        .rollback(context::with_timeout(SLOW), &request)
+        .map(|response| response.report)
+        .map_err(wrong(&socket))
+}
+
 /// Takes a checkpoint of a running sandbox; returns its line in the journal, as JSON.
 pub fn checkpoint(
     run_dir: &Path,
     sandbox: &SandboxId,
     name: Option<&str>,
 ) -> Result<String, ControlError> {
-    let socket = run_dir.join(LINK);
-    if !socket.exists() {
-        return Err(ControlError::NotRunning(sandbox.clone()));
-    }
+    let socket = socket_of(run_dir, sandbox)?;
     let request = CheckpointRequest {
         id: sandbox.id().to_owned(),
         name: name.unwrap_or_default().to_owned(),

@@ -50,7 +50,7 @@ pub struct Sandbox<'a> {
     /// Who dumps.
     pub runtime: &'a dyn OciRuntime,
     /// Who freezes.
-    pub freeze: &'a Arc<Freeze>,
+    pub freeze: Arc<Freeze>,
     /// Who keeps execs out.
     pub doors: &'a Arc<Doors>,
     /// Its processes.

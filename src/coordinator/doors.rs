@@ -28,6 +28,8 @@ struct State {
     inside: BTreeMap<String, bool>,
     /// A turn would have ended, had not another exec been on the doorstep.
     owed: bool,
+    /// The turn under way is being undone: its end is none.
+    void: bool,
     /// Turns waiting at the door, and since when the first of them has.
     waiting: u32,
     first_wait: Option<Instant>,
@@ -40,6 +42,10 @@ struct State {
 impl State {
     /// Ends the turn if nothing that counts is inside or about to be.
     fn end_turn(&mut self) -> bool {
+        if self.void {
+            self.owed = false;
+            return false;
+        }
         let ended = self.owed
             && !self.dying
             && self.starting == 0
@@ -145,6 +151,12 @@ impl Doors {
         Some(latched)
     }
 
+    /// The turn under way is undone: until the returned value is dropped, no turn ends.
+    pub fn void_turn(self: &Arc<Self>) -> Void {
+        self.state.lock().void = true;
+        Void(Arc::clone(self))
+    }
+
     /// How many turns wait to begin.
     #[cfg(test)]
     pub(crate) fn waiting(&self) -> u32 {
@@ -211,6 +223,21 @@ impl Drop for Latched {
     fn drop(&mut self) {
         self.0.state.lock().latched -= 1;
         self.0.changed.notify_all();
+    }
+}
+
+/// See [`Doors::void_turn`].
+pub struct Void(Arc<Doors>);
+
+impl Drop for Void {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        state.void = false;
+        // Of execs that live on the turn goes on.
+        if !state.inside.values().any(|is_turn| *is_turn) {
+            state.turn_start = None;
+            state.owed = false;
+        }
     }
 }
 
@@ -298,6 +325,27 @@ mod tests {
         drop(latched);
         entered.recv_timeout(SOON).unwrap();
         waiter.join().unwrap();
+    }
+
+    #[test]
+    fn a_turn_that_is_undone_has_no_end() {
+        let doors = Doors::new();
+        doors.enter("a", true).started();
+        let void = doors.void_turn();
+        assert!(!doors.leave("a"));
+        drop(void);
+        assert_eq!(doors.take_turn_start(), None);
+        doors.enter("b", true).started();
+        assert!(doors.leave("b"));
+    }
+
+    #[test]
+    fn a_turn_that_could_not_be_undone_ends_as_ever() {
+        let doors = Doors::new();
+        doors.enter("a", true).started();
+        drop(doors.void_turn());
+        assert!(doors.leave("a"));
+        assert!(doors.take_turn_start().is_some());
     }
 
     #[test]

@@ -98,6 +98,18 @@ impl Freeze {
         })
     }
 
+    /// A freezer for the processes that take the place of `former`'s: the client's wish, and the
+    /// sandbox's death, are theirs too.
+    pub fn succeed(former: &Self, cgroup: Arc<dyn Freezable>) -> Arc<Self> {
+        let this = Self::new(cgroup);
+        {
+            let (mut ours, theirs) = (this.owners.lock(), former.owners.lock());
+            ours.client = theirs.client;
+            ours.dying = theirs.dying;
+        }
+        this
+    }
+
     /// The cgroup below.
     pub fn cgroup(&self) -> &dyn Freezable {
         &*self.cgroup
@@ -162,6 +174,15 @@ impl Freeze {
 
 /// crab's hold on a frozen sandbox.
 pub struct Held(Arc<Freeze>);
+
+impl Held {
+    /// Everything in it has been killed: lets it die, also what the client has paused. A v1 freezer
+    /// keeps even SIGKILL waiting.
+    pub fn let_die(self) -> Result<(), FreezeError> {
+        let _freezing = self.0.freezing.lock();
+        if_not_gone(self.0.cgroup.thaw()).map_err(Into::into)
+    }
+}
 
 impl Drop for Held {
     fn drop(&mut self) {

@@ -13,7 +13,7 @@ use super::{
     processes::Processes,
 };
 use crate::{
-    inspector::{Dirty, Inode, Watch, process},
+    inspector::{self, Dirty, Inode, Watch, process},
     rootfs::layer::{Candidate, Comparison, Layer, Scope},
     sandbox::TurnNo,
     store::Effect,
@@ -253,6 +253,18 @@ impl Inspection {
         }
         if let Err(e) = known.layer.learn(copy, scene.stop) {
             log::warn!("not all files can be compared: {e}");
+        }
+    }
+
+    /// The sandbox was taken back: it is watched where it is now, and nothing is known of it.
+    pub(super) fn follow(&mut self, subject: Result<inspector::Subject, String>, why: String) {
+        self.known = None;
+        let followed = match &mut self.watch {
+            Ok(watch) => subject.and_then(|subject| watch.follow(&subject, why)),
+            Err(_) => return,
+        };
+        if let Err(e) = followed {
+            self.lose(format!("cannot follow a rollback: {e}"));
         }
     }
 

@@ -7,5 +7,6 @@ mod inspection;
 mod memory_files;
 pub mod poison;
 mod processes;
+pub mod rollback;
 mod stored_images;
 pub mod turns;

@@ -19,11 +19,12 @@ use super::{
     cut,
     doors::Doors,
     inspection::{Inspection, Look, Scene, Taken},
+    rollback::Order,
     stored_images::StoredImages,
 };
 use crate::{
     config::Gate,
-    inspector::Watch,
+    inspector::{self, Watch},
     rootfs::{self, Overlay},
     runtime::{self, criu_conf::CriuConf, descriptors::Stream},
     sandbox::TurnNo,
@@ -47,6 +48,8 @@ pub trait Subject: Send + Sync {
     fn has_terminal(&self) -> bool;
     /// Begins to watch what changes in it.
     fn watch(&self) -> Result<Watch, String>;
+    /// What there is to watch.
+    fn to_watch(&self) -> Result<inspector::Subject, String>;
     /// When input last came to each of its processes that have some. While two answers are equal,
     /// none has come.
     fn input_marks(&self) -> Vec<Option<Instant>>;
@@ -70,14 +73,15 @@ pub struct Settings {
 
 type Reply = Sender<Result<JournalLine, String>>;
 
-enum Job {
+pub(super) enum Job {
     Boundary { at: Instant, gate: ShutGate },
     Manual { name: Option<String>, reply: Reply },
+    Rollback(Order),
 }
 
 /// A gate that the end of a turn has shut. Opens when dropped, at the latest: also when the job
 /// that holds it is never done.
-struct ShutGate(Option<Arc<Doors>>);
+pub(super) struct ShutGate(Option<Arc<Doors>>);
 
 impl ShutGate {
     /// No gate: nobody waits for this turn.
@@ -119,6 +123,8 @@ impl Turns {
             doors: Arc::clone(&doors),
             settings,
             last_turn: None,
+            head: None,
+            void_before: None,
             inspection: None,
         };
         let thread = thread::Builder::new()
@@ -132,7 +138,7 @@ impl Turns {
         }))
     }
 
-    fn send(&self, job: Job) -> bool {
+    pub(super) fn send(&self, job: Job) -> bool {
         match &*self.jobs.lock() {
             Some(jobs) => jobs.send(job).is_ok(),
             None => false,
@@ -170,15 +176,19 @@ impl Turns {
     }
 }
 
-struct Worker {
+pub(super) struct Worker {
     subject: Weak<dyn Subject>,
-    store: SandboxWriter,
+    pub(super) store: SandboxWriter,
     doors: Arc<Doors>,
     settings: Settings,
     /// The newest number given away.
     last_turn: Option<TurnNo>,
+    /// The checkpoint that the sandbox goes on from.
+    pub(super) head: Option<TurnNo>,
+    /// Turns that ended before were undone by a rollback.
+    pub(super) void_before: Option<Instant>,
     /// What is known since the last checkpoint.
-    inspection: Option<Inspection>,
+    pub(super) inspection: Option<Inspection>,
 }
 
 impl Worker {
@@ -188,15 +198,20 @@ impl Worker {
             self.begin(&*subject);
         }
         for job in jobs {
+            let Some(subject) = self.subject.upgrade() else {
+                return;
+            };
             let (trigger, begin, mut gate, name, reply) = match job {
+                Job::Boundary { at, .. } if self.void_before.is_some_and(|t| at < t) => continue,
                 Job::Boundary { at, gate } => (Trigger::Exec, at, gate, None, None),
                 Job::Manual { name, reply } => {
                     let now = Instant::now();
                     (Trigger::Manual, now, ShutGate::NONE, name, Some(reply))
                 }
-            };
-            let Some(subject) = self.subject.upgrade() else {
-                return;
+                Job::Rollback(order) => {
+                    self.roll_back(&*subject, order);
+                    continue;
+                }
             };
             let taken = self.turn(&*subject, trigger, begin, name.as_deref(), &mut gate);
             drop(gate);
@@ -219,7 +234,7 @@ impl Worker {
         name: Option<&str>,
         gate: &mut ShutGate,
     ) -> Result<JournalLine, String> {
-        let parent = self.store.latest().map_err(text)?.map(|c| c.turn());
+        let parent = self.parent().map_err(text)?;
         let turn = self.next_turn().map_err(text)?;
         let ended_at = OffsetDateTime::now_utc();
         let mut line = JournalLine {
@@ -265,6 +280,7 @@ impl Worker {
         self.store.append(&line, Durability::Later).map_err(text)?;
         self.exposed(gate, &mut line)?;
         let (_, staging) = taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
+        self.head = Some(turn);
         if let Some(name) = name {
             self.store.name(name, turn).map_err(text)?;
         }
@@ -325,9 +341,20 @@ impl Worker {
         look
     }
 
+    /// The checkpoint that the sandbox goes on from, if it is still there.
+    fn parent(&mut self) -> Result<Option<TurnNo>, StoreError> {
+        let kept = self.store.turns()?;
+        if self.head.is_none_or(|head| !kept.contains(&head)) {
+            self.head = self.store.head()?.map(|checkpoint| checkpoint.turn());
+        }
+        // A damaged one is an error, and is not passed over in silence.
+        let head = self.head.map(|head| self.store.get(head)).transpose()?;
+        Ok(head.map(|checkpoint| checkpoint.turn()))
+    }
+
     /// The number after every one that was ever given away. The journal is read for the first one
     /// alone: it grows with every turn.
-    fn next_turn(&mut self) -> Result<TurnNo, StoreError> {
+    pub(super) fn next_turn(&mut self) -> Result<TurnNo, StoreError> {
         let last = match self.last_turn {
             Some(last) => last,
             None => {

@@ -206,6 +206,22 @@ impl Host {
         Ok(())
     }
 
+    /// After a [`Host::register`] under another key: what of the former one is no longer right.
+    pub(super) fn forget_key(&self, slot: u32, former: &Key, now: &Key) -> io::Result<()> {
+        let _alone = self.place.lock().map_err(io::Error::other)?;
+        if former.cgroup != now.cgroup
+            && get::<u64, u32>(&self.cgroups, &former.cgroup)? == Some(slot)
+        {
+            remove(&self.cgroups, &former.cgroup)?;
+        }
+        if former.overlay != now.overlay
+            && get::<u32, u32>(&self.overlays, &former.overlay)? == Some(slot)
+        {
+            remove(&self.overlays, &former.overlay)?;
+        }
+        Ok(())
+    }
+
     /// The reverse of [`Host::register`], and also if that failed.
     pub(super) fn unregister(&self, slot: u32, key: &Key) -> io::Result<()> {
         // Between a look at whose an entry is and its removal, nobody may take it over.

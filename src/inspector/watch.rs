@@ -113,6 +113,23 @@ impl Watch {
         self.host.probes.name()
     }
 
+    /// The sandbox has other processes, another mount of its files, and maybe another cgroup: from
+    /// now on it is watched there. Everything counts as changed until the next cut is durable,
+    /// since what happened in between was seen by nobody.
+    pub fn follow(&mut self, subject: &Subject, why: String) -> Result<(), String> {
+        self.now.doubt = Some(why);
+        let key = key_of(subject)?;
+        let moved = (self.host)
+            .unwatch(self.slot())
+            .and_then(|()| self.host.register(self.slot(), &key))
+            .and_then(|()| self.host.forget_key(self.slot(), &self.key, &key));
+        moved.map_err(|e| format!("cannot register with the inspector: {e}"))?;
+        self.watched.clear();
+        self.foreign.clear();
+        self.key = key;
+        Ok(())
+    }
+
     /// What may have changed since the last durable cut. Freezes nothing and resets nothing.
     pub fn look(&self) -> io::Result<Dirty> {
         let mut dirty = Dirty {

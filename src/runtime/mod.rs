@@ -193,6 +193,9 @@ pub trait OciRuntime: Send + Sync {
     fn kill_all(&self, id: &str, signal: i32) -> Result<(), RuntimeError>;
     /// Removes the container; with `force`, kills it first. An unknown one is no error.
     fn delete(&self, id: &str, force: bool) -> Result<(), RuntimeError>;
+    /// Makes the runtime forget a container whose processes are all gone, and nothing else: its
+    /// cgroup stays as it is, for a restore under the same id. An unknown one is no error.
+    fn forget(&self, id: &str) -> Result<(), RuntimeError>;
     /// Dumps the container's processes. When `stop` says so, the dump is killed, which only a
     /// sandbox that is to die can bear.
     fn checkpoint(

@@ -201,6 +201,21 @@ impl OciRuntime for Runc {
         }
     }
 
+    /// `delete` would also remove the cgroup, and with it the sandbox's statistics and the number by
+    /// which the inspector knows it. Both runc and crun keep all that they know of a container in
+    /// one directory, and are asked about it no more.
+    fn forget(&self, id: &str) -> Result<(), RuntimeError> {
+        let dir = self.root.join(id);
+        match fs::remove_dir_all(&dir) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(RuntimeError::File {
+                what: "cannot remove the runtime's state in",
+                path: dir,
+                source,
+            }),
+            _ => Ok(()),
+        }
+    }
+
     fn checkpoint(
         &self,
         id: &str,

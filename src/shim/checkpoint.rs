@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use containerd_shim::protos::{
@@ -157,7 +158,7 @@ impl Container {
         Ok(cut::Sandbox {
             id: self.sandbox.id(),
             runtime: &*self.runtime,
-            freeze: &self.place()?.freeze,
+            freeze: Arc::clone(&self.place()?.freeze),
             doors: &self.doors,
             scene: self,
             layers: self.layers(),

@@ -8,6 +8,7 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, OnceLock},
+    thread::JoinHandle,
 };
 
 use containerd_shim::protos::{
@@ -16,7 +17,7 @@ use containerd_shim::protos::{
     protobuf::{MessageField, well_known_types::any::Any},
     shim::oci::ProcessDetails,
 };
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 
 use super::{
     error::{Context, Kind, Result, ShimError},
@@ -40,6 +41,7 @@ use crate::{
         freeze::{Freeze, FreezeError},
         turns::Turns,
     },
+    rootfs::MountSpec,
     runtime::{OciRuntime, descriptors::Stream},
     sandbox::SandboxId,
 };
@@ -66,12 +68,12 @@ pub struct Leftover {
 
 pub(super) struct Inner {
     pub phase: Phase,
-    busy: bool,
+    pub busy: bool,
     pausing: bool,
     /// init's creation or start is still to be told, and its end, however soon, after that.
     pub starting: bool,
-    /// A signal for an init that is being restored and has no pid yet.
-    kill_at_start: Option<i32>,
+    /// A signal for an init that is being restored.
+    pub kill_at_start: Option<i32>,
     pub execs: BTreeMap<String, Arc<Process>>,
     /// Execs between their start and the report of their end.
     pub running_execs: usize,
@@ -79,6 +81,20 @@ pub(super) struct Inner {
     pub init_gone: bool,
     /// How init has ended; told to the client when the last exec has been.
     pub init_exit: Option<Exit>,
+    /// A rollback is under way.
+    pub going_back: Option<GoingBack>,
+    /// The init that the client was told of, if a rollback has ended it: unreaped, so that the
+    /// kernel gives its pid to nobody else.
+    pub told_zombie: Option<i32>,
+}
+
+/// How far a rollback is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GoingBack {
+    /// The processes are still those that shall go.
+    Begun,
+    /// They are gone, or as good as that.
+    Replacing,
 }
 
 /// See the module.
@@ -97,6 +113,8 @@ pub struct Container {
     pub source: Option<Source>,
     /// Where its root file system is, if the shim has mounted it.
     pub mounted: Option<PathBuf>,
+    /// What the shim has mounted there.
+    pub mounts: Vec<MountSpec>,
     /// init.
     pub init: Arc<Process>,
     /// Who runs it.
@@ -109,9 +127,11 @@ pub struct Container {
     pub events: Arc<dyn EventSink>,
     /// Who may enter, and when.
     pub doors: Arc<Doors>,
-    pub(super) place: OnceLock<Place>,
+    pub(super) place: RwLock<Option<Arc<Place>>>,
     pub(super) turns: OnceLock<Arc<Turns>>,
     pub(super) leftovers: Mutex<Vec<Leftover>>,
+    /// Removes files that a rollback has replaced.
+    pub(super) tidying: Mutex<Option<JoinHandle<()>>>,
     pub(super) inner: Mutex<Inner>,
     pub(super) changed: Condvar,
 }
@@ -138,6 +158,8 @@ impl Inner {
             running_execs: 0,
             init_gone: false,
             init_exit: None,
+            going_back: None,
+            told_zombie: None,
         }
     }
 }
@@ -207,8 +229,8 @@ impl Container {
     ///
     /// # Errors
     /// `FailedPrecondition` before init has a pid.
-    pub fn place(&self) -> Result<&Place> {
-        self.place.get().ok_or_else(|| {
+    pub fn place(&self) -> Result<Arc<Place>> {
+        self.place.read().clone().ok_or_else(|| {
             ShimError::new(
                 Kind::FailedPrecondition,
                 format!("{}: the container has not been started", self.sandbox),
@@ -257,87 +279,23 @@ impl Container {
             .context(format_args!("{}: update", self.sandbox))
     }
 
-    /// Signals init, an exec, or (`all`) every process.
-    pub fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<()> {
-        let process = self.process(exec_id)?;
-        self.phase().allows(Request::Kill)?;
-        let signal = i32::try_from(signal)
-            .ok()
-            .filter(|s| (1..=64).contains(s))
-            .ok_or_else(|| {
-                ShimError::new(Kind::InvalidArgument, format!("{signal} is no signal"))
-            })?;
-        if exec_id.is_empty() && self.kill_before_restore(signal) {
-            return Ok(());
-        }
-        let deadly = signal == libc::SIGKILL && exec_id.is_empty();
-        if deadly {
-            self.doors.give_up();
-        }
-        let sent = if all && exec_id.is_empty() && self.init.step() == Step::Running {
-            let killed = self.runtime.kill_all(self.sandbox.id(), signal);
-            killed.map_err(|e| {
-                let gone = e.is_unknown_container() || e.to_string().contains("not running");
-                let kind = if gone { Kind::NotFound } else { Kind::Failed };
-                ShimError::new(kind, format!("{}: {e}", self.sandbox))
-            })
-        } else {
-            process.signal(signal)
-        };
-        match &sent {
-            Ok(()) if deadly => self.release(),
-            Err(e) if deadly && e.kind != Kind::NotFound => self.doors.take_heart(),
-            _ => {}
-        }
-        sent
-    }
-
-    /// Signals an init that no image has been read for yet; false if there is one.
-    fn kill_before_restore(&self, signal: i32) -> bool {
-        let mut inner = self.inner.lock();
-        if inner.phase != Phase::CreatedCheckpoint || self.init.pid() != 0 {
-            return false;
-        }
-        if inner.busy {
-            inner.kill_at_start = Some(signal);
-        } else {
-            // There is no process yet: this is the end of a container that never began.
-            inner.init_exit = Some(never_began(signal));
-            self.tell_init_exit(inner);
-        }
-        true
-    }
-
-    /// The restore is over: a signal that came meanwhile reaches what it has made.
-    pub(super) fn kill_restored(&self) {
-        let mut inner = self.inner.lock();
-        let Some(signal) = inner.kill_at_start.take() else {
-            return;
-        };
-        if self.init.pid() == 0 {
-            inner.init_exit = Some(never_began(signal));
-        } else if let Err(e) = self.init.signal(signal) {
-            log::warn!("{}: {e}", self.sandbox);
-        }
-    }
-
-    /// A frozen process does not die (v1): whoever holds it lets go, and nobody freezes it again.
-    fn release(&self) {
-        if let Some(place) = self.place.get() {
-            place.freeze.release_for_death();
-        }
-    }
-
     /// Host pids of all processes, with the exec that each belongs to.
     pub fn pids(&self) -> Result<Vec<ProcessInfo>> {
-        let Some(place) = self.place.get() else {
+        let Ok(place) = self.place() else {
             return Ok(Vec::new());
         };
-        let pids = match place.cgroup.procs() {
+        let mut pids = match place.cgroup.procs() {
             Err(e) if e.is_gone() => Vec::new(),
             pids => pids.context(format_args!("{}: list processes", self.sandbox))?,
         };
-        let execs = self.inner.lock().execs.clone();
+        let (execs, going_back) = {
+            let inner = self.inner.lock();
+            (inner.execs.clone(), inner.going_back.is_some())
+        };
+        if pids.is_empty() && going_back {
+            // Between the old processes and the new ones; a running container always has some.
+            pids.push(self.init.pid());
+        }
         let info = |pid: i32| ProcessInfo {
             pid: pid as u32,
             info: execs
@@ -395,6 +353,7 @@ impl Container {
     pub(super) fn exec_is_over(&self) {
         let mut inner = self.inner.lock();
         inner.running_execs -= 1;
+        self.changed.notify_all();
         self.tell_init_exit(inner);
     }
 
@@ -423,7 +382,7 @@ impl Container {
     }
 
     /// Tells init's end once, when all that comes before it has been told.
-    fn tell_init_exit(&self, mut inner: MutexGuard<'_, Inner>) {
+    pub(super) fn tell_init_exit(&self, mut inner: MutexGuard<'_, Inner>) {
         let over = matches!(inner.phase, Phase::Stopped | Phase::Deleted);
         let due = !over && !inner.starting && inner.running_execs == 0;
         let Some(exit) = inner.init_exit.filter(|_| due) else {
@@ -436,6 +395,9 @@ impl Container {
         inner.phase = Phase::Stopped;
         self.init.ended(exit);
         self.report_exit("", exit);
+        if let Some(pid) = inner.told_zombie.take() {
+            self.host.reaper().release(pid);
+        }
         drop(inner);
         // Lets go of the store, so that a restore can be armed before the task is deleted.
         self.stop_turns();
@@ -477,18 +439,9 @@ impl Container {
     }
 }
 
-/// The end of an init that was killed before it had a process.
-fn never_began(signal: i32) -> Exit {
-    Exit {
-        pid: 0,
-        status: 128 + signal as u32,
-        at: time::OffsetDateTime::now_utc(),
-    }
-}
-
 impl Scene for Container {
     fn init_pid(&self) -> i32 {
-        self.init.pid()
+        self.init.live_pid()
     }
 
     fn drain(&self) {

@@ -6,10 +6,15 @@ use ttrpc::{Code, TtrpcContext, get_status};
 
 use super::{
     error::{Kind, Result, ShimError},
+    rollback::roll_back,
     service::Service,
 };
-use crate::control::api::{
-    CheckpointRequest, CheckpointResponse, Control, ListRequest, ListResponse, Sandbox,
+use crate::{
+    control::api::{
+        CheckpointRequest, CheckpointResponse, Control, ListRequest, ListResponse, RollbackRequest,
+        RollbackResponse, Sandbox,
+    },
+    sandbox::TurnNo,
 };
 
 /// Answers the `crab` command.
@@ -20,13 +25,33 @@ impl ControlService {
         let container = self.0.container(&request.id)?;
         let name = Some(request.name.clone()).filter(|n| !n.is_empty());
         let line = container.checkpoint_now(name)?;
-        let line = serde_json::to_string(&line)
-            .map_err(|e| ShimError::new(Kind::Failed, e.to_string()))?;
         Ok(CheckpointResponse {
-            line,
+            line: json(&line)?,
             ..Default::default()
         })
     }
+
+    fn do_rollback(&self, request: &RollbackRequest) -> Result<RollbackResponse> {
+        let container = self.0.container(&request.id)?;
+        let done = roll_back(&container, TurnNo(request.turn))?;
+        Ok(RollbackResponse {
+            report: json(&done)?,
+            ..Default::default()
+        })
+    }
+}
+
+fn json(what: &impl serde::Serialize) -> Result<String> {
+    serde_json::to_string(what).map_err(|e| ShimError::new(Kind::Failed, e.to_string()))
+}
+
+fn refusal(e: ShimError) -> ttrpc::Error {
+    let code = match e.kind {
+        Kind::NotFound => Code::NOT_FOUND,
+        Kind::FailedPrecondition => Code::FAILED_PRECONDITION,
+        _ => Code::UNKNOWN,
+    };
+    ttrpc::Error::RpcStatus(get_status(code, e.message))
 }
 
 impl Control for ControlService {
@@ -35,14 +60,15 @@ impl Control for ControlService {
         _: &TtrpcContext,
         request: CheckpointRequest,
     ) -> ttrpc::Result<CheckpointResponse> {
-        self.do_checkpoint(&request).map_err(|e| {
-            let code = match e.kind {
-                Kind::NotFound => Code::NOT_FOUND,
-                Kind::FailedPrecondition => Code::FAILED_PRECONDITION,
-                _ => Code::UNKNOWN,
-            };
-            ttrpc::Error::RpcStatus(get_status(code, e.message))
-        })
+        self.do_checkpoint(&request).map_err(refusal)
+    }
+
+    fn rollback(
+        &self,
+        _: &TtrpcContext,
+        request: RollbackRequest,
+    ) -> ttrpc::Result<RollbackResponse> {
+        self.do_rollback(&request).map_err(refusal)
     }
 
     fn list(&self, _: &TtrpcContext, _: ListRequest) -> ttrpc::Result<ListResponse> {
@@ -52,7 +78,7 @@ impl Control for ControlService {
                 id: c.sandbox.id().to_owned(),
                 namespace: c.sandbox.namespace().to_owned(),
                 phase: c.phase().to_string(),
-                pid: c.init.pid(),
+                pid: c.init.live_pid(),
                 is_protected: why_not.is_none(),
                 why_not: why_not.unwrap_or_default(),
                 execs: c.doors.inside(),

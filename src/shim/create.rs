@@ -7,7 +7,7 @@ use std::{
 };
 
 use containerd_shim::protos::api::CreateTaskRequest;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -50,6 +50,9 @@ pub struct Remains {
     pub systemd_cgroup: bool,
     /// Where the shim mounts the root file system, if it does.
     pub mounted: Option<PathBuf>,
+    /// The directories of its cgroup, while the runtime may have forgotten it.
+    #[serde(default)]
+    pub cgroup: Vec<PathBuf>,
 }
 
 impl Remains {
@@ -64,6 +67,17 @@ impl Remains {
     fn save(&self, run_dir: &RunDir) -> std::io::Result<()> {
         let path = run_dir.path().join(Self::FILE);
         fs::write(path, serde_json::to_vec(self)?)
+    }
+
+    /// Adds the cgroup, before a rollback makes the runtime forget the container.
+    pub fn add_cgroup(run_dir: &RunDir, cgroup: Vec<PathBuf>) -> std::io::Result<()> {
+        let mut remains = Self::load(run_dir)
+            .ok_or_else(|| std::io::Error::other("this shim's own notes are gone"))?;
+        if remains.cgroup != cgroup {
+            remains.cgroup = cgroup;
+            remains.save(run_dir)?;
+        }
+        Ok(())
     }
 }
 
@@ -116,6 +130,7 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         root: config.root.clone(),
         systemd_cgroup: config.systemd_cgroup,
         mounted: (!request.rootfs.is_empty()).then(|| bundle.join("rootfs")),
+        cgroup: Vec::new(),
         bundle: bundle.clone(),
     };
     remains.save(&run_dir).context(&sandbox)?;
@@ -144,9 +159,10 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         host: Arc::clone(host),
         events: Arc::clone(world.events),
         doors: Doors::new(),
-        place: OnceLock::new(),
+        place: RwLock::default(),
         turns: OnceLock::new(),
         leftovers: Mutex::default(),
+        tidying: Mutex::default(),
         inner: Mutex::new(Inner::new(phase)),
         changed: Condvar::new(),
         health_check: health_check::of(&spec),
@@ -157,6 +173,7 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         spec,
         run_dir,
         mounted,
+        mounts: request.rootfs.iter().map(proto::mount_spec).collect(),
     });
     if phase == Phase::Created {
         start::create_init(&container)?;

@@ -139,11 +139,13 @@ pub(super) fn clear(host: &dyn Host, sandbox: &SandboxId, remains: Option<&Remai
     }
     let runtime = host.runtime(&config, sandbox.namespace(), run_dir.path());
     attempt(sandbox, "delete", runtime.delete(sandbox.id(), true));
-    // A runtime that ended with its shim, half-way, has made a cgroup and written no state yet.
+    // A runtime that ended with its shim, half-way, has made a cgroup and written no state yet; in
+    // a rollback it has been made to forget the container.
+    let mut cgroup = remains.map_or_else(Vec::new, |r| r.cgroup.clone());
     if let Some(path) = remains.and_then(|r| r.cgroups_path.as_deref()) {
-        let removed = host.remove_cgroup(path, sandbox.id());
-        attempt(sandbox, "remove the cgroup", removed);
+        cgroup.extend(host.cgroup_named(path, sandbox.id()));
     }
+    attempt(sandbox, "remove the cgroup", host.remove_cgroup(&cgroup));
     if let Some(rootfs) = remains.and_then(|r| r.mounted.as_deref())
         && rootfs.exists()
     {

@@ -39,7 +39,7 @@ pub fn run_restored(container: &Container) -> Result<(), String> {
 fn run(container: &Container, hook: &str) -> Result<(), String> {
     let mut command = Command::new(hook);
     command.args([container.sandbox.namespace(), container.sandbox.id()]);
-    command.arg(container.init.pid().to_string());
+    command.arg(container.init.live_pid().to_string());
     command.stdin(std::process::Stdio::null());
     command.stdout(std::process::Stdio::null());
     command.stderr(std::process::Stdio::null());

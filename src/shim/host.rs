@@ -4,14 +4,18 @@
 
 use std::{
     io,
-    os::unix::fs::FileExt,
+    os::{fd::AsFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::{
@@ -37,10 +41,14 @@ const LOAD_LIMIT: Duration = Duration::from_secs(30);
 pub trait Target: Send + Sync {
     /// Sends a signal by number.
     fn signal(&self, signal: i32) -> io::Result<()>;
+    /// Waits until it has ended, reaped or not; false if it lives on for longer than `limit`.
+    fn wait_end(&self, limit: Duration) -> io::Result<bool>;
 }
 
 /// A sandbox's cgroup.
 pub trait ControlGroup: Freezable {
+    /// Its directory in every hierarchy.
+    fn directories(&self) -> Vec<PathBuf>;
     /// containerd's metrics message.
     fn stats(&self) -> Result<Any, CgroupError>;
     /// Calls `on_oom` whenever the kernel has killed for lack of memory. None where the host
@@ -51,6 +59,10 @@ pub trait ControlGroup: Freezable {
 }
 
 impl ControlGroup for Cgroup {
+    fn directories(&self) -> Vec<PathBuf> {
+        Cgroup::directories(self)
+    }
+
     fn stats(&self) -> Result<Any, CgroupError> {
         Cgroup::stats(self)
     }
@@ -82,8 +94,8 @@ pub trait Host: Send + Sync {
     fn target(&self, pid: i32) -> io::Result<Box<dyn Target>>;
     /// The cgroup that a process is in.
     fn cgroup(&self, pid: i32) -> Result<Arc<dyn ControlGroup>, CgroupError>;
-    /// Ends and removes what is left in the cgroup of a container that no runtime knows.
-    fn remove_cgroup(&self, path: &Path, id: &str) -> Result<(), CgroupError>;
+    /// The directories of the cgroup that a container's specification names, those that are there.
+    fn cgroup_named(&self, path: &Path, id: &str) -> Vec<PathBuf>;
     /// Makes a network namespace.
     fn create_netns(&self, path: &Path) -> io::Result<()>;
     /// Mounts a root file system.
@@ -92,6 +104,8 @@ pub trait Host: Send + Sync {
     fn overlay(&self, rootfs: &Path) -> Result<Overlay, String>;
     /// Unmounts it; one that is not mounted is no error.
     fn unmount(&self, target: &Path) -> Result<(), String>;
+    /// Kills what is left in a cgroup and removes its directories, those that are there.
+    fn remove_cgroup(&self, directories: &[PathBuf]) -> Result<(), String>;
     /// Begins to watch what changes in a sandbox.
     fn watch(&self, subject: &inspector::Subject) -> Result<Watch, String>;
 }
@@ -122,6 +136,20 @@ impl Target for PidFd {
             })
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
         pidfd_send_signal(&self.0, signal).map_err(Into::into)
+    }
+
+    fn wait_end(&self, limit: Duration) -> io::Result<bool> {
+        let end = Instant::now() + limit;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            // Readable from the end of its last thread on.
+            let mut ended = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut ended, left) {
+                Err(Errno::EINTR) => {}
+                polled => return Ok(polled? > 0),
+            }
+        }
     }
 }
 
@@ -185,8 +213,11 @@ impl Host for Linux {
         Ok(Arc::new(Cgroup::of_pid(pid)?))
     }
 
-    fn remove_cgroup(&self, path: &Path, id: &str) -> Result<(), CgroupError> {
-        cgroup::remove_remains(path, id)
+    fn cgroup_named(&self, path: &Path, id: &str) -> Vec<PathBuf> {
+        cgroup::named(path, id).unwrap_or_else(|e| {
+            log::error!("{id}: where its cgroup may be: {e}");
+            Vec::new()
+        })
     }
 
     fn create_netns(&self, path: &Path) -> io::Result<()> {
@@ -203,6 +234,10 @@ impl Host for Linux {
 
     fn unmount(&self, target: &Path) -> Result<(), String> {
         rootfs::unmount(target).map_err(|e| e.to_string())
+    }
+
+    fn remove_cgroup(&self, directories: &[PathBuf]) -> Result<(), String> {
+        cgroup::remove(directories).map_err(|e| e.to_string())
     }
 
     fn watch(&self, subject: &inspector::Subject) -> Result<Watch, String> {

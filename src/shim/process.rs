@@ -28,6 +28,8 @@ pub enum Step {
 struct State {
     step: Step,
     pid: i32,
+    /// Another one than `pid` after a rollback.
+    live_pid: i32,
     target: Option<Box<dyn Target>>,
     exit: Option<Exit>,
     io: Option<Arc<ProcessIo>>,
@@ -58,6 +60,7 @@ impl Process {
             state: Mutex::new(State {
                 step: Step::Created,
                 pid: 0,
+                live_pid: 0,
                 target: None,
                 exit: None,
                 io: None,
@@ -72,9 +75,14 @@ impl Process {
         self.state.lock().step
     }
 
-    /// Its host pid; 0 before it has one. Kept after its end.
+    /// The host pid that the client was told; 0 before it has one. Kept after its end.
     pub fn pid(&self) -> i32 {
         self.state.lock().pid
+    }
+
+    /// The host pid that it has now: another one after a rollback.
+    pub fn live_pid(&self) -> i32 {
+        self.state.lock().live_pid
     }
 
     /// How it ended.
@@ -119,10 +127,14 @@ impl Process {
         }
     }
 
-    /// It got a pid. `target` is missing if it was gone already.
+    /// It got a pid, or after a rollback another one, of which the client is not told. `target` is
+    /// missing if it was gone already.
     pub fn has_pid(&self, pid: i32, target: Option<Box<dyn Target>>) {
         let mut state = self.state.lock();
-        state.pid = pid;
+        if state.pid == 0 {
+            state.pid = pid;
+        }
+        state.live_pid = pid;
         state.target = target;
         if matches!(state.step, Step::Created | Step::Starting) {
             state.step = Step::Running;

@@ -6,11 +6,15 @@
 //!
 //! A process may be gone before its starter knows its pid. A [`Watch`], taken before the start,
 //! keeps the exits that nobody has claimed.
+//!
+//! One child is left to be a zombie if asked ([`Reaper::keep`]): an init that was rolled back, whose
+//! pid the clients go on using. The kernel gives that pid to nobody else meanwhile.
 
 use std::{
-    collections::HashMap,
-    io,
+    collections::{BTreeSet, HashMap, HashSet},
+    fs, io,
     os::unix::process::CommandExt,
+    path::PathBuf,
     process::Command,
     sync::Arc,
     thread,
@@ -51,6 +55,8 @@ struct State {
     /// Exits that had no handler, for each living watch.
     watches: HashMap<u64, HashMap<i32, Exit>>,
     next_watch: u64,
+    /// Children that stay zombies.
+    kept: HashSet<i32>,
 }
 
 /// The one who reaps. Cheap to share.
@@ -80,24 +86,68 @@ impl Reaper {
             // The lock spans wait and look-up: whoever registers a handler under it either comes
             // before the exit is collected or finds it in a watch.
             let state = self.state.lock();
-            let (pid, ended) = match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid, Ended::Exited(code)),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, Ended::Signaled(signal as i32)),
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
-                Ok(_) | Err(Errno::EINTR) => continue,
-                Err(e) => {
-                    log::error!("cannot wait for children: {e}");
-                    return;
+            if !state.kept.is_empty() {
+                drop(state);
+                return self.reap_all_but_kept();
+            }
+            match collect(-1) {
+                Collected::Ended(exit, ended) => deliver(state, exit, ended),
+                Collected::Again => {}
+                Collected::Nothing => return,
+            }
+        }
+    }
+
+    /// Asks for each child by itself: the kernel, asked for any, would hand out the kept ones, or
+    /// see nothing else behind them.
+    fn reap_all_but_kept(&self) {
+        let children = match children() {
+            Ok(children) => children,
+            Err(e) => return log::error!("cannot list children, some stay unreaped: {e}"),
+        };
+        for pid in children {
+            loop {
+                let state = self.state.lock();
+                if state.kept.contains(&pid) {
+                    break;
                 }
-            };
-            let exit = Exit {
-                pid: pid.as_raw(),
-                status: match ended {
-                    Ended::Exited(code) => code as u32,
-                    Ended::Signaled(signal) => 128 + signal as u32,
-                },
-                at: OffsetDateTime::now_utc(),
-            };
+                match collect(pid) {
+                    Collected::Ended(exit, ended) => {
+                        deliver(state, exit, ended);
+                        break;
+                    }
+                    Collected::Again => {}
+                    Collected::Nothing => break,
+                }
+            }
+        }
+    }
+
+    /// Leaves a child unreaped, now or once it has ended, until [`Reaper::release`]. Whoever wanted
+    /// its exit never hears of it. False, and nothing is done, if it is gone already, or nobody
+    /// wanted it.
+    pub fn keep(&self, pid: i32) -> bool {
+        let mut state = self.state.lock();
+        // An exit is collected and delivered under the lock: while somebody waits for it, it has
+        // not been collected.
+        let mine = state.handlers.remove(&pid).is_some();
+        if mine {
+            state.kept.insert(pid);
+        }
+        mine
+    }
+
+    /// Reaps as ever, but tells nobody. False as in [`Reaper::keep`].
+    pub fn disclaim(&self, pid: i32) -> bool {
+        self.state.lock().handlers.remove(&pid).is_some()
+    }
+
+    /// The end of [`Reaper::keep`].
+    pub fn release(&self, pid: i32) {
+        let mut state = self.state.lock();
+        if state.kept.remove(&pid)
+            && let Collected::Ended(exit, ended) = collect(pid)
+        {
             deliver(state, exit, ended);
         }
     }
@@ -105,7 +155,16 @@ impl Reaper {
     /// Pretends that a process has ended: unit tests have no children.
     #[cfg(test)]
     pub fn inject(&self, exit: Exit) {
-        deliver(self.state.lock(), exit, Ended::Exited(exit.status as i32));
+        let state = self.state.lock();
+        if !state.kept.contains(&exit.pid) {
+            deliver(state, exit, Ended::Exited(exit.status as i32));
+        }
+    }
+
+    /// The children that are kept.
+    #[cfg(test)]
+    pub fn kept(&self) -> Vec<i32> {
+        self.state.lock().kept.iter().copied().collect()
     }
 
     /// Keeps unclaimed exits from now on.
@@ -136,6 +195,77 @@ impl Reaper {
         let (pid, _) = self.spawn(&mut command)?;
         Ok(pid as u32)
     }
+}
+
+/// What one question for an ended child came to.
+enum Collected {
+    Ended(Exit, Ended),
+    /// Something else happened to it: ask again.
+    Again,
+    Nothing,
+}
+
+/// Collects the exit of one child, or of any (-1). Never waits.
+fn collect(pid: i32) -> Collected {
+    let (pid, ended) = match waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)) {
+        Ok(WaitStatus::Exited(pid, code)) => (pid, Ended::Exited(code)),
+        Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, Ended::Signaled(signal as i32)),
+        Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Collected::Nothing,
+        Ok(_) | Err(Errno::EINTR) => return Collected::Again,
+        Err(e) => {
+            log::error!("cannot wait for children: {e}");
+            return Collected::Nothing;
+        }
+    };
+    let exit = Exit {
+        pid: pid.as_raw(),
+        status: match ended {
+            Ended::Exited(code) => code as u32,
+            Ended::Signaled(signal) => 128 + signal as u32,
+        },
+        at: OffsetDateTime::now_utc(),
+    };
+    Collected::Ended(exit, ended)
+}
+
+/// How often the threads are listed again because one of them has come or gone.
+const LISTINGS: u32 = 100;
+
+/// All children of this process. Exact, since nobody else reaps: the kernel's lists are not when
+/// children go while they are read.
+fn children() -> io::Result<HashSet<i32>> {
+    let mut all = HashSet::new();
+    let mut before = threads()?;
+    for _ in 0..LISTINGS {
+        for thread in &before {
+            match fs::read_to_string(thread.join("children")) {
+                Ok(pids) => all.extend(pids.split_whitespace().flat_map(str::parse::<i32>)),
+                Err(e) if gone(&e) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        // The children of a thread that has ended meanwhile are another one's.
+        let after = threads()?;
+        if after == before {
+            return Ok(all);
+        }
+        before = after;
+    }
+    Ok(all)
+}
+
+fn threads() -> io::Result<BTreeSet<PathBuf>> {
+    let threads = fs::read_dir("/proc/self/task")?;
+    threads.map(|thread| Ok(thread?.path())).collect()
+}
+
+fn gone(e: &io::Error) -> bool {
+    e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH)
+}
+
+/// Whether this kernel lists children, without which no child can be kept.
+pub fn lists_children() -> bool {
+    fs::metadata("/proc/thread-self/children").is_ok()
 }
 
 /// Gives an exit to whoever wants it, without the lock.

@@ -18,6 +18,7 @@ use super::{
     io::{IoContext, ProcessIo, StdioConfig},
     proto,
     start::{adopt_init, attach, discard, runtime_stdio},
+    state::Phase,
 };
 use crate::{
     config::{OrphanOutput, Tcp},
@@ -98,20 +99,22 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
         descriptors::of_this_boot(&images),
     )
     .context(&step)?;
-    let held = hooks::restored_exists();
-    let script = match held {
+    let hooked = hooks::restored_exists();
+    // What the client has paused comes back as it is: before its first instruction.
+    let paused = container.phase() == Phase::Paused;
+    let script = match hooked || paused {
         true => Some(hold::write_script(container.run_dir.path()).context(&step)?),
         false => None,
     };
     let keep_tcp =
-        container.config.tcp == Tcp::Keep || descriptors::has_no_outside_tcp(source.image());
+        container.config.tcp == Tcp::Keep || descriptors::has_no_outside_tcp(&images);
     let home = CriuConf::for_restore(!keep_tcp, script.as_deref())
         .write(&container.run_dir.criu_home("restore"))
         .context(&step)?;
     let work = container.run_dir.criu_work();
     fs::create_dir_all(&work).context(&step)?;
     let (stdio, socket) = runtime_stdio(container, &io)?;
-    let pid_file = container.bundle.join("init.pid");
+    let pid_file = pid_file(container);
     let watch = container.host.reaper().watch();
     let extra_fds = image.take_fds();
     let restored = container.runtime.restore(runtime::Restore {
@@ -140,14 +143,31 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
             for leftover in &taken.leftovers {
                 leftover.io.start().context(&step)?;
             }
-            if held {
-                hooks::run_restored(container).context(&step)?;
+            match hooked {
+                true => hooks::run_restored(container).context(&step),
+                false if paused => confirm_pause(container).context(&step),
+                false => Ok(()),
             }
-            Ok(())
         });
     begun.inspect_err(|_| discard(container))?;
-    container.leftovers.lock().extend(taken.leftovers);
+    *container.leftovers.lock() = taken.leftovers;
     fs::remove_dir_all(&work).context(&step)
+}
+
+/// Where the runtime writes init's pid. The bundle's file tells, also when this shim is dead, the
+/// pid that the client knows.
+fn pid_file(container: &Container) -> PathBuf {
+    match container.init.pid() {
+        0 => container.bundle.join("init.pid"),
+        _ => container.run_dir.path().join("init.pid"),
+    }
+}
+
+/// The script has frozen them; now the client's freeze holds them.
+fn confirm_pause(container: &Container) -> Result<()> {
+    let held = container.place()?.freeze.hold()?;
+    drop(held);
+    Ok(())
 }
 
 /// New pipes for what execs had left running.

@@ -137,22 +137,29 @@ pub fn adopt_init(container: &Arc<Container>, pid_file: &Path, watch: Watch) -> 
                     ..Default::default()
                 }));
             }));
-            let freeze = Freeze::new(Arc::clone(&cgroup).freezable());
-            let place = Place {
+            let freezable = Arc::clone(&cgroup).freezable();
+            let mut place = container.place.write();
+            let freeze = match &*place {
+                Some(former) => Freeze::succeed(&former.freeze, freezable),
+                None => Freeze::new(freezable),
+            };
+            *place = Some(Arc::new(Place {
                 cgroup,
                 freeze,
                 oom,
-            };
-            if container.place.set(place).is_err() {
-                log::warn!("{}: init has been adopted twice", container.sandbox);
-            }
+            }));
         }
         // An init that is gone already has no cgroup; its exit follows.
         Err(e) if e.is_gone() => {}
         Err(e) => return Err(e).context(&container.sandbox),
     }
     let this = Arc::clone(container);
-    watch.claim(pid, move |exit| handle_exit(move || this.init_exited(exit)));
+    watch.claim(pid, move |exit| {
+        handle_exit(move || {
+            let pid = this.init.pid();
+            this.init_exited(Exit { pid, ..exit });
+        });
+    });
     Ok(())
 }
 

@@ -38,6 +38,8 @@ pub enum Request {
     Exec,
     /// Signal it.
     Kill,
+    /// Go back to one of its checkpoints.
+    Rollback,
 }
 
 impl fmt::Display for Phase {
@@ -63,6 +65,7 @@ impl fmt::Display for Request {
             Self::Checkpoint => "checkpoint",
             Self::Exec => "exec in",
             Self::Kill => "kill",
+            Self::Rollback => "roll back",
         })
     }
 }
@@ -83,14 +86,14 @@ impl Phase {
     /// The table is that of containerd's runc shim.
     pub fn allows(self, request: Request) -> Result<(), Refused> {
         use Phase::{Created, CreatedCheckpoint, Deleted, Paused, Running, Stopped};
-        use Request::{Checkpoint, Delete, Exec, Kill, Pause, Resume, Start, Update};
+        use Request::{Checkpoint, Delete, Exec, Kill, Pause, Resume, Rollback, Start, Update};
         let allowed = match request {
             Start => matches!(self, Created | CreatedCheckpoint),
             Delete => matches!(self, Created | CreatedCheckpoint | Stopped),
             Pause => self == Running,
             Resume => self == Paused,
             Update => matches!(self, Created | Running | Paused),
-            Checkpoint => matches!(self, Running | Paused),
+            Checkpoint | Rollback => matches!(self, Running | Paused),
             Exec => matches!(self, Created | Running),
             Kill => !matches!(self, Deleted),
         };
@@ -111,14 +114,16 @@ mod tests {
 
     #[test]
     fn every_phase_allows_what_containerds_shim_allows() {
-        let requests = [Start, Delete, Pause, Resume, Update, Checkpoint, Exec, Kill];
+        let requests = [
+            Start, Delete, Pause, Resume, Update, Checkpoint, Exec, Kill, Rollback,
+        ];
         let table = [
-            (Created, "SD..U.EK"),
-            (CreatedCheckpoint, "SD.....K"),
-            (Running, "..P.UCEK"),
-            (Paused, "...RUC.K"),
-            (Stopped, ".D.....K"),
-            (Deleted, "........"),
+            (Created, "SD..U.EK."),
+            (CreatedCheckpoint, "SD.....K."),
+            (Running, "..P.UCEKB"),
+            (Paused, "...RUC.KB"),
+            (Stopped, ".D.....K."),
+            (Deleted, "........."),
         ];
         for (phase, row) in table {
             for (request, letter) in requests.into_iter().zip(row.chars()) {

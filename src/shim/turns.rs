@@ -47,15 +47,18 @@ impl Subject for Container {
     }
 
     fn watch(&self) -> std::result::Result<Watch, String> {
+        self.host.watch(&self.to_watch()?)
+    }
+
+    fn to_watch(&self) -> std::result::Result<inspector::Subject, String> {
         let place = self.place().map_err(|e| e.to_string())?;
         let cgroup = place.freeze.cgroup().unified_dir();
-        let subject = inspector::Subject {
+        Ok(inspector::Subject {
             cgroup: cgroup
                 .ok_or("the host has no hierarchy of cgroup v2")?
                 .to_owned(),
             rootfs: self.rootfs(),
-        };
-        self.host.watch(&subject)
+        })
     }
 
     fn input_marks(&self) -> Vec<Option<Instant>> {

@@ -69,6 +69,8 @@ pub enum Trigger {
     Manual,
     /// Time passed.
     Timer,
+    /// `crab rollback`.
+    Rollback,
     /// Written by a newer crab.
     #[serde(untagged)]
     Other(String),

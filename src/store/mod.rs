@@ -37,6 +37,7 @@ mod ingest;
 mod journal;
 mod lay_out;
 mod layer;
+mod lineage;
 mod manifest;
 mod objects;
 mod pack;

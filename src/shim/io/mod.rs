@@ -55,7 +55,9 @@ mod target;
 #[cfg(test)]
 mod tests;
 
-pub use self::{console::ConsoleSocket, process::ProcessIo, pump::Pump, sink::SinkHandle};
+pub use self::{
+    console::ConsoleSocket, open::NewPipes, process::ProcessIo, pump::Pump, sink::SinkHandle,
+};
 
 /// Where the client wants a process's stdio, as the task API says it.
 ///

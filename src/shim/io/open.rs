@@ -122,13 +122,24 @@ impl ProcessIo {
     /// between. Streams that had ended already come back as those of a background process. With a
     /// terminal it has no effect: there, [`Self::attach_console`] takes the new master.
     pub fn replace_pipes(&self) -> Result<(), IoError> {
-        if self.terminal {
-            return Ok(());
-        }
+        self.switch_to(self.make_pipes()?);
+        Ok(())
+    }
+
+    /// The part of [`Self::replace_pipes`] that may fail, and changes nothing.
+    pub fn make_pipes(&self) -> Result<NewPipes, IoError> {
         let mut pairs = Vec::with_capacity(3);
-        for stream in [Stream::Stdin, Stream::Stdout, Stream::Stderr] {
-            let (ours, theirs) = self.make_pipe(stream).map_err(IoError::system("pipe"))?;
-            pairs.push((ours, theirs));
+        let streams = [Stream::Stdin, Stream::Stdout, Stream::Stderr];
+        for stream in streams.into_iter().filter(|_| !self.terminal) {
+            pairs.push(self.make_pipe(stream).map_err(IoError::system("pipe"))?);
+        }
+        Ok(NewPipes(pairs))
+    }
+
+    /// The part of [`Self::replace_pipes`] that does it.
+    pub fn switch_to(&self, NewPipes(pairs): NewPipes) {
+        if self.terminal {
+            return;
         }
         let mut state = self.state.lock();
         let mut core = self.pump.lock();
@@ -141,7 +152,6 @@ impl ProcessIo {
             child.push(theirs);
         }
         state.child = child.try_into().ok();
-        Ok(())
     }
 
     fn make_pipe(&self, stream: Stream) -> io::Result<(OwnedFd, OwnedFd)> {
@@ -185,6 +195,9 @@ impl ProcessIo {
         *slot = Some(id);
     }
 }
+
+/// Pipes that are to take the place of others: our end and the process's, for each stream.
+pub struct NewPipes(Vec<(OwnedFd, OwnedFd)>);
 
 /// Both outputs' targets. As with Go's shim, a file or logger for stdout serves stderr too unless
 /// that has a file of its own; a terminal has one output.

@@ -106,7 +106,7 @@ fn assert_cleared(bed: &Bed, bundle: &std::path::Path) {
         calls[calls.len() - 3..],
         [
             "delete --force c".into(),
-            "remove cgroup /test/c of c".into(),
+            r#"remove cgroup ["/test/c"]"#.into(),
             format!("unmount {}", bundle.join("rootfs").display()),
         ]
     );
@@ -134,7 +134,7 @@ fn a_dead_shims_sandbox_is_cleared_by_others_once_containerd_has_forgotten_it() 
     let calls = bed.machine.calls();
     assert_eq!(
         calls[before.len()..],
-        ["delete --force c", "remove cgroup /test/c of c"]
+        ["delete --force c", r#"remove cgroup ["/test/c"]"#]
     );
     assert!(!bed.run_dir("c").exists());
 }

@@ -2,10 +2,12 @@
 //! its processes end when a test says so.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Weak},
+    thread,
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
@@ -40,6 +42,9 @@ struct State {
     plans: HashMap<Verb, VecDeque<Plan>>,
     groups: BTreeMap<String, Arc<Group>>,
     last_pid: i32,
+    ended: HashSet<i32>,
+    /// SIGKILL kills, instead of being written down only.
+    mortal: bool,
     checkpoints: Vec<Checkpoint>,
     overlay: Option<PathBuf>,
 }
@@ -104,6 +109,11 @@ impl Machine {
         self.state.lock().plans.clear();
     }
 
+    /// From now on SIGKILL kills.
+    pub fn make_mortal(&self) {
+        self.state.lock().mortal = true;
+    }
+
     /// Gives every container a writable layer.
     pub fn set_upper(&self, upper: &Path) {
         self.state.lock().overlay = Some(upper.to_owned());
@@ -155,7 +165,7 @@ impl Machine {
     /// Ends a process; one that is gone already stays so.
     pub fn end(&self, pid: i32, status: u32) {
         {
-            let state = self.state.lock();
+            let mut state = self.state.lock();
             let alive = state.groups.values().any(|group| {
                 let mut procs = group.cgroup.procs.lock();
                 let place = procs.iter().position(|p| *p == pid);
@@ -164,6 +174,7 @@ impl Machine {
             if !alive {
                 return;
             }
+            state.ended.insert(pid);
         }
         self.reaper.inject(Exit {
             pid,
@@ -250,11 +261,31 @@ struct FakeTarget(Arc<Machine>, i32);
 impl Target for FakeTarget {
     fn signal(&self, signal: i32) -> io::Result<()> {
         self.0.record(format!("signal {} {signal}", self.1));
-        let state = self.0.state.lock();
-        let mut groups = state.groups.values();
-        match groups.any(|g| g.cgroup.procs.lock().contains(&self.1)) {
+        let (alive, mortal) = {
+            let state = self.0.state.lock();
+            let mut groups = state.groups.values();
+            let alive = groups.any(|g| g.cgroup.procs.lock().contains(&self.1));
+            (alive, state.mortal)
+        };
+        if alive && mortal && signal == libc::SIGKILL {
+            self.0.end(self.1, 137);
+        }
+        match alive {
             true => Ok(()),
             false => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        }
+    }
+
+    fn wait_end(&self, limit: Duration) -> io::Result<bool> {
+        let end = Instant::now() + limit;
+        loop {
+            if self.0.state.lock().ended.contains(&self.1) {
+                return Ok(true);
+            }
+            if Instant::now() >= end {
+                return Ok(false);
+            }
+            thread::yield_now();
         }
     }
 }
@@ -292,9 +323,8 @@ impl Host for Machine {
         Ok(Arc::clone(group.unwrap()) as _)
     }
 
-    fn remove_cgroup(&self, path: &Path, id: &str) -> Result<(), CgroupError> {
-        self.record(format!("remove cgroup {} of {id}", path.display()));
-        Ok(())
+    fn cgroup_named(&self, path: &Path, _: &str) -> Vec<PathBuf> {
+        vec![path.to_owned()]
     }
 
     fn create_netns(&self, path: &Path) -> io::Result<()> {
@@ -323,6 +353,11 @@ impl Host for Machine {
     fn unmount(&self, target: &Path) -> Result<(), String> {
         self.record(format!("unmount {}", target.display()));
         self.plan(Verb::Unmount)
+    }
+
+    fn remove_cgroup(&self, directories: &[PathBuf]) -> Result<(), String> {
+        self.record(format!("remove cgroup {directories:?}"));
+        Ok(())
     }
 
     fn watch(&self, _: &inspector::Subject) -> Result<Watch, String> {

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -92,6 +92,10 @@ impl Freezable for Group {
 }
 
 impl ControlGroup for Group {
+    fn directories(&self) -> Vec<PathBuf> {
+        vec!["/sys/fs/cgroup/fake".into()]
+    }
+
     fn stats(&self) -> Result<Any, CgroupError> {
         Ok(Any::new())
     }

@@ -46,6 +46,7 @@ mod kill;
 mod plan;
 mod random;
 mod restore;
+mod rollback;
 mod runtime;
 mod sink;
 mod slow;

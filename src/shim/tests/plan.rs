@@ -12,6 +12,7 @@ pub enum Verb {
     Exec,
     KillAll,
     Delete,
+    Forget,
     Checkpoint,
     Restore,
     Update,

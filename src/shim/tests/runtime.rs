@@ -61,6 +61,15 @@ impl OciRuntime for FakeRuntime {
         Ok(())
     }
 
+    fn forget(&self, id: &str) -> Answer {
+        self.0.record(format!("forget {id}"));
+        let done = self.0.plan(Verb::Forget);
+        done.map_err(|e| refused("forget", e))?;
+        assert!(!self.0.lives(id), "forgotten alive");
+        self.0.forget(id);
+        Ok(())
+    }
+
     fn checkpoint(&self, id: &str, args: &Checkpoint, _: &dyn Fn() -> bool) -> Answer {
         self.0.record(format!("checkpoint {id}"));
         self.0.record_dump(args);
@@ -68,6 +77,7 @@ impl OciRuntime for FakeRuntime {
         let done = self.0.plan(Verb::Checkpoint);
         done.map_err(|e| refused("checkpoint", e))?;
         fs::write(args.image_path.join("descriptors.json"), "[]").unwrap();
+        fs::write(args.image_path.join("inventory.img"), "").unwrap();
         Ok(())
     }
 

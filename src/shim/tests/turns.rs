@@ -1,5 +1,7 @@
 //! Turns: when a checkpoint is asked for, and who waits for it.
 
+use containerd_shim::protos::types::mount::Mount;
+
 use super::{plan::Verb, *};
 use crate::{
     sandbox::SandboxId,
@@ -10,23 +12,36 @@ const ENABLED: &str = "enabled = true\nnot_turns = [\"health*\"]\n";
 
 impl Bed {
     /// A protected container `c`, with a writable layer.
-    fn protected(config: &str) -> Self {
+    pub(super) fn protected(config: &str) -> Self {
         let bed = Self::with(&format!("{ENABLED}{config}"));
         let upper = bed.path("upper");
         fs::create_dir(&upper).unwrap();
         fs::write(upper.join("file"), "text").unwrap();
         bed.machine.set_upper(&upper);
-        bed.run("c");
+        let mut request = bed.request("c");
+        let option = |name: &str, dir: &str| format!("{name}={}", bed.path(dir).display());
+        request.rootfs.push(Mount {
+            type_: "overlay".into(),
+            source: "overlay".into(),
+            options: vec![
+                option("lowerdir", "lower"),
+                option("upperdir", "upper"),
+                option("workdir", "work"),
+            ],
+            ..Default::default()
+        });
+        bed.create_as(request).unwrap();
+        bed.start("c", "").unwrap();
         bed
     }
 
-    fn store(&self) -> SandboxStore {
+    pub(super) fn store(&self) -> SandboxStore {
         let id = SandboxId::new("test", "c").unwrap();
         Store::open(&self.path("store")).unwrap().sandbox(&id)
     }
 
     /// The journal, once it has `count` lines.
-    fn journal(&self, count: usize) -> Vec<JournalLine> {
+    pub(super) fn journal(&self, count: usize) -> Vec<JournalLine> {
         let deadline = Instant::now() + LIMIT;
         loop {
             let lines = self.store().journal().unwrap().lines;
@@ -39,13 +54,13 @@ impl Bed {
     }
 
     /// One exec from its start to its end.
-    fn turn(&self, exec_id: &str) {
+    pub(super) fn turn(&self, exec_id: &str) {
         let pid = self.run_exec("c", exec_id);
         self.end(pid, 0, &format!("exit c/{exec_id} 0"));
     }
 
     /// Ends the container, which ends its turns.
-    fn finish(&self) {
+    pub(super) fn finish(&self) {
         self.machine.end_all("c", 0);
         self.wait("c", "").unwrap();
         self.delete("c", "").unwrap();

@@ -1,0 +1,261 @@
+//! Going back to a checkpoint, as one of a sandbox's turns: the checks before it, and the journal.
+//!
+//! The thread that takes the turns does it, so no turn is taken meanwhile.
+
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crossbeam_channel::{Sender, bounded};
+use serde::{Serialize, Serializer, ser::SerializeMap};
+use time::OffsetDateTime;
+
+use super::turns::{Job, Subject, Turns, Worker};
+use crate::{
+    sandbox::TurnNo,
+    store::{
+        Action, Checkpoint, Digest, Effect, JournalLine, Kind, Laid, Sync as Durability, Trigger,
+    },
+};
+
+/// What one part of a rollback is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Step {
+    /// The checkpoint is read, checked against its digests and laid out.
+    Verify,
+    /// The journal tells of it.
+    Journal,
+    /// From the wait for execs that are being started until all stands still.
+    Freeze,
+    /// Until all processes are gone.
+    Kill,
+    /// Until the files are in their place.
+    Files,
+    /// Until the processes go on.
+    Restore,
+}
+
+/// How long each step took.
+#[derive(Debug, Clone)]
+pub struct Steps {
+    last: Instant,
+    steps: Vec<(Step, Duration)>,
+}
+
+impl Steps {
+    /// The first step begins.
+    pub fn begin() -> Self {
+        Self {
+            last: Instant::now(),
+            steps: Vec::new(),
+        }
+    }
+
+    /// A step is done, the next one begins.
+    pub fn done(&mut self, step: Step) {
+        let now = Instant::now();
+        self.steps.push((step, now - self.last));
+        self.last = now;
+    }
+
+    /// How long all of these took together.
+    fn of(&self, which: &[Step]) -> Duration {
+        let steps = self.steps.iter();
+        steps
+            .filter(|(step, _)| which.contains(step))
+            .map(|(_, took)| *took)
+            .sum()
+    }
+}
+
+/// As an object of microseconds.
+impl Serialize for Steps {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.steps.len()))?;
+        for (step, took) in &self.steps {
+            map.serialize_entry(step, &micros(*took))?;
+        }
+        map.end()
+    }
+}
+
+/// A rollback that was done.
+#[derive(Debug, Clone, Serialize)]
+pub struct RolledBack {
+    /// Its own number: what the sandbox is now.
+    pub turn: TurnNo,
+    /// The last turn before it.
+    pub from: TurnNo,
+    /// The turn that it has gone back to.
+    pub to: TurnNo,
+    /// The checkpoint of that.
+    pub checkpoint: Digest,
+    /// How long each step took, in microseconds.
+    pub steps_us: Steps,
+    /// All of it, in microseconds.
+    pub total_us: u64,
+}
+
+/// A rollback that was not done.
+#[derive(Debug, Clone)]
+pub enum Failure {
+    /// The sandbox is as it was.
+    Untouched(String),
+    /// Its processes are gone.
+    Ended(String),
+}
+
+impl Failure {
+    fn untouched(e: impl std::fmt::Display) -> Self {
+        Self::Untouched(e.to_string())
+    }
+}
+
+/// Whoever takes the sandbox itself back: to a checkpoint that was laid out, and so is whole, with a
+/// directory for what a restore needs for a while.
+pub type GoBack = Box<dyn FnOnce(Arc<Laid>, &Path) -> Result<Steps, Failure> + Send>;
+
+/// A rollback that waits for the turns before it.
+pub(super) struct Order {
+    to: TurnNo,
+    go_back: GoBack,
+    reply: Sender<Result<RolledBack, Failure>>,
+}
+
+impl Turns {
+    /// Goes back to the checkpoint of `to`, after the turns that have ended.
+    pub fn roll_back(&self, to: TurnNo, go_back: GoBack) -> Result<RolledBack, Failure> {
+        let (reply, answer) = bounded(1);
+        let gone = || Failure::Untouched("the sandbox is going away".into());
+        let order = Order { to, go_back, reply };
+        if !self.send(Job::Rollback(order)) {
+            return Err(gone());
+        }
+        answer.recv().map_err(|_| gone())?
+    }
+}
+
+impl Worker {
+    pub(super) fn roll_back(&mut self, subject: &dyn Subject, order: Order) {
+        let Order { to, go_back, reply } = order;
+        let done = self.go_back(subject, to, go_back);
+        if let Err(Failure::Untouched(e) | Failure::Ended(e)) = &done {
+            log::error!("{}: roll back to turn {to}: {e}", self.store.id());
+        }
+        // Nobody waits any more: the journal has it.
+        let _ = reply.send(done);
+    }
+
+    fn go_back(
+        &mut self,
+        subject: &dyn Subject,
+        to: TurnNo,
+        go_back: GoBack,
+    ) -> Result<RolledBack, Failure> {
+        let begin = Instant::now();
+        let started_at = OffsetDateTime::now_utc();
+        let mut steps = Steps::begin();
+        let (checkpoint, laid) = self.whole(to)?;
+        let turn = self.next_turn().map_err(Failure::untouched)?;
+        let from = TurnNo(turn.0.saturating_sub(1));
+        steps.done(Step::Verify);
+        let mut line = JournalLine {
+            turn,
+            trigger: Trigger::Rollback,
+            effects: vec![Effect::Files, Effect::Processes, Effect::Memory],
+            action: Action::Skip,
+            pre_dumps: 0,
+            checkpoint: Some(checkpoint.digest),
+            changed_files: 0,
+            bytes_captured: 0,
+            bytes_written: 0,
+            look_us: 0,
+            freeze_us: 0,
+            durable_us: None,
+            exposed_us: 0,
+            started_at,
+            ended_at: started_at,
+            note: Some(format!("rolled back from turn {from} to turn {to}")),
+        };
+        // Before anything is touched: a sandbox must not go on from where the journal does not know
+        // of. Whoever dies in the middle has been told to go there, too.
+        let told = self.store.append(&line, Durability::Now);
+        told.map_err(Failure::untouched)?;
+        steps.done(Step::Journal);
+        let gone = go_back(Arc::new(laid), &self.store.scratch_dir());
+        // Turns that ended while nobody knew of the rollback are none any more.
+        self.void_before = Some(Instant::now());
+        match &gone {
+            Ok(shims) => {
+                steps.steps.extend(shims.steps.iter().copied());
+                steps.last = shims.last;
+                line.freeze_us = micros(steps.of(&[Step::Kill, Step::Files, Step::Restore]));
+                line.durable_us = Some(micros(begin.elapsed()));
+                self.head = Some(to);
+                self.forget(subject, to);
+            }
+            Err(Failure::Ended(e)) => {
+                line.checkpoint = None;
+                line.note = Some(format!(
+                    "rollback to turn {to} failed, and the sandbox was ended: {e}"
+                ));
+            }
+            Err(Failure::Untouched(e)) => {
+                line.checkpoint = None;
+                line.effects.clear();
+                line.note = Some(format!("rollback to turn {to} refused: {e}"));
+            }
+        }
+        line.ended_at = OffsetDateTime::now_utc();
+        let sync = match gone {
+            // Only how long it took is new.
+            Ok(_) => Durability::Later,
+            Err(_) => Durability::Now,
+        };
+        if let Err(e) = self.store.append(&line, sync) {
+            log::error!(
+                "{}: what became of turn {turn} is not in the journal: {e}",
+                self.store.id()
+            );
+        }
+        gone?;
+        Ok(RolledBack {
+            turn,
+            from,
+            to,
+            checkpoint: checkpoint.digest,
+            steps_us: steps,
+            total_us: micros(begin.elapsed()),
+        })
+    }
+
+    /// What was known of the sandbox is no longer so.
+    fn forget(&mut self, subject: &dyn Subject, to: TurnNo) {
+        if let Some(inspection) = &mut self.inspection {
+            let why = format!("it was rolled back to turn {to}");
+            inspection.follow(subject.to_watch(), why);
+        }
+    }
+
+    /// A checkpoint that brings back all of a sandbox, laid out: so it was checked to its last byte.
+    fn whole(&self, turn: TurnNo) -> Result<(Checkpoint, Laid), Failure> {
+        let checkpoint = self.store.get(turn).map_err(Failure::untouched)?;
+        if checkpoint.manifest.facts.kind != Kind::Full {
+            return Err(Failure::Untouched(format!(
+                "the checkpoint of turn {turn} holds files alone"
+            )));
+        }
+        let laid = checkpoint.lay_out(&self.store.scratch_dir());
+        let laid = laid.map_err(|e| {
+            Failure::Untouched(format!("the checkpoint of turn {turn} is broken ({e})"))
+        })?;
+        Ok((checkpoint, laid))
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,118 @@
+//! Signals, and that death waits for nothing (D7b).
+
+use super::{
+    container::{Container, GoingBack},
+    error::{Kind, Result, ShimError},
+    process::Step,
+    reaper::Exit,
+    state::{Phase, Request},
+};
+
+impl Container {
+    /// Signals init, an exec, or (`all`) every process.
+    pub fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<()> {
+        let process = self.process(exec_id)?;
+        self.phase().allows(Request::Kill)?;
+        let signal = i32::try_from(signal)
+            .ok()
+            .filter(|s| (1..=64).contains(s))
+            .ok_or_else(|| {
+                ShimError::new(Kind::InvalidArgument, format!("{signal} is no signal"))
+            })?;
+        if exec_id.is_empty() && (self.kill_before_restore(signal) || self.kill_going_back(signal))
+        {
+            return Ok(());
+        }
+        let deadly = signal == libc::SIGKILL && exec_id.is_empty();
+        if deadly {
+            self.doors.give_up();
+        }
+        let sent = if all && exec_id.is_empty() && self.init.step() == Step::Running {
+            let killed = self.runtime.kill_all(self.sandbox.id(), signal);
+            killed.map_err(|e| {
+                let gone = e.is_unknown_container() || e.to_string().contains("not running");
+                let kind = if gone { Kind::NotFound } else { Kind::Failed };
+                ShimError::new(kind, format!("{}: {e}", self.sandbox))
+            })
+        } else {
+            process.signal(signal)
+        };
+        match &sent {
+            Ok(()) if deadly => self.release(),
+            Err(e) if deadly && e.kind != Kind::NotFound => self.doors.take_heart(),
+            _ => {}
+        }
+        sent
+    }
+
+    /// Signals an init that no image has been read for yet; false if there is one.
+    fn kill_before_restore(&self, signal: i32) -> bool {
+        let mut inner = self.inner.lock();
+        if inner.phase != Phase::CreatedCheckpoint || self.init.pid() != 0 {
+            return false;
+        }
+        if inner.busy {
+            inner.kill_at_start = Some(signal);
+        } else {
+            // There is no process yet: this is the end of a container that never began.
+            inner.init_exit = Some(never_began(signal));
+            self.tell_init_exit(inner);
+        }
+        true
+    }
+
+    /// Signals an init that is being rolled back; false if none is. The processes that come hear of
+    /// it. Death alone does not wait for that.
+    fn kill_going_back(&self, signal: i32) -> bool {
+        let deadly = signal == libc::SIGKILL;
+        let mut inner = self.inner.lock();
+        match inner.going_back {
+            None => return false,
+            // The processes are still the old ones.
+            Some(GoingBack::Begun) if deadly => return false,
+            _ => {}
+        }
+        if inner.kill_at_start != Some(libc::SIGKILL) {
+            inner.kill_at_start = Some(signal);
+        }
+        drop(inner);
+        if deadly {
+            self.doors.give_up();
+            self.release();
+        }
+        true
+    }
+
+    /// The restore is over: a signal that came meanwhile reaches what it has made.
+    pub(super) fn kill_restored(&self) {
+        let mut inner = self.inner.lock();
+        inner.going_back = None;
+        // Death may have been on its way to those who are gone.
+        let deadly = Some(libc::SIGKILL).filter(|_| self.doors.is_dying() && !inner.init_gone);
+        let Some(signal) = deadly.or(inner.kill_at_start.take()) else {
+            return;
+        };
+        if self.init.pid() == 0 {
+            inner.init_exit = Some(never_began(signal));
+        } else if let Err(e) = self.init.signal(signal) {
+            log::warn!("{}: {e}", self.sandbox);
+        }
+    }
+
+    /// A frozen process does not die (v1): whoever holds it lets go, and nobody freezes it again.
+    pub(super) fn release(&self) {
+        let place = self.place.read().clone();
+        if let Some(place) = place {
+            place.freeze.release_for_death();
+        }
+    }
+}
+
+/// The end of an init that was killed before it had a process.
+fn never_began(signal: i32) -> Exit {
+    Exit {
+        pid: 0,
+        status: 128 + signal as u32,
+        at: time::OffsetDateTime::now_utc(),
+    }
+}

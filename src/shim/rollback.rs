@@ -1,0 +1,342 @@
+//! Rollback in place: a running sandbox goes back to one of its checkpoints, and its clients see
+//! the same container (D13).
+//!
+//! ```text
+//! latch → freeze → drain → new pipes ─┬→ kill → wait → forget → files → restore → thaw
+//!                                     └ from here on there is no way back to what was
+//! ```
+//!
+//! The pid that the client was told at the start stays, as an unreaped zombie, until the task ends;
+//! the runtime is made to forget the container instead of deleting it, so that the cgroup stays.
+//! Once the processes have been killed, a failure is the end of the task: its exit is told, the
+//! checkpoints are as they were, and an armed start goes on from one of them.
+
+use std::{
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use time::OffsetDateTime;
+
+use super::{
+    container::{Container, GoingBack, Place},
+    create::Remains,
+    error::{Context, Kind, Result, ShimError},
+    host::Target,
+    reaper::{self, Exit},
+    restore::{self, Source},
+    start::discard,
+    state::{Phase, Request},
+};
+use crate::{
+    coordinator::rollback::{Failure, RolledBack, Step, Steps},
+    rootfs::{self, Overlay, Replaced},
+    sandbox::TurnNo,
+    store::Laid,
+};
+
+/// How long execs that are being started may take.
+const LATCH_LIMIT: Duration = Duration::from_secs(30);
+/// How long killed processes may take to be gone.
+const DEATH_LIMIT: Duration = Duration::from_secs(30);
+/// Between two looks at processes that are about to be gone.
+const PAUSE: Duration = Duration::from_millis(1);
+/// What the client is told of an init that could not be brought back.
+const KILLED: u32 = 128 + libc::SIGKILL as u32;
+
+/// Takes a container back to the checkpoint of `turn`, and returns when its processes go on.
+///
+/// # Errors
+/// When nothing was touched, and when the task had to be ended; the text says which.
+pub fn roll_back(container: &Arc<Container>, turn: TurnNo) -> Result<RolledBack> {
+    let _alone = container.alone(Request::Rollback)?;
+    let step = format!("{}: roll back to turn {turn}", container.sandbox);
+    if !reaper::lists_children() {
+        let why = "this kernel does not list the children of a process (CONFIG_PROC_CHILDREN)";
+        return Err(ShimError::new(
+            Kind::Failed,
+            format!("{step}: {why}: nothing was touched"),
+        ));
+    }
+    let turns = container.turns.get().ok_or_else(|| {
+        let why = container.why_unprotected().unwrap_or_default();
+        ShimError::new(Kind::FailedPrecondition, format!("{step}: {why}"))
+    })?;
+    let this = Arc::clone(container);
+    let done = turns.roll_back(
+        turn,
+        Box::new(move |laid, scratch| go_back(&this, turn, &laid, scratch)),
+    );
+    match &done {
+        Err(Failure::Ended(_)) => end(container),
+        _ => container.kill_restored(),
+    }
+    done.map_err(|failure| match failure {
+        Failure::Untouched(why) => ShimError::new(
+            Kind::Failed,
+            format!("{step}: {why}: nothing was touched, the sandbox goes on as it was"),
+        ),
+        Failure::Ended(why) => ShimError::new(
+            Kind::Failed,
+            format!(
+                "{step}: {why}\nThe sandbox had to be ended. Its checkpoints are as they were: \
+                 `crab restore {id}@{turn} --start` goes on from this one, `crab log {id}` lists \
+                 them all.",
+                id = container.sandbox.id()
+            ),
+        ),
+    })
+}
+
+/// The shim's part, between the checks and the line in the journal.
+fn go_back(
+    container: &Arc<Container>,
+    turn: TurnNo,
+    laid: &Arc<Laid>,
+    scratch: &Path,
+) -> std::result::Result<Steps, Failure> {
+    let untouched = |e: ShimError| Failure::Untouched(e.message);
+    let ended = |e: ShimError| Failure::Ended(e.message);
+    let mut steps = Steps::begin();
+    container.begin_going_back().map_err(untouched)?;
+    let _latched = container.doors.latch(LATCH_LIMIT).ok_or_else(|| {
+        Failure::Untouched(format!("an exec has been starting for {LATCH_LIMIT:?}"))
+    })?;
+    // Execs that are killed end no turn.
+    let _void = container.doors.void_turn();
+    let place = container.place().map_err(untouched)?;
+    let stopping = Stopping::prepare(container, &place).map_err(untouched)?;
+    steps.done(Step::Freeze);
+    stopping.kill(container).map_err(ended)?;
+    drop(place);
+    steps.done(Step::Kill);
+    container.still_wanted().map_err(ended)?;
+    container
+        .runtime
+        .forget(container.sandbox.id())
+        .context("make the runtime forget the old processes")
+        .map_err(ended)?;
+    put_back(container, &laid.upper_dir()).map_err(ended)?;
+    steps.done(Step::Files);
+    container.still_wanted().map_err(ended)?;
+    let source = Source::Armed {
+        turn,
+        laid: Arc::clone(laid),
+        scratch: scratch.to_owned(),
+    };
+    restore::restore(container, &source).map_err(ended)?;
+    steps.done(Step::Restore);
+    Ok(steps)
+}
+
+impl Container {
+    /// From now on signals for init are kept for the processes that come.
+    fn begin_going_back(&self) -> Result<()> {
+        self.inner.lock().going_back = Some(GoingBack::Begun);
+        self.still_wanted()
+    }
+
+    /// An error if the container has ended, or is to be.
+    fn still_wanted(&self) -> Result<()> {
+        let inner = self.inner.lock();
+        let why = match inner.phase {
+            Phase::Running | Phase::Paused if self.doors.is_dying() => "it is being killed",
+            Phase::Running | Phase::Paused if inner.init_gone => "its init has ended",
+            Phase::Running | Phase::Paused => return Ok(()),
+            _ => "it has ended",
+        };
+        Err(ShimError::new(Kind::FailedPrecondition, why))
+    }
+
+    /// From here on the end of init is not the end of the task.
+    fn begin_replacing(&self) -> Result<()> {
+        self.still_wanted()?;
+        let mut inner = self.inner.lock();
+        let (told, now) = (self.init.pid(), self.init.live_pid());
+        let reaper = self.host.reaper();
+        let mine = match told == now {
+            true => reaper.keep(now),
+            false => reaper.disclaim(now),
+        };
+        if !mine {
+            return Err(ShimError::new(Kind::Failed, "its init has ended"));
+        }
+        if told == now {
+            inner.told_zombie = Some(told);
+        }
+        inner.going_back = Some(GoingBack::Replacing);
+        Ok(())
+    }
+
+    /// Waits until the end of every exec has been told.
+    fn wait_for_execs(&self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        let mut inner = self.inner.lock();
+        while inner.running_execs > 0 {
+            if self.changed.wait_until(&mut inner, end).timed_out() {
+                let text = format!("killed execs are not gone after {limit:?}");
+                return Err(ShimError::new(Kind::Failed, text));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A sandbox that stands still and is about to be killed.
+struct Stopping {
+    place: Arc<Place>,
+    held: crate::coordinator::freeze::Held,
+    init: Box<dyn Target>,
+    others: Vec<Box<dyn Target>>,
+}
+
+impl Stopping {
+    /// Freezes, takes over what was written until now, and puts new pipes behind the client's side.
+    /// The last step decides: after an error the sandbox is as it was, and thawed.
+    fn prepare(container: &Container, place: &Arc<Place>) -> Result<Self> {
+        use crate::coordinator::cut::Scene;
+        let held = place.freeze.hold().context("freeze it")?;
+        let init = container
+            .host
+            .target(container.init.live_pid())
+            .context("find its init")?;
+        let mut others = Vec::new();
+        for pid in place.cgroup.procs().context("list its processes")? {
+            if pid != container.init.live_pid() {
+                // One that ends while frozen was killed before.
+                others.extend(container.host.target(pid).ok());
+            }
+        }
+        Remains::add_cgroup(&container.run_dir, place.cgroup.directories())
+            .context("note its cgroup")?;
+        container.drain();
+        let pipes = match container.init.io() {
+            Some(io) => Some((io.make_pipes().context("make new pipes")?, io)),
+            None => None,
+        };
+        container.begin_replacing()?;
+        // Before they are killed, so that their end is not taken for that of the streams.
+        if let Some((pipes, io)) = pipes {
+            io.switch_to(pipes);
+        }
+        Ok(Self {
+            place: Arc::clone(place),
+            held,
+            init,
+            others,
+        })
+    }
+
+    /// Kills all of them at one moment: none sees another one die. Returns when they are gone.
+    fn kill(self, container: &Container) -> Result<()> {
+        for target in self.others.iter().chain([&self.init]) {
+            match target.signal(libc::SIGKILL) {
+                Err(e) if e.raw_os_error() != Some(libc::ESRCH) => {
+                    log::warn!("{}: kill: {e}", container.sandbox);
+                }
+                _ => {}
+            }
+        }
+        self.held.let_die().context("thaw what was killed")?;
+        let end = Instant::now() + DEATH_LIMIT;
+        let late = || {
+            let text = format!("killed processes are not gone after {DEATH_LIMIT:?}");
+            ShimError::new(Kind::Failed, text)
+        };
+        // With it end all of its pid namespace; the kernel has it wait for them.
+        if !self
+            .init
+            .wait_end(DEATH_LIMIT)
+            .context("wait for its init")?
+        {
+            return Err(late());
+        }
+        loop {
+            match self.place.cgroup.procs() {
+                Ok(pids) if pids.is_empty() => break,
+                Err(e) if e.is_gone() => break,
+                Err(e) => return Err(e).context("list its processes"),
+                Ok(_) if Instant::now() > end => return Err(late()),
+                Ok(_) => thread::sleep(PAUSE),
+            }
+        }
+        container.wait_for_execs(DEATH_LIMIT)
+    }
+}
+
+/// Puts the checkpoint's files into the place of what is mounted, and mounts them.
+fn put_back(container: &Container, saved: &Path) -> Result<()> {
+    let replaced = match &container.mounted {
+        Some(target) => {
+            let overlay =
+                Overlay::from_mounts(&container.mounts).context("the files cannot be put back")?;
+            let host = &container.host;
+            host.unmount(target).context("unmount the files")?;
+            let replaced = rootfs::put_back(saved, &overlay).context("put the files back");
+            // Also when that has failed: what cleans up after us finds what it expects.
+            let mounted = host.mount(&container.mounts, target);
+            let replaced = replaced?;
+            mounted.context("the files are put back, but cannot be mounted")?;
+            replaced
+        }
+        None => {
+            let rootfs = container.spec.rootfs(&container.bundle);
+            let overlay = container.host.overlay(&rootfs);
+            let overlay = overlay.context("the files cannot be put back")?;
+            rootfs::remount_with(saved, &overlay).context("put the files back")?
+        }
+    };
+    remove_later(container, replaced)
+}
+
+/// Deleting the replaced files takes as long as there are many; nobody has to wait for that but the
+/// next rollback.
+fn remove_later(container: &Container, replaced: Replaced) -> Result<()> {
+    let mut tidying = container.tidying.lock();
+    if let Some(before) = tidying.take()
+        && before.join().is_err()
+    {
+        log::error!(
+            "{}: removing replaced files has panicked",
+            container.sandbox
+        );
+    }
+    let sandbox = container.sandbox.clone();
+    let thread = thread::Builder::new().name("tidy".into()).spawn(move || {
+        if let Err(e) = replaced.remove_old() {
+            log::warn!("{sandbox}: cannot remove replaced files: {e}");
+        }
+    });
+    *tidying = Some(thread.context("remove replaced files")?);
+    Ok(())
+}
+
+/// The processes are killed and could not be brought back: that is the end of the task.
+fn end(container: &Arc<Container>) {
+    container.doors.give_up();
+    discard(container);
+    if let Ok(place) = container.place() {
+        // The runtime may know nothing of it any more.
+        if let Err(e) = container.host.remove_cgroup(&place.cgroup.directories()) {
+            log::error!("{}: {e}", container.sandbox);
+        }
+    }
+    // The new pipes, if nobody has them: so their streams end, for which clients wait.
+    if let Some(io) = container.init.io()
+        && let Err(e) = io.start()
+    {
+        log::error!("{}: {e}", container.sandbox);
+    }
+    let mut inner = container.inner.lock();
+    inner.going_back = None;
+    inner.kill_at_start = None;
+    inner.init_gone = true;
+    inner.init_exit.get_or_insert(Exit {
+        pid: container.init.pid(),
+        status: KILLED,
+        at: OffsetDateTime::now_utc(),
+    });
+    container.tell_init_exit(inner);
+}
