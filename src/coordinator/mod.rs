@@ -1,9 +1,12 @@
 //! When to act: turn boundaries, the doors of a sandbox, its freezer, and the consistent cut.
 
+mod changed;
 pub mod cut;
 pub mod doors;
 pub mod freeze;
 mod inspection;
 mod memory_files;
 mod processes;
+mod references;
+mod take;
 pub mod turns;

@@ -1,10 +1,10 @@
 //! Turns of one sandbox: at each boundary a checkpoint, then the gate (D3, D11).
 //!
-//! A turn that changed nothing is skipped; every other one is `full`. One thread per protected sandbox
-//! takes the cuts, so that neither the client's calls nor the reports of exits wait for one.
+//! A turn that changed nothing is skipped; how the others are taken is in [`take`](super::take). One
+//! thread per protected sandbox takes the cuts, so that neither the client's calls nor the reports of exits
+//! wait for one.
 
 use std::{
-    fs,
     path::PathBuf,
     sync::{Arc, Weak},
     thread::{self, JoinHandle},
@@ -18,18 +18,15 @@ use time::OffsetDateTime;
 use super::{
     cut,
     doors::Doors,
-    inspection::{Inspection, Look, Scene, Taken},
+    inspection::{Inspection, Look, Scene},
+    take::Order,
 };
 use crate::{
     config::Gate,
     inspector::Watch,
-    rootfs::{self, Overlay},
-    runtime::{self, criu_conf::CriuConf, descriptors::Stream},
+    rootfs::Overlay,
     sandbox::TurnNo,
-    store::{
-        Action, Checkpoint, Facts, Host, JournalLine, Kind, Pending, SandboxWriter, StdioPipe,
-        StoreError, Sync as Durability, Trigger,
-    },
+    store::{Action, JournalLine, SandboxWriter, StoreError, Sync as Durability, Trigger},
 };
 
 /// What a turn needs of its sandbox.
@@ -51,6 +48,8 @@ pub trait Subject: Send + Sync {
     fn input_marks(&self) -> Vec<Option<Instant>>;
     /// What the host's owner runs in each cut.
     fn frozen_hook(&self) -> Result<(), String>;
+    /// Whether there is such a program: it finds the sandbox frozen.
+    fn has_frozen_hook(&self) -> bool;
 }
 
 /// How the turns of one sandbox are taken.
@@ -76,14 +75,14 @@ enum Job {
 
 /// A gate that the end of a turn has shut. Opens when dropped, at the latest: also when the job
 /// that holds it is never done.
-struct ShutGate(Option<Arc<Doors>>);
+pub(super) struct ShutGate(Option<Arc<Doors>>);
 
 impl ShutGate {
     /// No gate: nobody waits for this turn.
     const NONE: Self = Self(None);
 
     /// Opens it; returns the exposed delay, once.
-    fn open(&mut self) -> Duration {
+    pub(super) fn open(&mut self) -> Duration {
         self.0.take().map_or(Duration::ZERO, |doors| doors.open())
     }
 }
@@ -169,15 +168,15 @@ impl Turns {
     }
 }
 
-struct Worker {
+pub(super) struct Worker {
     subject: Weak<dyn Subject>,
-    store: SandboxWriter,
-    doors: Arc<Doors>,
-    settings: Settings,
+    pub(super) store: SandboxWriter,
+    pub(super) doors: Arc<Doors>,
+    pub(super) settings: Settings,
     /// The newest number given away.
     last_turn: Option<TurnNo>,
     /// What is known since the last checkpoint.
-    inspection: Option<Inspection>,
+    pub(super) inspection: Option<Inspection>,
 }
 
 impl Worker {
@@ -249,9 +248,15 @@ impl Worker {
         }
         line.effects = look.effects;
         line.note = look.note;
-        let taken = self.take(subject, turn, parent, gate, &mut line);
+        // Asked for by hand, it is to be a whole one.
+        let order = Order {
+            turn,
+            parent,
+            only_files: look.only_files && line.trigger == Trigger::Exec,
+            large: look.large,
+        };
+        let taken = self.take(subject, &order, gate, &mut line);
         if let Ok(checkpoint) = &taken {
-            line.action = Action::Full;
             line.checkpoint = Some(checkpoint.digest);
             line.bytes_written = checkpoint.manifest.contents.bytes;
             line.durable_us = Some(micros(begin.elapsed()));
@@ -339,79 +344,10 @@ impl Worker {
         self.last_turn = Some(last.next());
         Ok(last.next())
     }
-
-    /// Takes the cut and makes it durable.
-    fn take(
-        &mut self,
-        subject: &dyn Subject,
-        turn: TurnNo,
-        parent: Option<TurnNo>,
-        gate: &mut ShutGate,
-        line: &mut JournalLine,
-    ) -> Result<Checkpoint, String> {
-        let overlay = subject.overlay()?;
-        let pending = self.store.begin(turn).map_err(text)?;
-        let scratch = subject.scratch();
-        // Not the client's: both may be about to dump.
-        let work = scratch.join("criu-turn-work");
-        fs::create_dir_all(&work).map_err(|e| format!("{work:?}: {e}"))?;
-        let home = CriuConf::for_dump(false)
-            .write(&scratch.join("criu-turn"))
-            .map_err(|e| format!("{scratch:?}: {e}"))?;
-        let args = runtime::Checkpoint {
-            image_path: pending.image_dir().to_owned(),
-            work_path: work.clone(),
-            leave_running: true,
-            // Kept in the image; whether they are closed is decided at the restore.
-            tcp_established: true,
-            file_locks: true,
-            shell_job: subject.has_terminal(),
-            home: Some(home),
-            limit: self.settings.dump_limit,
-            ..Default::default()
-        };
-        let doors = Arc::clone(&self.doors);
-        let dying = || doors.is_dying();
-        let mut inspection = self.inspection.as_mut();
-        if let Some(inspection) = &mut inspection {
-            inspection.prepare();
-        }
-        let mut seen = None;
-        let done = subject.parts()?.cut(&args, || {
-            // Before the copy is made: whoever is outside of the sandbox is not frozen, and what
-            // he changes meanwhile must not be known without being in the copy.
-            if let Some(inspection) = &mut inspection {
-                seen = scene(subject, &doors, |scene| {
-                    inspection.frozen(scene, pending.image_dir())
-                })?;
-            }
-            let stats =
-                rootfs::capture(&overlay.upperdir, pending.upper_dir(), &dying).map_err(text)?;
-            subject.frozen_hook()?;
-            Ok(stats)
-        });
-        let done = done.map_err(text)?;
-        if self.settings.gate == Gate::Async {
-            line.exposed_us = micros(gate.open());
-        }
-        line.freeze_us = micros(done.frozen);
-        let differ = seen.as_ref().and_then(|seen: &Taken| seen.changed_files);
-        line.changed_files = differ.unwrap_or_else(|| done.captured.entries());
-        let checkpoint = commit(subject, pending, parent, &done)?;
-        if let Some(inspection) = inspection {
-            inspection.durable(turn, seen, &checkpoint.image_dir());
-        }
-        line.bytes_captured = checkpoint.manifest.contents.bytes;
-        // The checkpoint exists from here on: nothing may make its turn count as unprotected.
-        if let Err(e) = fs::remove_dir_all(&work) {
-            log::warn!("{}: cannot remove {work:?}: {e}", self.store.id());
-        }
-        Ok(checkpoint)
-    }
 }
 
 /// Calls `then` with the sandbox as it is to be looked at.
-fn scene<T>(
+pub(super) fn scene<T>(
     subject: &dyn Subject,
     doors: &Doors,
     then: impl FnOnce(&Scene<'_>) -> T,
@@ -427,43 +363,10 @@ fn scene<T>(
     }))
 }
 
-/// Adds what is known about the cut and makes all of it durable.
-fn commit<T>(
-    subject: &dyn Subject,
-    pending: Pending,
-    parent: Option<TurnNo>,
-    done: &cut::Done<T>,
-) -> Result<Checkpoint, String> {
-    let config = subject.bundle().join("config.json");
-    let kept = pending.bundle_dir().join("config.json");
-    fs::copy(&config, &kept).map_err(|e| format!("cannot keep {config:?}: {e}"))?;
-    let facts = Facts {
-        parent,
-        created_at: OffsetDateTime::now_utc(),
-        kind: Kind::Full,
-        processes: done.processes as u64,
-        host: Host::detect(),
-        pipes: done.streams.iter().map(pipe).collect(),
-        runtime: serde_json::json!({ "terminal": subject.has_terminal() }),
-        notes: Vec::new(),
-    };
-    pending.commit(facts).map_err(text)
-}
-
-fn pipe(stream: &Stream) -> StdioPipe {
-    StdioPipe {
-        exec_id: Some(stream.exec_id.clone()).filter(|id| !id.is_empty()),
-        fd: stream.fd.into(),
-        inode: stream.inode,
-        target: stream.target.clone(),
-        pending: Vec::new(),
-    }
-}
-
-fn text(e: impl std::fmt::Display) -> String {
+pub(super) fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
 
-fn micros(duration: Duration) -> u64 {
+pub(super) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

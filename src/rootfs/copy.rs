@@ -56,8 +56,18 @@ pub fn capture(
     dest: &Path,
     stop: &dyn Fn() -> bool,
 ) -> Result<CaptureStats, TreeError> {
+    capture_with(upper, dest, &mut Prestaged::default(), stop)
+}
+
+/// The same; large files are taken from `prestaged` as far as they are there.
+pub fn capture_with(
+    upper: &Path,
+    dest: &Path,
+    prestaged: &mut Prestaged,
+    stop: &dyn Fn() -> bool,
+) -> Result<CaptureStats, TreeError> {
     let source = tree::open_root(upper)?;
-    let mut copier = Copier::into(dest, None, stop)?;
+    let mut copier = Copier::into(dest, prestaged, stop)?;
     tree::walk(source, upper, Expect::Unchanged, stop, &mut copier)?;
     copier.finish()
 }
@@ -90,7 +100,7 @@ pub(super) struct Copier<'s> {
     /// The destination's root, until the walk enters the source's.
     root: Option<OwnedFd>,
     links: Links,
-    prestaged: Option<&'s mut Prestaged>,
+    prestaged: &'s mut Prestaged,
     stats: CaptureStats,
     contents: Contents<'s>,
 }
@@ -149,7 +159,7 @@ impl<'s> Copier<'s> {
     /// `dest` is made, or is an empty directory.
     pub(super) fn into(
         dest: &Path,
-        prestaged: Option<&'s mut Prestaged>,
+        prestaged: &'s mut Prestaged,
         stop: &'s dyn Fn() -> bool,
     ) -> Result<Self, TreeError> {
         Ok(Self {
@@ -180,11 +190,7 @@ impl<'s> Copier<'s> {
 
     fn file(&mut self, found: &Found<'_>) -> Result<(), TreeError> {
         let parent = self.dest.top().map_err(found.err("copy"))?;
-        let prestaged = match &mut self.prestaged {
-            Some(prestaged) => prestaged.give(found, parent)?,
-            None => None,
-        };
-        let (copy, bytes) = match prestaged {
+        let (copy, bytes) = match self.prestaged.give(found, parent)? {
             Some(given) => given,
             None => {
                 let copy = new_file(parent, found.name).map_err(found.err("copy"))?;

@@ -93,7 +93,7 @@ impl<'s> Stager<'s> {
         let root = tree::open_root(upper)?;
         let stat = rustix::fs::fstat(&root).map_err(failed("stat", upper))?;
         let mut stager = Self {
-            copier: Copier::into(dest, Some(prestaged), stop)?,
+            copier: Copier::into(dest, prestaged, stop)?,
             source: DirStack::default(),
             levels: Vec::new(),
             path: upper.as_os_str().as_bytes().to_vec(),

@@ -16,7 +16,7 @@ mod put_back;
 #[cfg(test)]
 mod tests;
 
-pub use copy::{CaptureStats, capture};
+pub use copy::{CaptureStats, capture, capture_with};
 pub use delta::{LayerChanges, capture_changes};
 pub use mount::{MountError, MountSpec, mount_all, unmount, unmount_busy_is_error};
 pub(crate) use overlay::parse_mountinfo;

@@ -68,6 +68,10 @@ impl Subject for Container {
     fn frozen_hook(&self) -> std::result::Result<(), String> {
         hooks::run_frozen(self)
     }
+
+    fn has_frozen_hook(&self) -> bool {
+        hooks::frozen_exists()
+    }
 }
 
 impl Container {

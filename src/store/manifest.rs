@@ -47,6 +47,14 @@ pub struct Facts {
     pub kind: Kind,
     /// How many processes are in the image; 0 without one.
     pub processes: u64,
+    /// The turn in which the processes were dumped, if it is an earlier one: since then they have done
+    /// nothing that anybody could have noticed.
+    #[serde(default)]
+    pub processes_of: Option<TurnNo>,
+    /// The paths that the processes stand upon, relative to the root, escaped as
+    /// `std::ascii::escape_default` does; none if they are not known.
+    #[serde(default)]
+    pub references: Vec<String>,
     /// Where it was made.
     pub host: Host,
     /// The pipes of the processes' standard streams.

@@ -32,6 +32,8 @@ fn facts() -> Facts {
         created_at: time("2025-11-23T17:10:00.25Z"),
         kind: Kind::Full,
         processes: 3,
+        processes_of: None,
+        references: vec!["usr/bin/sleep".into()],
         host: Host {
             criu: Some("4.2.1".into()),
             ..Host::detect()

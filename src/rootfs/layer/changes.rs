@@ -9,6 +9,7 @@ use std::{
 use rustix::fs::FileType;
 
 use super::delta::Delta;
+use crate::rootfs::prestaged::LARGE;
 
 /// An inode that may have changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -52,6 +53,14 @@ impl Comparison {
     /// The layer equals what was captured. Says nothing about what is outside.
     pub fn is_empty(&self) -> bool {
         self.changes.is_empty()
+    }
+
+    /// Whether a file differs that is better copied before the freeze.
+    pub fn has_large(&self) -> bool {
+        let is_large = |now: Now| {
+            now.size > LARGE && FileType::from_raw_mode(now.mode) == FileType::RegularFile
+        };
+        self.changes.iter().filter_map(|c| c.now).any(is_large)
     }
 
     /// How many names differ.
@@ -119,6 +128,8 @@ pub struct Change {
 pub struct Now {
     /// Type and permission bits.
     pub mode: u32,
+    /// Bytes of a regular file.
+    pub size: u64,
     /// It is a directory that hides what the layers below have at its name (opaque), or shows what
     /// they have at another one (redirected).
     pub hides: bool,

@@ -429,6 +429,7 @@ fn now(facts: &Facts, found: &Found<'_>) -> Result<Now, TreeError> {
             .any(|(name, _)| hiding(name.to_bytes()));
     Ok(Now {
         mode: u32::from(facts.mode),
+        size: facts.size,
         hides,
     })
 }

@@ -44,11 +44,13 @@ impl Look<'_> {
             let (before, after, both): (&u32, &u32, &u32) =
                 (&before[&then], &after[&now], &both[&(then, now)]);
             if (before != both || after != both) && self.changed.insert(id) {
+                let facts = layer.facts(id);
                 self.changes.push(Change {
                     path: shown_path(&layer.path(id)),
                     what: What::Links,
                     now: Some(Now {
-                        mode: u32::from(layer.facts(id).mode),
+                        mode: u32::from(facts.mode),
+                        size: facts.size,
                         hides: false,
                     }),
                 });
