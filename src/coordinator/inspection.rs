@@ -72,6 +72,14 @@ impl Look {
         self.note = Some(before + &what.into());
     }
 
+    /// Files of the host that belong to the sandbox's state have changed: no reason for a dump.
+    pub(super) fn also_beside<'a>(&mut self, names: impl Iterator<Item = &'a str>) {
+        self.only_files |= self.effects.is_empty();
+        self.add(Effect::Files);
+        let names: Vec<_> = names.collect();
+        self.tell(format!("{} changed", names.join(", ")));
+    }
+
     /// Nothing is known, so everything counts as changed.
     pub(super) fn everything(why: impl Into<String>) -> Self {
         Self {

@@ -4,7 +4,7 @@
 //! dumped: the checkpoint has the image of an earlier one, which is what the processes still are (D7a). It
 //! is looked once more while nothing runs; if it is otherwise then, everything is taken.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use time::OffsetDateTime;
 
@@ -102,7 +102,7 @@ impl Worker {
             }
             _ => Prestaged::default(),
         };
-        let mut seen = None;
+        let (mut seen, mut artefacts) = (None, BTreeMap::new());
         let done = subject.parts()?.cut(&args, || {
             // Before the copy is made: whoever is outside of the sandbox is not frozen, and what
             // he changes meanwhile must not be known without being in the copy.
@@ -119,6 +119,7 @@ impl Worker {
                 &dying,
             );
             let stats = stats.map_err(text)?;
+            artefacts = subject.artefacts()?;
             subject.frozen_hook()?;
             Ok(stats)
         });
@@ -143,7 +144,8 @@ impl Worker {
             runtime: serde_json::json!({ "terminal": subject.has_terminal() }),
             notes: Vec::new(),
         };
-        let checkpoint = commit(subject, pending, facts)?;
+        let checkpoint = commit(pending, &artefacts, facts)?;
+        self.artefacts = Some(artefacts);
         if let Some(inspection) = inspection {
             inspection.durable(order.turn, seen, &checkpoint.image_dir());
         }
@@ -179,6 +181,7 @@ impl Worker {
             true => prestage(subject, doors, inspection, &pending)?,
             false => Prestaged::default(),
         };
+        let mut artefacts = BTreeMap::new();
         let mut capture = || -> Result<Result<Still, Look>, String> {
             // Of a try in which somebody ran.
             remove_tree(pending.upper_dir()).map_err(text)?;
@@ -198,6 +201,7 @@ impl Worker {
                 &dying,
             )
             .map_err(text)?;
+            artefacts = subject.artefacts()?;
             subject.frozen_hook()?;
             Ok(Ok(still))
         };
@@ -226,7 +230,8 @@ impl Worker {
             host: Host::detect(),
             ..before.manifest.facts
         };
-        let checkpoint = commit(subject, pending, facts)?;
+        let checkpoint = commit(pending, &artefacts, facts)?;
+        self.artefacts = Some(artefacts);
         inspection.files_durable(order.turn, still, &checkpoint.image_dir());
         line.action = Action::Files;
         line.bytes_captured = checkpoint.manifest.contents.bytes;
@@ -256,11 +261,16 @@ fn copy_image(from: &Path, to: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Adds the container's configuration and makes all of it durable.
-fn commit(subject: &dyn Subject, pending: Pending, facts: Facts) -> Result<Checkpoint, String> {
-    let config = subject.bundle().join("config.json");
-    let kept = pending.bundle_dir().join("config.json");
-    fs::copy(&config, &kept).map_err(|e| format!("cannot keep {config:?}: {e}"))?;
+/// Adds what is kept of the host's files and makes all of it durable.
+fn commit(
+    pending: Pending,
+    artefacts: &BTreeMap<String, Vec<u8>>,
+    facts: Facts,
+) -> Result<Checkpoint, String> {
+    for (name, bytes) in artefacts {
+        let kept = pending.bundle_dir().join(name);
+        fs::write(&kept, bytes).map_err(|e| format!("cannot write {kept:?}: {e}"))?;
+    }
     pending.commit(facts).map_err(text)
 }
 

@@ -5,6 +5,7 @@
 //! wait for one.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, Weak},
     thread::{self, JoinHandle},
@@ -35,8 +36,9 @@ pub trait Subject: Send + Sync {
     fn parts(&self) -> Result<cut::Sandbox<'_>, String>;
     /// Its writable layer.
     fn overlay(&self) -> Result<Overlay, String>;
-    /// The directory with its `config.json`.
-    fn bundle(&self) -> PathBuf;
+    /// What of its state lies in small files of the host, by the name under which a checkpoint keeps it:
+    /// its specification, its limits, `/etc/hosts` and the like.
+    fn artefacts(&self) -> Result<BTreeMap<String, Vec<u8>>, String>;
     /// A directory for CRIU's work and options.
     fn scratch(&self) -> PathBuf;
     /// Whether its init has a terminal.
@@ -118,6 +120,7 @@ impl Turns {
             settings,
             last_turn: None,
             inspection: None,
+            artefacts: None,
         };
         let thread = thread::Builder::new()
             .name("turns".into())
@@ -177,6 +180,8 @@ pub(super) struct Worker {
     last_turn: Option<TurnNo>,
     /// What is known since the last checkpoint.
     pub(super) inspection: Option<Inspection>,
+    /// What the last checkpoint has of the host's files.
+    pub(super) artefacts: Option<BTreeMap<String, Vec<u8>>>,
 }
 
 impl Worker {
@@ -324,8 +329,13 @@ impl Worker {
         let Some(inspection) = &self.inspection else {
             return Look::everything("nobody watches");
         };
-        let look = scene(subject, &self.doors, |scene| inspection.look(scene, latest))
+        let mut look = scene(subject, &self.doors, |scene| inspection.look(scene, latest))
             .unwrap_or_else(Look::everything);
+        match (subject.artefacts(), &self.artefacts) {
+            (Ok(now), Some(then)) if now != *then => look.also_beside(differing(then, &now)),
+            (Ok(_), _) => {}
+            (Err(e), _) => return Look::everything(e),
+        }
         line.look_us = micros(begin.elapsed());
         look
     }
@@ -344,6 +354,16 @@ impl Worker {
         self.last_turn = Some(last.next());
         Ok(last.next())
     }
+}
+
+/// The names under which two sets of files differ.
+fn differing<'a>(
+    then: &'a BTreeMap<String, Vec<u8>>,
+    now: &'a BTreeMap<String, Vec<u8>>,
+) -> impl Iterator<Item = &'a str> {
+    let names: BTreeSet<&String> = then.keys().chain(now.keys()).collect();
+    let differ = |name: &&String| then.get(*name) != now.get(*name);
+    names.into_iter().filter(differ).map(String::as_str)
 }
 
 /// Calls `then` with the sandbox as it is to be looked at.

@@ -19,6 +19,7 @@ use containerd_shim::protos::{
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::{
+    artefacts,
     error::{Context, Kind, Result, ShimError},
     events::{EventSink, TaskEvent},
     host::{ControlGroup, Host},
@@ -110,6 +111,8 @@ pub struct Container {
     pub(super) place: OnceLock<Place>,
     pub(super) turns: OnceLock<Arc<Turns>>,
     pub(super) leftovers: Mutex<Vec<Leftover>>,
+    /// What Update has changed of its limits.
+    pub(super) limits: Mutex<Option<serde_json::Value>>,
     pub(super) inner: Mutex<Inner>,
     pub(super) changed: Condvar,
 }
@@ -246,13 +249,15 @@ impl Container {
     /// Changes its limits; `resources` is OCI `LinuxResources` as JSON.
     pub fn update(&self, resources: &Any) -> Result<()> {
         let _alone = self.alone(Request::Update)?;
-        if let Err(e) = serde_json::from_slice::<serde_json::Value>(&resources.value) {
+        let update: serde_json::Value = serde_json::from_slice(&resources.value).map_err(|e| {
             let text = format!("{}: update: resources are no JSON: {e}", self.sandbox);
-            return Err(ShimError::new(Kind::InvalidArgument, text));
-        }
+            ShimError::new(Kind::InvalidArgument, text)
+        })?;
         self.runtime
             .update(self.sandbox.id(), &resources.value)
-            .context(format_args!("{}: update", self.sandbox))
+            .context(format_args!("{}: update", self.sandbox))?;
+        artefacts::merge(&mut self.limits.lock(), update);
+        Ok(())
     }
 
     /// Signals init, an exec, or (`all`) every process.

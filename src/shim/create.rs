@@ -123,6 +123,7 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         place: OnceLock::new(),
         turns: OnceLock::new(),
         leftovers: Mutex::default(),
+        limits: Mutex::default(),
         inner: Mutex::new(Inner::new(phase)),
         changed: Condvar::new(),
         source,
@@ -172,6 +173,7 @@ fn source_of(
         turn,
         image: checkpoint.image_dir(),
         upper: checkpoint.upper_dir(),
+        bundle: checkpoint.bundle_dir(),
         scratch: store.scratch_dir(),
     }))
 }

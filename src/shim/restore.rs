@@ -12,6 +12,7 @@ use std::{
 };
 
 use super::{
+    artefacts,
     container::{Container, Leftover},
     error::{Context, Kind, Result, ShimError},
     hold, hooks,
@@ -45,6 +46,8 @@ pub enum Source {
         image: PathBuf,
         /// The writable layer, put back by Create.
         upper: PathBuf,
+        /// What was kept of the host's files.
+        bundle: PathBuf,
         /// A directory on the same file system, which the store tidies.
         scratch: PathBuf,
     },
@@ -79,6 +82,16 @@ impl Source {
     }
 }
 
+impl Source {
+    /// What was kept of the host's files; a client's images have none.
+    fn bundle(&self) -> Option<&Path> {
+        match self {
+            Self::Client { .. } => None,
+            Self::Armed { bundle, .. } => Some(bundle),
+        }
+    }
+}
+
 /// Restores the container's processes. After an error none of them is left.
 pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
     let step = format!("{}: restore from {:?}", container.sandbox, source.image());
@@ -107,6 +120,9 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
         .context(&step)?;
     let work = container.run_dir.criu_work();
     fs::create_dir_all(&work).context(&step)?;
+    if let Some(saved) = source.bundle() {
+        artefacts::put_files_back(container, saved)?;
+    }
     let (stdio, socket) = runtime_stdio(container, &io)?;
     let pid_file = container.bundle.join("init.pid");
     let watch = container.host.reaper().watch();
@@ -133,6 +149,10 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
     }
     let begun = attach(container, &io, socket)
         .and_then(|()| adopt_init(container, &pid_file, watch))
+        .and_then(|()| match source.bundle() {
+            Some(saved) => artefacts::put_limits_back(container, saved),
+            None => Ok(()),
+        })
         .and_then(|()| {
             for leftover in &taken.leftovers {
                 leftover.io.start().context(&step)?;

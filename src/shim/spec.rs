@@ -27,12 +27,23 @@ pub struct Spec {
     #[serde(default)]
     root: Option<Root>,
     #[serde(default)]
+    mounts: Vec<Mount>,
+    #[serde(default)]
     linux: Option<Linux>,
 }
 
 #[derive(Debug, Deserialize)]
 struct Root {
     path: PathBuf,
+}
+
+#[derive(Debug, Deserialize)]
+struct Mount {
+    destination: PathBuf,
+    #[serde(default)]
+    source: Option<PathBuf>,
+    #[serde(default)]
+    options: Option<Vec<String>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -79,6 +90,18 @@ impl Spec {
             .as_ref()
             .map_or(Path::new("rootfs"), |r| r.path.as_path());
         bundle.join(path)
+    }
+
+    /// What of the host is bound at a place of the container, if it can be written to there.
+    pub fn writable_bind(&self, destination: &Path) -> Option<&Path> {
+        let mount = self
+            .mounts
+            .iter()
+            .rev()
+            .find(|m| m.destination == destination)?;
+        let has = |word: &str| mount.options.iter().flatten().any(|option| option == word);
+        let is_bind = has("bind") || has("rbind");
+        mount.source.as_deref().filter(|_| is_bind && !has("ro"))
     }
 
     fn namespace(&self, kind: LinuxNamespaceType) -> Option<&Namespace> {
