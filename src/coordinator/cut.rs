@@ -15,7 +15,6 @@ use super::{
 };
 use crate::{
     cgroup::CgroupError,
-    inspector::process::Stillness,
     runtime::{
         self, OciRuntime, RuntimeError, criu_conf,
         descriptors::{self, DescriptorsError, Stream},
@@ -23,14 +22,10 @@ use crate::{
 };
 
 /// How long a cut waits for execs that are half-way through the door.
-const LATCH_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const LATCH_LIMIT: Duration = Duration::from_secs(30);
 /// A vforked child needs a few hundred microseconds to its exec.
 const VFORK_PAUSE: Duration = Duration::from_millis(3);
 const VFORK_TRIES: u32 = 100;
-/// How often it is tried to do without a freeze. Whoever polls ten times a second meets a capture of ten
-/// milliseconds one time in ten.
-const IDLE_TRIES: u32 = 2;
-
 /// What a cut must know of the sandbox's processes.
 pub trait Scene: Send + Sync {
     /// Host pid of init.
@@ -124,15 +119,6 @@ fn list_execs(execs: &[String], pids: &[i32]) -> String {
     }
 }
 
-/// What was taken while nothing ran.
-#[derive(Debug)]
-pub struct Still<T> {
-    /// From the freeze to the thaw; zero if none was needed.
-    pub frozen: Duration,
-    /// What the caller took.
-    pub captured: T,
-}
-
 /// What a cut found and took.
 #[derive(Debug)]
 pub struct Done<T> {
@@ -195,49 +181,6 @@ impl Sandbox<'_> {
             frozen: begin.elapsed(),
             processes: before.len(),
             streams,
-            captured,
-        })
-    }
-
-    /// Calls `capture` while no process runs (D7): without a freeze if none runs of its own accord, unless
-    /// `must_freeze`. It is called again if one did run meanwhile; only the last call counts.
-    ///
-    /// `limit`: how long another cut is waited for.
-    pub fn stand_still<T>(
-        &self,
-        limit: Duration,
-        must_freeze: bool,
-        mut capture: impl FnMut() -> Result<T, String>,
-    ) -> Result<Still<T>, CutError> {
-        let _alone = self
-            .doors
-            .cut_alone(limit + LATCH_LIMIT)
-            .ok_or(CutError::Busy)?;
-        let _latched = self.doors.latch(LATCH_LIMIT).ok_or(CutError::Latch)?;
-        for _ in 0..if must_freeze { 0 } else { IDLE_TRIES } {
-            if self.freeze.is_dying() {
-                return Err(FreezeError::Dying.into());
-            }
-            let Ok(Some(still)) = Stillness::of(&self.freeze.cgroup().procs()?) else {
-                continue;
-            };
-            let captured = capture();
-            if still.has_lasted(&self.freeze.cgroup().procs()?) {
-                return Ok(Still {
-                    frozen: Duration::ZERO,
-                    captured: captured.map_err(CutError::Capture)?,
-                });
-            }
-        }
-        let begin = Instant::now();
-        let held = self.freeze.hold()?;
-        let captured = capture().map_err(CutError::Capture)?;
-        if self.freeze.is_dying() {
-            return Err(FreezeError::Dying.into());
-        }
-        drop(held);
-        Ok(Still {
-            frozen: begin.elapsed(),
             captured,
         })
     }

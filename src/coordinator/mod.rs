@@ -8,5 +8,6 @@ mod inspection;
 mod memory_files;
 mod processes;
 mod references;
+mod stand_still;
 mod take;
 pub mod turns;

@@ -12,6 +12,7 @@ use super::{
     doors::Doors,
     inspection::{Inspection, Look, Still, Taken},
     references::References,
+    stand_still::stand_still,
     turns::{ShutGate, Subject, Worker, micros, scene, text},
 };
 use crate::{
@@ -207,10 +208,9 @@ impl Worker {
         };
         let must_freeze = subject.has_frozen_hook();
         let limit = self.settings.dump_limit;
-        let done = subject
-            .parts()?
-            .stand_still(limit, must_freeze, &mut capture)
-            .map_err(text)?;
+        let parts = subject.parts()?;
+        let done = stand_still(parts.freeze, parts.doors, limit, must_freeze, &mut capture);
+        let done = done.map_err(text)?;
         let mut still = match done.captured {
             Ok(still) => still,
             Err(look) => return Ok(Tried::Not(look)),
