@@ -13,7 +13,7 @@ use super::{
     inspection::{Inspection, Look, Still, Taken},
     references::References,
     stand_still::stand_still,
-    turns::{ShutGate, Subject, Worker, micros, scene, text},
+    turns::{ShutGate, Subject, Worker, differing, micros, scene, text},
 };
 use crate::{
     config::Gate,
@@ -221,6 +221,11 @@ impl Worker {
         }
         line.freeze_us = micros(done.frozen);
         line.changed_files = still.comparison.len() as u64;
+        if let Some(then) = &self.artefacts
+            && *then != artefacts
+        {
+            still.look.also_beside(differing(then, &artefacts));
+        }
         line.note = still.look.note.take();
         copy_image(&before.image_dir(), pending.image_dir())?;
         let facts = Facts {

@@ -357,7 +357,7 @@ impl Worker {
 }
 
 /// The names under which two sets of files differ.
-fn differing<'a>(
+pub(super) fn differing<'a>(
     then: &'a BTreeMap<String, Vec<u8>>,
     now: &'a BTreeMap<String, Vec<u8>>,
 ) -> impl Iterator<Item = &'a str> {
