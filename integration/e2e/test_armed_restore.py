@@ -272,7 +272,7 @@ def test_every_exec_is_a_turn_and_the_log_tells_of_it(tmp_path):
               "look_us", "freeze_us", "durable_us", "exposed_us", "started_at", "ended_at", "note"}  # fmt: skip
     for turn in turns:
         assert set(turn) == fields
-        assert turn["checkpoint"].startswith("sha256:")
+        assert turn["checkpoint"].startswith("blake3:")
         assert (turn["action"] == "files" or turn["freeze_us"] > 0) and turn["freeze_us"] <= turn["durable_us"] < 20e6 and turn["bytes_written"] > 0
 
 
@@ -357,11 +357,13 @@ def test_a_broken_checkpoint_is_refused_and_an_older_one_works(tmp_path):
         sandbox.sh("echo one >/file")
         good, bad = sandbox.turn(), sandbox.turn()
         sandbox.die()
-        image = pathlib.Path(f"/var/lib/crab/default/{sandbox.container.id}/turns/{bad}/image")
-        pages = next(image.glob("pages-*.img"))
-        os.truncate(pages, pages.stat().st_size // 2)
-        done = sandbox.restore(check=False)
-        assert done.rc == 1 and pages.name in done.err and "broken" in done.err, done
+        pack = pathlib.Path(f"/var/lib/crab/default/{sandbox.container.id}/packs/{bad}.pack")
+        whole = pack.read_bytes()
+        # A block that is not what it was, and then a pack that is cut short.
+        for broken in (whole[:100] + bytes([whole[100] ^ 1]) + whole[101:], whole[:len(whole) // 2]):
+            pack.write_bytes(broken)
+            done = sandbox.restore(check=False)
+            assert done.rc == 1 and pack.name in done.err and "damaged" in done.err, done
         assert crab("verify", sandbox.name, check=False).rc == 1
         sandbox.restore(f"@{good}")
         sandbox.start()

@@ -139,7 +139,7 @@ mod tests {
             },
             action: if full { Action::Full } else { Action::Skip },
             pre_dumps: 0,
-            checkpoint: full.then(|| format!("sha256:{}", "0".repeat(64)).parse().unwrap()),
+            checkpoint: full.then(|| format!("blake3:{}", "0".repeat(64)).parse().unwrap()),
             changed_files: 0,
             bytes_captured: 0,
             bytes_written: 0,

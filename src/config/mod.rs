@@ -60,6 +60,11 @@ pub struct Config {
     pub store: PathBuf,
     /// How many of the newest turns keep their checkpoints. Default 10; 1 to 100000.
     pub keep: u32,
+    /// How large a sandbox's checkpoints may be, in bytes, the newest one aside. Default none; at
+    /// least 1 MiB.
+    pub sandbox_limit: Option<u64>,
+    /// The same for the checkpoints of all sandboxes.
+    pub store_limit: Option<u64>,
     /// Whether a containerd Checkpoint without options stops the container. Docker and nerdctl
     /// send none for a custom runtime, so `--leave-running` cannot be seen. Default true.
     pub checkpoint_stops: bool,
@@ -139,6 +144,8 @@ impl Default for Config {
             criu_work_path: None,
             store: "/var/lib/crab".into(),
             keep: 10,
+            sandbox_limit: None,
+            store_limit: None,
             checkpoint_stops: true,
             orphan_output: OrphanOutput::Log,
             gate: Gate::Strict,

@@ -101,6 +101,8 @@ const KEYS: &[(&str, Kind, Scope)] = &[
     ("criu_work_path", Kind::Text, Scope::Host),
     ("store", Kind::Text, Scope::Host),
     ("keep", Kind::Number, Scope::Sandbox),
+    ("sandbox_limit", Kind::Text, Scope::Sandbox),
+    ("store_limit", Kind::Text, Scope::Host),
     ("checkpoint_stops", Kind::Bool, Scope::Sandbox),
     ("orphan_output", Kind::Text, Scope::Sandbox),
     ("gate", Kind::Text, Scope::Sandbox),
@@ -221,6 +223,8 @@ fn assign(config: &mut Config, key: &str, value: &Value) -> Result<(), String> {
         "criu_work_path" => config.criu_work_path = optional(value, absolute)?,
         "store" => config.store = absolute(value)?,
         "keep" => config.keep = number(value, 1..=100_000)?,
+        "sandbox_limit" => config.sandbox_limit = optional(value, size)?,
+        "store_limit" => config.store_limit = optional(value, size)?,
         "checkpoint_stops" => config.checkpoint_stops = boolean(value)?,
         "orphan_output" => {
             config.orphan_output = one_of(
@@ -274,6 +278,17 @@ fn number(value: &Value, range: RangeInclusive<u32>) -> Result<u32, String> {
             let (low, high) = (range.start(), range.end());
             expected(value, &format!("a whole number from {low} to {high}"))
         })
+}
+
+/// A size that some checkpoint fits into.
+fn size(value: &Value) -> Result<u64, String> {
+    const WHAT: &str = "a size of at least 1MiB, such as \"20GiB\"";
+    let text = text(value, WHAT)?;
+    match units::size(text) {
+        Ok(size) if size >= 1 << 20 => Ok(size),
+        Ok(_) => Err(expected(value, WHAT)),
+        Err(e) => Err(format!("{}: {e}", expected(value, WHAT))),
+    }
 }
 
 /// A string without NUL (nothing that is handed to the kernel may hold one).

@@ -95,6 +95,8 @@ fn every_key_is_read() {
         tcp = "keep"
         exec_linger = "250ms"
         dump_timeout = "10m"
+        sandbox_limit = "2GiB"
+        store_limit = "1TB"
         "#,
     )
     .unwrap();
@@ -112,6 +114,8 @@ fn every_key_is_read() {
         criu_work_path: Some("/b".into()),
         store: "/srv/crab".into(),
         keep: 100_000,
+        sandbox_limit: Some(2 << 30),
+        store_limit: Some(1_000_000_000_000),
         checkpoint_stops: false,
         orphan_output: OrphanOutput::Discard,
         gate: Gate::Async,
@@ -197,6 +201,11 @@ fn a_bad_setting_is_named_with_what_would_be_right() {
             "exec_linger = \"61s\"",
             "runtime options: exec_linger: found \"61s\", expected a duration from \"0ms\" to \
              \"60s\"",
+        ),
+        (
+            "store_limit = \"1000\"",
+            "runtime options: store_limit: found \"1000\", expected a size of at least 1MiB, such as \
+             \"20GiB\": the unit is missing (units: B, KiB, MiB, GiB, TiB, kB, MB, GB, TB)",
         ),
         (
             "dump_timeout = \"10ms\"",

@@ -10,7 +10,7 @@
 //! Files are held against the newest checkpoint, processes against the dump that it has its image from,
 //! which may be an older one (D7a).
 
-use std::{path::Path, time::Instant};
+use std::{path::Path, sync::Arc, time::Instant};
 
 use super::{
     changed,
@@ -20,13 +20,13 @@ use super::{
     references::References,
 };
 use crate::{
-    inspector::{Dirty, Happened, Inode, Watch},
+    inspector::{Dirty, Happened, Inode, Watch, process},
     rootfs::{
         Prestaged,
         layer::{Candidate, Comparison, Layer},
     },
     sandbox::TurnNo,
-    store::Effect,
+    store::{Checkpoint, Effect, Reference},
 };
 
 /// The sandbox, as far as it is looked at.
@@ -290,8 +290,13 @@ impl Inspection {
         }
     }
 
-    /// The checkpoint of `turn` is durable, its image at `image`.
-    pub(super) fn durable(&mut self, turn: TurnNo, taken: Option<Taken>, image: &Path) {
+    /// The checkpoint of `turn` is durable, its images are where `images` says.
+    pub(super) fn durable(
+        &mut self,
+        turn: TurnNo,
+        taken: Option<Taken>,
+        images: Arc<dyn process::Images>,
+    ) {
         let Some(taken) = taken else {
             self.known = None;
             return;
@@ -320,7 +325,7 @@ impl Inspection {
                     mounts: taken.mounts,
                     processes: taken
                         .processes
-                        .map(|processes| processes.at(image))
+                        .map(|processes| processes.at(images))
                         .inspect_err(|e| log::warn!("the processes cannot be compared: {e}"))
                         .ok(),
                     references: taken.references,
@@ -332,8 +337,13 @@ impl Inspection {
         }
     }
 
-    /// The checkpoint of `turn`, of files alone, is durable; the image of its processes is now at `image`.
-    pub(super) fn files_durable(&mut self, turn: TurnNo, still: Still, image: &Path) {
+    /// The checkpoint of `turn`, of files alone, is durable, its images are where `images` says.
+    pub(super) fn files_durable(
+        &mut self,
+        turn: TurnNo,
+        still: Still,
+        images: Arc<dyn process::Images>,
+    ) {
         let (Ok(watch), Some(mut known)) = (&mut self.watch, self.known.take()) else {
             return;
         };
@@ -346,10 +356,25 @@ impl Inspection {
             Ok(()) => {
                 known.turn = turn;
                 known.dump.settled = true;
-                known.dump.processes = known.dump.processes.map(|its| its.at(image));
+                known.dump.processes = known.dump.processes.map(|its| its.at(images));
                 self.known = Some(known);
             }
             Err(e) => log::warn!("the writable layer cannot be compared: {e}"),
+        }
+    }
+
+    /// Whether what is known is about the checkpoint of this turn.
+    pub(super) fn is_about(&self, turn: TurnNo) -> bool {
+        self.known.as_ref().is_some_and(|known| known.turn == turn)
+    }
+
+    /// What the processes stand upon, as it was at their dump: in the files of `newest`, the newest
+    /// checkpoint, it still is.
+    pub(super) fn recorded(&mut self, newest: &Checkpoint) -> Result<Vec<Reference>, String> {
+        let references = self.known.as_mut().map(|known| &mut known.dump.references);
+        match references {
+            Some(Ok(references)) => references.recorded(newest),
+            _ => Err("it is not known which files the processes use".into()),
         }
     }
 
@@ -517,7 +542,7 @@ fn compare(
     if look.effects == [Effect::Files] && !files.elsewhere {
         look.only_files = match (&files.comparison, &dump.references) {
             (Some(comparison), Ok(references)) => {
-                let touched = references.touched(&comparison.changes);
+                let touched = references.touched(&comparison.changes, comparison.linked());
                 if let Some((changed, used)) = touched {
                     look.tell(format!("{changed:?} changed, and a process uses {used:?}"));
                 }

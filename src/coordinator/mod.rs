@@ -9,5 +9,6 @@ mod memory_files;
 mod processes;
 mod references;
 mod stand_still;
+mod stored_images;
 mod take;
 pub mod turns;

@@ -5,6 +5,7 @@ use std::{
     collections::HashSet,
     fs, io,
     path::Path,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -16,8 +17,8 @@ use crate::{
     inspector::{
         Dirty, Happened, How, Inode, Watch,
         process::{
-            self, Acquittal, Baseline, Did, KernelFacts, Others, Reason, Registers, Settings,
-            Settled, Snapshot, Verdict, What, no_registers,
+            self, Acquittal, Baseline, Did, Images, KernelFacts, Others, Reason, Registers,
+            Settings, Settled, Snapshot, Verdict, What, no_registers,
         },
     },
     store::Effect,
@@ -70,8 +71,8 @@ impl Processes {
     }
 
     /// The image has moved.
-    pub(super) fn at(mut self, image: &Path) -> Self {
-        self.baseline.set_images(image);
+    pub(super) fn at(mut self, images: Arc<dyn Images>) -> Self {
+        self.baseline.set_images(images);
         self
     }
 

@@ -13,6 +13,7 @@ use std::{
 use crate::{
     inspector::process,
     rootfs::layer::{Attributes, Change, What},
+    store::{Checkpoint, Reference},
 };
 
 /// The paths that the processes of a dump refer to.
@@ -20,28 +21,65 @@ use crate::{
 pub(super) struct References {
     /// Relative to the root; of directories with type and permission bits.
     paths: BTreeMap<PathBuf, Option<u32>>,
+    /// With their entries in the writable layer, once anybody wanted to know.
+    recorded: Option<Vec<Reference>>,
 }
 
 impl References {
     /// Of the processes `pids`, which stand still.
     pub(super) fn of(pids: &[i32]) -> Result<Self, String> {
         let paths = process::references(pids).map_err(|e| e.to_string())?;
-        Ok(Self { paths })
+        Ok(Self {
+            paths,
+            recorded: None,
+        })
     }
 
-    /// All of them, in order.
-    pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
-        self.paths.keys().map(PathBuf::as_path)
+    /// All of them, for the manifest of the dump itself.
+    pub(super) fn named(&self) -> Vec<Reference> {
+        let named = |path: &PathBuf| Reference {
+            path: path.clone(),
+            entry: None,
+        };
+        self.paths.keys().map(named).collect()
     }
 
-    /// The first of these changes that touches one, and that one.
-    pub(super) fn touched<'a>(&'a self, changes: &'a [Change]) -> Option<(&'a Path, &'a Path)> {
-        changes.iter().find_map(|change| {
+    /// With their entries in the writable layer of a checkpoint in which they are what they were at the
+    /// dump. Those of directories are not told: they change with every name in them.
+    pub(super) fn recorded(&mut self, checkpoint: &Checkpoint) -> Result<Vec<Reference>, String> {
+        if let Some(recorded) = &self.recorded {
+            return Ok(recorded.clone());
+        }
+        let mut tree = checkpoint.tree().map_err(|e| e.to_string())?;
+        let mut recorded = self.named();
+        if let Some(tree) = &mut tree {
+            for reference in &mut recorded {
+                let entry = tree.lookup(&reference.path).map_err(|e| e.to_string())?;
+                let entry = entry.filter(|entry| entry.dir().is_none());
+                reference.entry = entry.map(|entry| entry.digest());
+            }
+        }
+        self.recorded = Some(recorded.clone());
+        Ok(recorded)
+    }
+
+    /// The first of these changes that touches one, and that one. `linked`: names that merely became
+    /// links of others, or are none any more.
+    pub(super) fn touched<'a>(
+        &'a self,
+        changes: &'a [Change],
+        mut linked: impl Iterator<Item = &'a Path>,
+    ) -> Option<(&'a Path, &'a Path)> {
+        let changed = changes.iter().find_map(|change| {
             let path = match change.path == Path::new(".") {
                 true => Path::new(""),
                 false => &change.path,
             };
             Some((path, self.touched_by(path, change)?))
+        });
+        changed.or_else(|| {
+            let path = linked.find(|path| self.paths.contains_key(*path))?;
+            Some((path, path))
         })
     }
 
@@ -95,6 +133,7 @@ mod tests {
         let paths = all.map(|(path, mode)| (PathBuf::from(path), mode));
         References {
             paths: paths.into_iter().collect(),
+            recorded: None,
         }
     }
 
@@ -152,7 +191,7 @@ mod tests {
         let references = references();
         for (path, what, mode, hides, touches) in table {
             let change = change(path, what, mode, hides);
-            let touched = references.touched(std::slice::from_ref(&change));
+            let touched = references.touched(std::slice::from_ref(&change), std::iter::empty());
             assert_eq!(touched.is_some(), touches, "{change:?}: {touched:?}");
         }
     }
@@ -163,10 +202,17 @@ mod tests {
         let above = change("usr", What::Kind, FILE, false);
         let changes = [harmless, above];
         let references = references();
-        let (changed, used) = references.touched(&changes).unwrap();
+        let (changed, used) = references.touched(&changes, std::iter::empty()).unwrap();
         assert_eq!(changed, Path::new("usr"));
         assert_eq!(used, Path::new("usr/bin/python3"));
-        assert_eq!(references.touched(&changes[..1]), None);
-        assert_eq!(references.paths().count(), 5);
+        let other = [Path::new("work/data/other")];
+        assert_eq!(references.touched(&changes[..1], other.into_iter()), None);
+        let linked = [Path::new("work/data/log")];
+        assert!(
+            references
+                .touched(&changes[..1], linked.into_iter())
+                .is_some()
+        );
+        assert_eq!(references.named().len(), 5);
     }
 }

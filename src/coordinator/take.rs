@@ -4,7 +4,7 @@
 //! dumped: the checkpoint has the image of an earlier one, which is what the processes still are (D7a). It
 //! is looked once more while nothing runs; if it is otherwise then, everything is taken.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
 use time::OffsetDateTime;
 
@@ -13,14 +13,18 @@ use super::{
     inspection::{Inspection, Look, Still, Taken},
     references::References,
     stand_still::stand_still,
+    stored_images::StoredImages,
     turns::{ShutGate, Subject, Worker, differing, micros, scene, text},
 };
 use crate::{
     config::Gate,
-    rootfs::{self, Prestaged},
+    rootfs::{self, CaptureStats, LayerChanges, Prestaged, layer::Comparison},
     runtime::{self, criu_conf::CriuConf, descriptors::Stream},
     sandbox::TurnNo,
-    store::{Action, Checkpoint, Facts, Host, JournalLine, Kind, Pending, StdioPipe},
+    store::{
+        self, Action, Checkpoint, Facts, Files, Host, Images, JournalLine, Kind, Pending, Staging,
+        StdioPipe,
+    },
     tree::remove_tree,
 };
 
@@ -37,7 +41,7 @@ pub(super) struct Order {
 
 /// What became of a try to do without a dump.
 enum Tried {
-    Done(Box<Checkpoint>),
+    Done(Box<(Checkpoint, Staging)>),
     /// A dump is needed.
     Not(Look),
 }
@@ -50,7 +54,7 @@ impl Worker {
         order: &Order,
         gate: &mut ShutGate,
         line: &mut JournalLine,
-    ) -> Result<Checkpoint, String> {
+    ) -> Result<(Checkpoint, Staging), String> {
         if order.only_files {
             match self.take_files(subject, order, gate, line)? {
                 Tried::Done(checkpoint) => return Ok(*checkpoint),
@@ -70,7 +74,7 @@ impl Worker {
         order: &Order,
         gate: &mut ShutGate,
         line: &mut JournalLine,
-    ) -> Result<Checkpoint, String> {
+    ) -> Result<(Checkpoint, Staging), String> {
         let overlay = subject.overlay()?;
         let pending = self.store.begin(order.turn).map_err(text)?;
         let scratch = subject.scratch();
@@ -94,6 +98,12 @@ impl Worker {
         };
         let dying = || self.doors.is_dying();
         let mut inspection = self.inspection.as_mut();
+        let base = match (&inspection, order.parent) {
+            (Some(inspection), Some(parent)) if inspection.is_about(parent) => {
+                Some(self.store.get(parent).map_err(text)?)
+            }
+            _ => None,
+        };
         if let Some(inspection) = &mut inspection {
             inspection.prepare();
         }
@@ -113,16 +123,13 @@ impl Worker {
                 })?;
                 inspection.distrust(&mut prestaged);
             }
-            let stats = rootfs::capture_with(
-                &overlay.upperdir,
-                pending.upper_dir(),
-                &mut prestaged,
-                &dying,
-            );
-            let stats = stats.map_err(text)?;
+            let changes = seen.as_ref().and_then(Taken::changes);
+            let changes = changes.filter(|_| base.is_some());
+            let upper = &overlay.upperdir;
+            let captured = capture(upper, pending.upper_dir(), changes, &mut prestaged, &dying)?;
             artefacts = subject.artefacts()?;
             subject.frozen_hook()?;
-            Ok(stats)
+            Ok(captured)
         });
         let done = done.map_err(text)?;
         drop(prestaged);
@@ -130,8 +137,9 @@ impl Worker {
             line.exposed_us = micros(gate.open());
         }
         line.freeze_us = micros(done.frozen);
+        let captured = &done.captured;
         let changes = seen.as_ref().and_then(Taken::changes);
-        line.changed_files = changes.map_or(done.captured.entries(), |its| its.len() as u64);
+        line.changed_files = changes.map_or(captured.stats.entries(), |its| its.len() as u64);
         let references = seen.as_ref().and_then(Taken::references);
         let facts = Facts {
             parent: order.parent,
@@ -139,24 +147,34 @@ impl Worker {
             kind: Kind::Full,
             processes: done.processes as u64,
             processes_of: None,
-            references: references.map(escaped).unwrap_or_default(),
+            references: references.map(References::named).unwrap_or_default(),
             host: Host::detect(),
             pipes: done.streams.iter().map(pipe).collect(),
             runtime: serde_json::json!({ "terminal": subject.has_terminal() }),
             notes: Vec::new(),
         };
-        let checkpoint = commit(pending, &artefacts, facts)?;
+        keep(&pending, &artefacts)?;
+        let files = files(base.as_ref(), captured);
+        let (checkpoint, staging) = pending.commit(facts, Images::Staged, files).map_err(text)?;
         self.artefacts = Some(artefacts);
         if let Some(inspection) = inspection {
-            inspection.durable(order.turn, seen, &checkpoint.image_dir());
+            let images = Arc::new(StoredImages(checkpoint.clone()));
+            inspection.durable(order.turn, seen, images);
         }
         line.action = Action::Full;
-        line.bytes_captured = checkpoint.manifest.contents.bytes;
+        let image: u64 = checkpoint
+            .manifest
+            .contents
+            .image
+            .iter()
+            .map(|f| f.data)
+            .sum();
+        line.bytes_captured = image.saturating_add(done.captured.stats.bytes);
         // The checkpoint exists from here on: nothing may make its turn count as unprotected.
         if let Err(e) = fs::remove_dir_all(&work) {
             log::warn!("{}: cannot remove {work:?}: {e}", self.store.id());
         }
-        Ok(checkpoint)
+        Ok((checkpoint, staging))
     }
 
     /// Files, beside the image of the newest checkpoint.
@@ -183,7 +201,7 @@ impl Worker {
             false => Prestaged::default(),
         };
         let mut artefacts = BTreeMap::new();
-        let mut capture = || -> Result<Result<Still, Look>, String> {
+        let mut take = || -> Result<Result<(Still, Captured), Look>, String> {
             // Of a try in which somebody ran.
             remove_tree(pending.upper_dir()).map_err(text)?;
             let seen = scene(subject, doors, |scene| {
@@ -195,24 +213,20 @@ impl Worker {
             };
             inspection.distrust(&mut prestaged);
             let dying = || doors.is_dying();
-            rootfs::capture_with(
-                &overlay.upperdir,
-                pending.upper_dir(),
-                &mut prestaged,
-                &dying,
-            )
-            .map_err(text)?;
+            let changes = Some(&still.comparison);
+            let upper = &overlay.upperdir;
+            let captured = capture(upper, pending.upper_dir(), changes, &mut prestaged, &dying)?;
             artefacts = subject.artefacts()?;
             subject.frozen_hook()?;
-            Ok(Ok(still))
+            Ok(Ok((still, captured)))
         };
         let must_freeze = subject.has_frozen_hook();
         let limit = self.settings.dump_limit;
         let parts = subject.parts()?;
-        let done = stand_still(parts.freeze, parts.doors, limit, must_freeze, &mut capture);
+        let done = stand_still(parts.freeze, parts.doors, limit, must_freeze, &mut take);
         let done = done.map_err(text)?;
-        let mut still = match done.captured {
-            Ok(still) => still,
+        let (mut still, captured) = match done.captured {
+            Ok(taken) => taken,
             Err(look) => return Ok(Tried::Not(look)),
         };
         drop(prestaged);
@@ -227,20 +241,28 @@ impl Worker {
             still.look.also_beside(differing(then, &artefacts));
         }
         line.note = still.look.note.take();
-        copy_image(&before.image_dir(), pending.image_dir())?;
         let facts = Facts {
             parent: Some(parent),
             created_at: OffsetDateTime::now_utc(),
             processes_of: Some(dumped_in),
+            references: inspection.recorded(&before)?,
             host: Host::detect(),
-            ..before.manifest.facts
+            ..before.manifest.facts.clone()
         };
-        let checkpoint = commit(pending, &artefacts, facts)?;
+        keep(&pending, &artefacts)?;
+        let (checkpoint, staging) = pending
+            .commit(
+                facts,
+                Images::Same(&before),
+                files(Some(&before), &captured),
+            )
+            .map_err(text)?;
         self.artefacts = Some(artefacts);
-        inspection.files_durable(order.turn, still, &checkpoint.image_dir());
+        let images = Arc::new(StoredImages(checkpoint.clone()));
+        inspection.files_durable(order.turn, still, images);
         line.action = Action::Files;
-        line.bytes_captured = checkpoint.manifest.contents.bytes;
-        Ok(Tried::Done(Box::new(checkpoint)))
+        line.bytes_captured = captured.stats.bytes;
+        Ok(Tried::Done(Box::new((checkpoint, staging))))
     }
 }
 
@@ -256,33 +278,52 @@ fn prestage(
     })
 }
 
-/// Links to the files of an image: nobody writes to them any more.
-fn copy_image(from: &Path, to: &Path) -> Result<(), String> {
-    let failed = |e| format!("cannot take the image {from:?} over: {e}");
-    for entry in fs::read_dir(from).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        fs::hard_link(entry.path(), to.join(entry.file_name())).map_err(failed)?;
-    }
-    Ok(())
+/// What was copied of a writable layer.
+struct Captured {
+    /// All of it, or (Some) what makes it out of that of the checkpoint before.
+    changes: Option<store::LayerChanges>,
+    stats: CaptureStats,
 }
 
-/// Adds what is kept of the host's files and makes all of it durable.
-fn commit(
-    pending: Pending,
-    artefacts: &BTreeMap<String, Vec<u8>>,
-    facts: Facts,
-) -> Result<Checkpoint, String> {
+/// Copies a writable layer: what differs, if that is known, or all of it.
+fn capture(
+    upper: &Path,
+    dest: &Path,
+    comparison: Option<&Comparison>,
+    prestaged: &mut Prestaged,
+    stop: &dyn Fn() -> bool,
+) -> Result<Captured, String> {
+    let Some(comparison) = comparison else {
+        let stats = rootfs::capture_with(upper, dest, prestaged, stop).map_err(text)?;
+        return Ok(Captured {
+            changes: None,
+            stats,
+        });
+    };
+    let (changes, stats) =
+        rootfs::capture_changes(upper, dest, comparison, prestaged, stop).map_err(text)?;
+    let LayerChanges { removed, staged } = changes;
+    Ok(Captured {
+        changes: Some(store::LayerChanges { removed, staged }),
+        stats,
+    })
+}
+
+/// The same for the store.
+fn files<'a>(base: Option<&'a Checkpoint>, captured: &'a Captured) -> Files<'a> {
+    match (base, &captured.changes) {
+        (Some(base), Some(changes)) => Files::Delta { base, changes },
+        _ => Files::Whole,
+    }
+}
+
+/// Adds what is kept of the host's files.
+fn keep(pending: &Pending, artefacts: &BTreeMap<String, Vec<u8>>) -> Result<(), String> {
     for (name, bytes) in artefacts {
         let kept = pending.bundle_dir().join(name);
         fs::write(&kept, bytes).map_err(|e| format!("cannot write {kept:?}: {e}"))?;
     }
-    pending.commit(facts).map_err(text)
-}
-
-fn escaped(references: &References) -> Vec<String> {
-    use std::os::unix::ffi::OsStrExt;
-    let escape = |path: &Path| path.as_os_str().as_bytes().escape_ascii().to_string();
-    references.paths().map(escape).collect()
+    Ok(())
 }
 
 fn pipe(stream: &Stream) -> StdioPipe {

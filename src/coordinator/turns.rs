@@ -27,7 +27,9 @@ use crate::{
     inspector::Watch,
     rootfs::Overlay,
     sandbox::TurnNo,
-    store::{Action, JournalLine, SandboxWriter, StoreError, Sync as Durability, Trigger},
+    store::{
+        Action, JournalLine, Retention, SandboxWriter, StoreError, Sync as Durability, Trigger,
+    },
 };
 
 /// What a turn needs of its sandbox.
@@ -58,8 +60,8 @@ pub trait Subject: Send + Sync {
 pub struct Settings {
     /// When the next exec may start.
     pub gate: Gate,
-    /// How many turns are kept.
-    pub keep: u32,
+    /// Which checkpoints are kept.
+    pub retention: Retention,
     /// How long a dump may take.
     pub dump_limit: Duration,
     /// Whether a turn that changed nothing is skipped.
@@ -261,9 +263,9 @@ impl Worker {
             large: look.large,
         };
         let taken = self.take(subject, &order, gate, &mut line);
-        if let Ok(checkpoint) = &taken {
+        if let Ok((checkpoint, _)) = &taken {
             line.checkpoint = Some(checkpoint.digest);
-            line.bytes_written = checkpoint.manifest.contents.bytes;
+            line.bytes_written = checkpoint.stored;
             line.durable_us = Some(micros(begin.elapsed()));
         }
         if let Err(e) = &taken {
@@ -273,18 +275,17 @@ impl Worker {
         // not be on the disk by itself, the checkpoint is.
         self.store.append(&line, Durability::Later).map_err(text)?;
         self.exposed(gate, &mut line)?;
-        let checkpoint = taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
+        let (_, staging) = taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
         if let Some(name) = name {
             self.store.name(name, turn).map_err(text)?;
         }
-        let keep = usize::try_from(self.settings.keep).unwrap_or(usize::MAX);
-        self.store.prune(keep).map_err(text)?;
         if let Some(inspection) = &mut self.inspection {
-            let upper = checkpoint.upper_dir();
             scene(subject, &self.doors, |scene| {
-                inspection.learn(scene, &upper)
+                inspection.learn(scene, staging.upper_dir());
             })?;
         }
+        drop(staging);
+        self.store.retain(&self.settings.retention).map_err(text)?;
         Ok(line)
     }
 

@@ -168,13 +168,24 @@ fn source_of(
     let checkpoint = store
         .get(turn)
         .context(format_args!("{sandbox}: armed for turn {turn}"))?;
+    let changed = checkpoint.changed_reference().context(sandbox)?;
+    if let Some(path) = changed {
+        let text = format!(
+            "{sandbox}: armed for turn {turn}, whose processes were dumped earlier, upon another {path:?} than \
+             it has: `crab restore CONTAINER@TURN` with an earlier turn"
+        );
+        return Err(ShimError::new(Kind::Failed, text));
+    }
     log::info!("{sandbox}: starting from turn {turn}");
+    let scratch = store.scratch_dir();
+    // All of it, checked, before anything of the sandbox is touched.
+    let laid = checkpoint
+        .lay_out(&scratch)
+        .context(format_args!("{sandbox}: lay out turn {turn}"))?;
     Ok(Some(Source::Armed {
         turn,
-        image: checkpoint.image_dir(),
-        upper: checkpoint.upper_dir(),
-        bundle: checkpoint.bundle_dir(),
-        scratch: store.scratch_dir(),
+        laid: Arc::new(laid),
+        scratch,
     }))
 }
 
@@ -192,18 +203,18 @@ fn mount_rootfs(
     let bundle = Path::new(&request.bundle);
     let mounts: Vec<_> = request.rootfs.iter().map(proto::mount_spec).collect();
     let saved = match source {
-        Some(Source::Armed { upper, .. }) => Some(upper),
+        Some(Source::Armed { laid, .. }) => Some(laid.upper_dir()),
         _ => None,
     };
     if mounts.is_empty() {
-        if let Some(upper) = saved {
+        if let Some(upper) = &saved {
             let overlay = Overlay::from_mountinfo(&spec.rootfs(bundle))
                 .context(step("files cannot be put back"))?;
             put_back(rootfs::remount_with(upper, &overlay)).context(step("put files back"))?;
         }
         return Ok(None);
     }
-    if let Some(upper) = saved {
+    if let Some(upper) = &saved {
         let overlay = Overlay::from_mounts(&mounts).context(step("files cannot be put back"))?;
         put_back(rootfs::put_back(upper, &overlay)).context(step("put files back"))?;
     }

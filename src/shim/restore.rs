@@ -28,6 +28,7 @@ use crate::{
         descriptors::{self, Stream},
     },
     sandbox::TurnNo,
+    store::Laid,
 };
 
 /// Where a container's processes come from instead of a boot.
@@ -42,12 +43,8 @@ pub enum Source {
     Armed {
         /// The turn to go back to.
         turn: TurnNo,
-        /// CRIU's image directory.
-        image: PathBuf,
-        /// The writable layer, put back by Create.
-        upper: PathBuf,
-        /// What was kept of the host's files.
-        bundle: PathBuf,
+        /// Its images, and its writable layer, which Create puts back.
+        laid: Arc<Laid>,
         /// A directory on the same file system, which the store tidies.
         scratch: PathBuf,
     },
@@ -65,9 +62,10 @@ impl Source {
         error
     }
 
-    fn image(&self) -> &Path {
+    fn image(&self) -> PathBuf {
         match self {
-            Self::Client { image } | Self::Armed { image, .. } => image,
+            Self::Client { image } => image.clone(),
+            Self::Armed { laid, .. } => laid.image_dir(),
         }
     }
 }
@@ -84,30 +82,31 @@ impl Source {
 
 impl Source {
     /// What was kept of the host's files; a client's images have none.
-    fn bundle(&self) -> Option<&Path> {
+    fn bundle(&self) -> Option<PathBuf> {
         match self {
             Self::Client { .. } => None,
-            Self::Armed { bundle, .. } => Some(bundle),
+            Self::Armed { laid, .. } => Some(laid.bundle_dir()),
         }
     }
 }
 
 /// Restores the container's processes. After an error none of them is left.
 pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
-    let step = format!("{}: restore from {:?}", container.sandbox, source.image());
+    let images = source.image();
+    let step = format!("{}: restore from {images:?}", container.sandbox);
     let io = container.init.io().ok_or_else(|| {
         ShimError::new(Kind::Failed, format!("{step}: an earlier try has failed"))
     })?;
-    let streams = descriptors::load(source.image()).context(&step)?;
+    let streams = descriptors::load(&images).context(&step)?;
     let taken = take_up(container, &streams).context(&step)?;
     if let Some(stream) = streams.iter().find(|s| s.exec_id.is_empty() && s.fd == 0) {
         io.preload_stdin(&pending(stream));
     }
     let mut image = descriptors::prepare_restore(
-        source.image(),
+        &images,
         &[source.scratch(), container.run_dir.path()],
         taken.fds,
-        descriptors::of_this_boot(source.image()),
+        descriptors::of_this_boot(&images),
     )
     .context(&step)?;
     let held = hooks::restored_exists();
@@ -121,7 +120,7 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
     let work = container.run_dir.criu_work();
     fs::create_dir_all(&work).context(&step)?;
     if let Some(saved) = source.bundle() {
-        artefacts::put_files_back(container, saved)?;
+        artefacts::put_files_back(container, &saved)?;
     }
     let (stdio, socket) = runtime_stdio(container, &io)?;
     let pid_file = container.bundle.join("init.pid");
@@ -150,7 +149,7 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
     let begun = attach(container, &io, socket)
         .and_then(|()| adopt_init(container, &pid_file, watch))
         .and_then(|()| match source.bundle() {
-            Some(saved) => artefacts::put_limits_back(container, saved),
+            Some(saved) => artefacts::put_limits_back(container, &saved),
             None => Ok(()),
         })
         .and_then(|()| {

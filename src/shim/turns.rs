@@ -21,7 +21,7 @@ use crate::{
     },
     inspector::{self, Watch},
     rootfs::Overlay,
-    store::{JournalLine, Store},
+    store::{JournalLine, Retention, Store},
 };
 
 impl Subject for Container {
@@ -91,7 +91,11 @@ impl Container {
         }
         let settings = Settings {
             gate: self.config.gate,
-            keep: self.config.keep,
+            retention: Retention {
+                keep: usize::try_from(self.config.keep).unwrap_or(usize::MAX),
+                sandbox_limit: self.config.sandbox_limit,
+                store_limit: self.config.store_limit,
+            },
             dump_limit: self.config.dump_timeout,
             skip_unchanged: self.config.skip_unchanged,
             consistent_cut: self.config.consistent_cut,
@@ -115,7 +119,13 @@ impl Container {
 
     /// An armed restore has been done: the next start boots again.
     pub(super) fn disarm(&self) {
-        if let Some(Source::Armed { .. }) = &self.source {
+        if let Some(Source::Armed { laid, .. }) = &self.source {
+            if let Err(e) = laid.remove() {
+                log::warn!(
+                    "{}: what was laid out for the restore stays: {e}",
+                    self.sandbox
+                );
+            }
             let disarmed = Store::open(&self.config.store)
                 .and_then(|store| store.writer(&self.sandbox)?.disarm());
             if let Err(e) = disarmed {

@@ -1,19 +1,24 @@
 //! What one checkpoint says about itself.
 
-use std::{fs, path::Path};
+use std::{
+    ffi::OsString,
+    fs::File,
+    io::Read,
+    os::unix::ffi::{OsStrExt, OsStringExt},
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use time::OffsetDateTime;
 
 use super::{
-    Digest, StoreError,
+    Digest, FORMAT, StoreError,
+    content::{self, Cut},
     digest::{hex, unhex},
+    entry::Content,
 };
 use crate::sandbox::{SandboxId, TurnNo};
 
-/// The format that this version writes. A change that an older reader would misunderstand counts
-/// it up; a new field that it may ignore does not.
-pub const FORMAT: u32 = 1;
 /// Larger manifests are refused, to write and to read.
 pub(super) const MAX_MANIFEST: u64 = 64 << 20;
 
@@ -28,11 +33,25 @@ pub struct Manifest {
     pub id: String,
     /// Which turn.
     pub turn: TurnNo,
+    /// The checkpoint of another sandbox that this one's history begins with, if it is a fork.
+    #[serde(default)]
+    pub origin: Option<Origin>,
     /// What the caller knew.
     #[serde(flatten)]
     pub facts: Facts,
     /// What the store holds of it.
     pub contents: Contents,
+}
+
+/// A checkpoint of any sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The sandbox's containerd namespace.
+    pub namespace: String,
+    /// The sandbox's container id.
+    pub id: String,
+    /// Which turn.
+    pub turn: TurnNo,
 }
 
 /// What only the maker of a checkpoint knows about it.
@@ -47,14 +66,6 @@ pub struct Facts {
     pub kind: Kind,
     /// How many processes are in the image; 0 without one.
     pub processes: u64,
-    /// The turn in which the processes were dumped, if it is an earlier one: since then they have done
-    /// nothing that anybody could have noticed.
-    #[serde(default)]
-    pub processes_of: Option<TurnNo>,
-    /// The paths that the processes stand upon, relative to the root, escaped as
-    /// `std::ascii::escape_default` does; none if they are not known.
-    #[serde(default)]
-    pub references: Vec<String>,
     /// Where it was made.
     pub host: Host,
     /// The pipes of the processes' standard streams.
@@ -63,6 +74,49 @@ pub struct Facts {
     pub runtime: serde_json::Value,
     /// What is missing, for people to read.
     pub notes: Vec<String>,
+    /// The turn whose dump the processes are, if it is an earlier one (D7a).
+    #[serde(default)]
+    pub processes_of: Option<TurnNo>,
+    /// Files that the dumped processes refer to, as they were at the dump (D7a).
+    #[serde(default)]
+    pub references: Vec<Reference>,
+}
+
+/// A file that a process in the dump has open, mapped, watched or the like.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reference {
+    /// Relative to the root. Written with `%` and two digits for each byte that is not printable
+    /// ASCII, and for `%` itself.
+    #[serde(serialize_with = "to_escaped", deserialize_with = "from_escaped")]
+    pub path: PathBuf,
+    /// The digest of its entry in the writable layer ([`super::TreeEntry::digest`]); none if the
+    /// layer had no such name, of directories, and in the checkpoint of the dump itself.
+    #[serde(default)]
+    pub entry: Option<Digest>,
+}
+
+fn to_escaped<S: Serializer>(path: &Path, s: S) -> Result<S::Ok, S::Error> {
+    let mut text = String::new();
+    for byte in path.as_os_str().as_bytes() {
+        match byte {
+            b'%' => text += "%25",
+            b' '..=b'~' => text.push(char::from(*byte)),
+            byte => text += &format!("%{byte:02x}"),
+        }
+    }
+    s.serialize_str(&text)
+}
+
+fn from_escaped<'de, D: Deserializer<'de>>(d: D) -> Result<PathBuf, D::Error> {
+    let text = String::deserialize(d)?;
+    let mut parts = text.split('%');
+    let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
+    for part in parts {
+        let code = part.get(..2).and_then(unhex);
+        bytes.extend(code.ok_or_else(|| D::Error::custom("expected two hexadecimal digits"))?);
+        bytes.extend(part.as_bytes().get(2..).unwrap_or_default());
+    }
+    Ok(OsString::from_vec(bytes).into())
 }
 
 /// What a checkpoint brings back.
@@ -82,6 +136,9 @@ pub struct Host {
     pub kernel: String,
     /// `uname -m`.
     pub arch: String,
+    /// The processor's model: a dump may use what another one lacks.
+    #[serde(default)]
+    pub cpu: String,
     /// The boot during which it was made.
     pub boot_id: String,
     /// CRIU's version, if it was used.
@@ -97,15 +154,29 @@ impl Host {
         let text = |value: Option<&std::ffi::OsStr>| {
             value.map_or_else(String::new, |v| v.to_string_lossy().into_owned())
         };
-        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let boot_id = beginning("/proc/sys/kernel/random/boot_id");
+        let cpu = beginning("/proc/cpuinfo");
+        let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name"));
         Self {
             kernel: text(uname.as_ref().ok().map(|u| u.release())),
             arch: text(uname.as_ref().ok().map(|u| u.machine())),
+            cpu: cpu
+                .map_or("", |cpu| cpu.trim_matches([':', '\t', ' ']))
+                .to_owned(),
             boot_id: boot_id.trim().to_owned(),
             criu: None,
             runtime: None,
         }
     }
+}
+
+/// The first bytes of a file of /proc; nothing if it cannot be read.
+fn beginning(path: &str) -> String {
+    let mut bytes = Vec::new();
+    if let Ok(file) = File::open(path) {
+        let _ = file.take(1024).read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// One pipe between the shim and a process's standard stream, at the moment of the cut.
@@ -153,18 +224,35 @@ pub struct FileEntry {
     pub path: String,
     /// In bytes.
     pub size: u64,
-    /// Of its content.
-    pub sha256: Digest,
+    /// Of these, how many are in chunks that are not all zeros.
+    pub data: u64,
+    /// How long its chunks are.
+    pub chunk: u32,
+    /// Of its chunk or list of chunks.
+    pub digest: Digest,
+}
+
+impl FileEntry {
+    pub(super) fn cut(&self) -> Cut {
+        Cut {
+            content: Content {
+                size: self.size,
+                data: self.data,
+                root: self.digest,
+            },
+            chunk: self.chunk,
+        }
+    }
 }
 
 /// A tree in a few words.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TreeSummary {
-    /// Of `upper.list`, which has a digest for each entry.
+    /// Of its root: equal trees have equal digests.
     pub digest: Digest,
     /// How many names, the root included.
     pub entries: u64,
-    /// Of content, without holes.
+    /// Of content that is not all zeros; a file with several names counts with each.
     pub bytes: u64,
 }
 
@@ -207,6 +295,14 @@ impl Manifest {
             });
         }
         let manifest: Self = serde_json::from_slice(json).map_err(|e| damaged(e.to_string()))?;
+        let files = manifest
+            .contents
+            .image
+            .iter()
+            .chain(&manifest.contents.bundle);
+        for file in files {
+            check_file(file).map_err(|what| damaged(format!("{what} of {:?}", file.path)))?;
+        }
         let about = (&*manifest.namespace, &*manifest.id, manifest.turn);
         if about != (sandbox.namespace(), sandbox.id(), turn) {
             let (namespace, id, turn) = about;
@@ -215,5 +311,22 @@ impl Manifest {
             )));
         }
         Ok(manifest)
+    }
+}
+
+/// What is laid out by it must stay below its directory, and its content be of a possible shape.
+fn check_file(file: &FileEntry) -> Result<(), &'static str> {
+    let path = Path::new(&file.path);
+    let normal = |part| matches!(part, std::path::Component::Normal(_));
+    let zeros = file.digest == Digest::ZEROS;
+    if file.path.is_empty() || file.path.contains('\0') || !path.components().all(normal) {
+        return Err("the path");
+    }
+    if !matches!(file.chunk, content::FILE_CHUNK | content::PAGE_CHUNK) {
+        return Err("the chunk's size");
+    }
+    match file.data <= file.size && zeros == (file.data == 0) && i64::try_from(file.size).is_ok() {
+        true => Ok(()),
+        false => Err("the size"),
     }
 }

@@ -1,171 +1,82 @@
-//! Checkpoints on disk.
-//!
-//! The first, plain form: a directory for each turn, with copies of everything. Content-addressed
-//! packs (D8) will take its place behind the same interface.
+//! Checkpoints on disk: content-addressed (D8), a pack for each.
 //!
 //! ```text
-//! <root>/<namespace>/<id>/            0700
-//!     lock                            flock of the one writer; its pid
-//!     journal.jsonl                   a line for each turn
-//!     armed                           the turn that the next start restores
-//!     names/<NAME>                    the turn of a named checkpoint
-//!     turns/<N>/manifest.json         what is in it
-//!     turns/<N>/manifest.sha256       for `sha256sum -c`
-//!     turns/<N>/image/                CRIU's images
-//!     turns/<N>/bundle/               config.json and friends
-//!     turns/<N>/upper/                the writable layer
-//!     turns/<N>/upper.list            a digest for each of its entries
-//!     turns/.tmp-<N>, .condemned-<N>  being made, being deleted; removed by the next writer
+//! <root>/<namespace>/<id>/   0700
+//!     lock                   flock of the one writer; its pid
+//!     journal.jsonl          a line for each turn
+//!     armed                  the turn that the next start restores
+//!     names/<NAME>           the turn of a named checkpoint
+//!     packs/<N>.pack         the checkpoint of turn N, and what no other pack had then
+//!     packs/<N>.kept         what others still need of checkpoints that are gone
+//!     tmp/                   being filled, or laid out for a restore; tidied by the next writer
 //! ```
 //!
-//! A checkpoint exists from the rename of `.tmp-<N>` to `<N>` on, after everything in it has been
-//! fsynced; the fsync of `turns/` that follows is the commit.
+//! A directory is an object that names its entries by digest, a file one that names its chunks. An
+//! object that some pack of the sandbox has is not written again, so a turn writes what changed and
+//! the path to the root. Every manifest is complete in itself: it names the roots of everything, and
+//! the packs' indexes find them. `docs/store-format.md` describes every field.
+//!
+//! A checkpoint exists from the rename of its pack on, which is fsynced before; the fsync of
+//! `packs/` that follows is the commit.
+//!
+//! Downwards: [`SandboxWriter`] → [`Pending`] → `layer` → `directory`, `ingest` → `pack`; and back:
+//! [`Checkpoint`] → `lay_out`, `tree_view`, `stored_file` → `objects` → `pack`.
 
 mod arm;
+mod checkpoint;
+mod codec;
+mod content;
 mod digest;
+mod directory;
+mod entry;
+mod error;
+mod failpoint;
 mod files;
+mod gc;
+mod ingest;
 mod journal;
+mod lay_out;
+mod layer;
 mod manifest;
+mod objects;
+mod pack;
 mod pending;
 mod sandbox;
+mod stored_file;
+mod tree_view;
 mod verify;
 
 #[cfg(test)]
 mod tests;
 
 use std::{
-    fs, io,
+    fs,
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
+pub use checkpoint::Checkpoint;
 pub use digest::Digest;
+pub use entry::{Content, DirRef, Node, TreeEntry};
+pub use error::StoreError;
+pub use gc::{Freed, Retention};
 pub use journal::{Action, BrokenLine, Effect, Journal, JournalLine, Sync, Trigger};
+pub use lay_out::Laid;
+pub use layer::LayerChanges;
 pub use manifest::{
-    Contents, FORMAT, Facts, FileEntry, Host, Kind, Manifest, StdioPipe, TreeSummary,
+    Contents, Facts, FileEntry, Host, Kind, Manifest, Origin, Reference, StdioPipe, TreeSummary,
 };
-pub use pending::Pending;
-pub use sandbox::{Checkpoint, SandboxStore, SandboxWriter};
-pub use verify::{Fault, What};
+pub use pack::FORMAT;
+pub use pending::{Files, Images, Pending, Staging};
+pub use sandbox::{SandboxStore, SandboxWriter};
+pub use stored_file::StoredFile;
+pub use tree_view::{Difference, Tree};
+pub use verify::Fault;
 
-use crate::{
-    sandbox::{SandboxId, TurnNo},
-    tree::TreeError,
-};
+use crate::sandbox::SandboxId;
 
 /// Where checkpoints are kept unless the configuration says otherwise.
 pub const DEFAULT_ROOT: &str = "/var/lib/crab";
-
-/// What the store could not do.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// A system call failed.
-    #[error("cannot {step} {path:?}: {source}")]
-    Io {
-        /// What was tried.
-        step: &'static str,
-        /// Where.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// Reading or deleting a tree failed.
-    #[error(transparent)]
-    Tree(#[from] TreeError),
-    /// Another process writes this sandbox's checkpoints.
-    #[error("the checkpoints of {sandbox} are being written by another process{}", by(.pid))]
-    Locked {
-        /// Whose.
-        sandbox: SandboxId,
-        /// Who, if it said so.
-        pid: Option<u32>,
-    },
-    /// The store could be read or written by others than root.
-    #[error(
-        "the store {path:?} {what}: it holds the memory of sandboxes, and must be root's alone (chown root, chmod 0700)"
-    )]
-    Exposed {
-        /// The store's root.
-        path: PathBuf,
-        /// What is wrong with it.
-        what: String,
-    },
-    /// There is no such checkpoint.
-    #[error("{sandbox} has no checkpoint of turn {turn}")]
-    NoTurn {
-        /// Whose.
-        sandbox: SandboxId,
-        /// Which.
-        turn: TurnNo,
-    },
-    /// The turn has a checkpoint already.
-    #[error("{sandbox} has a checkpoint of turn {turn} already")]
-    Exists {
-        /// Whose.
-        sandbox: SandboxId,
-        /// Which.
-        turn: TurnNo,
-    },
-    /// There is no such named checkpoint.
-    #[error("{sandbox} has no checkpoint named {name:?}")]
-    NoName {
-        /// Whose.
-        sandbox: SandboxId,
-        /// Which.
-        name: String,
-    },
-    /// A name that is no identifier.
-    #[error(transparent)]
-    BadName(#[from] crate::sandbox::BadName),
-    /// A file of the store does not hold what it should.
-    #[error("{path:?} is damaged: {reason}")]
-    Damaged {
-        /// Which.
-        path: PathBuf,
-        /// How.
-        reason: String,
-    },
-    /// Written by a newer crab.
-    #[error(
-        "{path:?} has format {found}; this version of crab reads up to {known}: use the newer one"
-    )]
-    Newer {
-        /// Which.
-        path: PathBuf,
-        /// Its format.
-        found: u64,
-        /// Ours.
-        known: u32,
-    },
-    /// What is to be kept cannot be.
-    #[error("cannot keep {path:?} in a checkpoint: {reason}")]
-    Unfit {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// No sandbox with that name.
-    #[error("no sandbox matches {prefix:?} in {root:?}")]
-    NoSandbox {
-        /// What was asked for.
-        prefix: String,
-        /// Where.
-        root: PathBuf,
-    },
-    /// Several sandboxes with that name.
-    #[error("{prefix:?} is ambiguous: {}", candidates.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))]
-    Ambiguous {
-        /// What was asked for.
-        prefix: String,
-        /// What it may mean.
-        candidates: Vec<SandboxId>,
-    },
-}
-
-fn by(pid: &Option<u32>) -> String {
-    pid.map_or_else(String::new, |pid| format!(" (pid {pid})"))
-}
 
 /// All checkpoints of this host.
 #[derive(Debug, Clone)]

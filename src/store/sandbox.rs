@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::{File, OpenOptions},
-    io::{Read, Seek, Write},
+    io::{ErrorKind, Read, Seek, Write},
     ops::Deref,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
@@ -14,50 +14,19 @@ use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
 
 use super::{
-    Digest, Journal, JournalLine, Manifest, Pending, StoreError, Sync, arm, files, journal,
-    manifest::MAX_MANIFEST,
+    Checkpoint, Digest, Journal, JournalLine, Manifest, Pending, StoreError, Sync, arm, files,
+    gc::Retired,
+    journal,
+    lay_out::tidy,
+    objects::{self, PackName},
+    pack::Pack,
 };
-use crate::{
-    sandbox::{SandboxId, TurnNo, check},
-    tree::remove_tree,
-};
+use crate::sandbox::{SandboxId, TurnNo, check};
 
-/// How a directory in `turns/` begins that is not a checkpoint yet.
+/// How the name of a pack begins that is not complete yet.
 pub(super) const TEMPORARY: &str = ".tmp-";
-/// And one that is not a checkpoint any more.
-const CONDEMNED: &str = ".condemned-";
-
-/// A checkpoint that is in the store.
-#[derive(Debug, Clone)]
-pub struct Checkpoint {
-    /// What it says about itself.
-    pub manifest: Manifest,
-    /// Of the manifest, and through it of everything.
-    pub digest: Digest,
-    pub(super) dir: PathBuf,
-}
-
-impl Checkpoint {
-    /// Which turn's.
-    pub fn turn(&self) -> TurnNo {
-        self.manifest.turn
-    }
-
-    /// CRIU's images.
-    pub fn image_dir(&self) -> PathBuf {
-        self.dir.join("image")
-    }
-
-    /// The copy of the writable layer; absent unless the manifest's contents have one.
-    pub fn upper_dir(&self) -> PathBuf {
-        self.dir.join("upper")
-    }
-
-    /// `config.json` and friends.
-    pub fn bundle_dir(&self) -> PathBuf {
-        self.dir.join("bundle")
-    }
-}
+/// Where version 1 kept its checkpoints.
+const FORMAT_1: &str = "turns";
 
 /// The checkpoints of one sandbox, to read.
 #[derive(Debug, Clone)]
@@ -76,10 +45,10 @@ impl SandboxStore {
         &self.id
     }
 
-    /// Where a name that begins with `.tmp-` may be made, on the file system of the checkpoints.
-    /// The next writer removes what was left there.
+    /// Where a name may be made, on the file system of the checkpoints. The next writer removes
+    /// what was left there.
     pub fn scratch_dir(&self) -> PathBuf {
-        self.turns_dir()
+        self.dir.join("tmp")
     }
 
     /// Where.
@@ -89,14 +58,12 @@ impl SandboxStore {
 
     /// All checkpoints, oldest first.
     pub fn turns(&self) -> Result<Vec<TurnNo>, StoreError> {
-        let names = files::names(&self.turns_dir())?;
-        let canonical = |name: &String| {
-            let turn: TurnNo = name.parse().ok()?;
-            (turn.to_string() == *name).then_some(turn)
+        let packs = objects::list(&self.packs_dir())?;
+        let checkpoint = |name: PackName| match name {
+            PackName::Checkpoint(turn) => Some(turn),
+            PackName::Kept(_) => None,
         };
-        let mut turns: Vec<_> = names.iter().filter_map(canonical).collect();
-        turns.sort_unstable();
-        Ok(turns)
+        Ok(packs.into_iter().filter_map(checkpoint).collect())
     }
 
     /// The newest checkpoint. A damaged one is an error, not passed over in silence.
@@ -107,34 +74,28 @@ impl SandboxStore {
     /// The checkpoint of one turn. Its manifest is checked; its contents are not, see
     /// [`Self::verify`].
     pub fn get(&self, turn: TurnNo) -> Result<Checkpoint, StoreError> {
-        let dir = self.turn_dir(turn);
-        let path = dir.join("manifest.json");
-        let Some(json) = files::read(&path, MAX_MANIFEST)? else {
-            return Err(match dir.exists() {
-                true => StoreError::Damaged {
-                    path,
-                    reason: "it is missing".into(),
-                },
-                false => StoreError::NoTurn {
+        let path = self.pack_path(turn);
+        let pack = Pack::open(&path).map_err(|e| match e {
+            StoreError::Io { source, .. } if source.kind() == ErrorKind::NotFound => {
+                StoreError::NoTurn {
                     sandbox: self.id.clone(),
                     turn,
-                },
-            });
-        };
+                }
+            }
+            e => e,
+        })?;
+        let json = pack.manifest()?.ok_or_else(|| StoreError::Damaged {
+            path: path.clone(),
+            reason: "it has no manifest".into(),
+        })?;
         let manifest = Manifest::parse(&json, &path, &self.id, turn)?;
         let digest = Digest::of(&json);
-        let sum = files::read(&dir.join("manifest.sha256"), 4096)?.unwrap_or_default();
-        if sum != checksum_line(&digest).as_bytes() {
-            return Err(StoreError::Damaged {
-                path,
-                reason: "its checksum in manifest.sha256 is another one".into(),
-            });
-        }
-        Ok(Checkpoint {
+        Ok(Checkpoint::new(
+            self.packs_dir(),
             manifest,
             digest,
-            dir,
-        })
+            pack.size(),
+        ))
     }
 
     /// The named checkpoints.
@@ -176,23 +137,18 @@ impl SandboxStore {
         journal::read(&self.dir.join("journal.jsonl"))
     }
 
-    pub(super) fn turns_dir(&self) -> PathBuf {
-        self.dir.join("turns")
+    pub(super) fn packs_dir(&self) -> PathBuf {
+        self.dir.join("packs")
     }
 
-    pub(super) fn turn_dir(&self, turn: TurnNo) -> PathBuf {
-        self.turns_dir().join(turn.to_string())
+    pub(super) fn pack_path(&self, turn: TurnNo) -> PathBuf {
+        self.packs_dir().join(PackName::Checkpoint(turn).file())
     }
 
     fn name_path(&self, name: &str) -> Result<PathBuf, StoreError> {
         let name = check("checkpoint name", name)?;
         Ok(self.dir.join("names").join(name))
     }
-}
-
-/// As `sha256sum -c` reads it.
-pub(super) fn checksum_line(digest: &Digest) -> String {
-    format!("{}  manifest.json\n", digest.hex())
 }
 
 /// The checkpoints of one sandbox, to write. Clones share one lock, which ends with the last of
@@ -209,9 +165,14 @@ pub(super) struct Lock {
     /// Open for as long as the lock is held; dropping it is what unlocks.
     #[cfg_attr(not(test), expect(dead_code, reason = "held, not read"))]
     file: File,
-    /// Held while names, arming and the set of checkpoints are changed; never while trees are
-    /// written or deleted.
-    index: Mutex<()>,
+    /// Held while names, arming and the set of checkpoints are changed; never while packs are
+    /// written.
+    pub(super) index: Mutex<()>,
+    /// Held while a pack is written or collected: what a new pack is about to refer to must not go.
+    /// Taken before `index`.
+    pub(super) packs: Mutex<()>,
+    /// What was kept of checkpoints that are gone, and not looked through yet.
+    pub(super) retired: Mutex<Retired>,
 }
 
 impl Deref for SandboxWriter {
@@ -248,18 +209,29 @@ impl SandboxWriter {
         let _ = file.rewind();
         let _ = writeln!(file, "{}", std::process::id());
 
-        for dir in ["turns", "names"] {
+        for dir in ["packs", "names", "tmp"] {
             files::make_dir(&store.dir().join(dir))?;
         }
         journal::mend(&store.dir().join("journal.jsonl"))?;
-        for name in files::all_names(&store.turns_dir())? {
-            if name.starts_with(TEMPORARY) || name.starts_with(CONDEMNED) {
-                remove_tree(&store.turns_dir().join(name))?;
+        for name in files::all_names(&store.packs_dir())? {
+            if name.starts_with(TEMPORARY) {
+                files::remove(&store.packs_dir().join(name))?;
             }
+        }
+        tidy(&store.scratch_dir())?;
+        let old = store.dir().join(FORMAT_1);
+        if old.exists() {
+            log::warn!(
+                "{}: {old:?} holds checkpoints of format 1, which this version does not read; \
+                 remove them: rm -r {old:?}",
+                store.id()
+            );
         }
         let lock = Lock {
             file,
             index: Mutex::new(()),
+            packs: Mutex::new(()),
+            retired: Mutex::new(Retired::of(&store)?),
         };
         Ok(Self {
             store,
@@ -299,42 +271,12 @@ impl SandboxWriter {
         journal::append(&self.dir.join("journal.jsonl"), line, sync)
     }
 
-    /// Deletes all checkpoints but the newest `keep` (at least one), named and armed ones, and
-    /// says which are gone.
-    pub fn prune(&self, keep: usize) -> Result<Vec<TurnNo>, StoreError> {
-        let condemned = {
-            let _index = self.lock.index.lock();
-            self.condemn(keep)?
-        };
-        for turn in &condemned {
-            remove_tree(&self.condemned_dir(*turn))?;
-        }
-        Ok(condemned)
-    }
-
-    fn condemn(&self, keep: usize) -> Result<Vec<TurnNo>, StoreError> {
-        let mut turns = self.turns()?;
-        turns.truncate(turns.len().saturating_sub(keep.max(1)));
-        let named = self.names()?;
-        let armed = self.armed()?;
-        turns.retain(|turn| armed != Some(*turn) && !named.values().any(|named| named == turn));
-        for turn in &turns {
-            let from = self.turn_dir(*turn);
-            std::fs::rename(&from, self.condemned_dir(*turn))
-                .map_err(files::io("rename", &from))?;
-        }
-        if !turns.is_empty() {
-            files::sync_dir(&self.turns_dir())?;
-        }
-        Ok(turns)
+    pub(super) fn guard(&self) -> &Lock {
+        &self.lock
     }
 
     #[cfg(test)]
     pub(super) fn lock_file(&self) -> &File {
         &self.lock.file
-    }
-
-    fn condemned_dir(&self, turn: TurnNo) -> PathBuf {
-        self.turns_dir().join(format!("{CONDEMNED}{turn}"))
     }
 }

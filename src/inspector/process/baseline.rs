@@ -1,10 +1,11 @@
 //! The state at dump P, and what later ones are held against.
 
-use std::path::{Path, PathBuf};
+use std::{path::Path, sync::Arc};
 
 use super::{
     descriptors::Kind,
     facts::{KernelFacts, Reason, Settings, Verdict},
+    image::{ImageDir, Images},
     judge, memory,
     proc_fs::{Dir, ProcessError},
     snapshot::{Process, Registers, Snapshot},
@@ -18,7 +19,7 @@ pub struct Baseline {
     pub(super) snapshot: Snapshot,
     pub(super) watches: Watches,
     /// CRIU's images of P.
-    pub(super) images: PathBuf,
+    pub(super) images: Arc<dyn Images>,
     quiet: Option<Quiet>,
 }
 
@@ -76,14 +77,14 @@ impl Baseline {
         Ok(Self {
             snapshot,
             watches,
-            images: images.to_owned(),
+            images: Arc::new(ImageDir::new(images)),
             quiet: None,
         })
     }
 
     /// The images have moved.
-    pub fn set_images(&mut self, images: &Path) {
-        images.clone_into(&mut self.images);
+    pub fn set_images(&mut self, images: Arc<dyn Images>) {
+        self.images = images;
     }
 
     /// After the thaw: what ran until every task has blocked again belongs to P, if no data moved
@@ -114,7 +115,7 @@ impl Baseline {
         for (old, new) in self.snapshot.processes.iter_mut().zip(now.processes) {
             let same_memory = || {
                 let limit = settings.compared_bytes;
-                memory::equal_memory(old, &new, &self.images, limit).is_ok()
+                memory::equal_memory(old, &new, &*self.images, limit).is_ok()
             };
             // A thaw makes interrupted system calls start again, in other registers. Those are
             // P's only if the memory is.

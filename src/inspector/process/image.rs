@@ -6,8 +6,10 @@
 //! are present, one after the other. PID is the one within the sandbox.
 
 use std::{
-    fs::{self, File},
+    fmt::Debug,
+    fs::File,
     io,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -38,31 +40,81 @@ impl Run {
     }
 }
 
+/// Where the images of a dump are.
+pub trait Images: Debug + Send + Sync {
+    /// Opens one of its files.
+    fn open(&self, name: &str) -> io::Result<Box<dyn ImageFile>>;
+}
+
+/// One file of a dump.
+pub trait ImageFile {
+    /// In bytes.
+    fn size(&self) -> u64;
+    /// Reads all of a buffer from some place on.
+    fn read_exact_at(&mut self, buffer: &mut [u8], at: u64) -> io::Result<()>;
+}
+
+/// Images in the directory into which CRIU has written them.
+#[derive(Debug)]
+pub struct ImageDir(PathBuf);
+
+impl ImageDir {
+    /// Reads nothing yet.
+    pub fn new(path: &Path) -> Self {
+        Self(path.to_owned())
+    }
+}
+
+impl Images for ImageDir {
+    fn open(&self, name: &str) -> io::Result<Box<dyn ImageFile>> {
+        let file = File::open(self.0.join(name))?;
+        let size = file.metadata()?.len();
+        Ok(Box::new(PlainFile { file, size }))
+    }
+}
+
+struct PlainFile {
+    file: File,
+    size: u64,
+}
+
+impl ImageFile for PlainFile {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_exact_at(&mut self, buffer: &mut [u8], at: u64) -> io::Result<()> {
+        self.file.read_exact_at(buffer, at)
+    }
+}
+
 /// The pages of one process.
 #[derive(Debug)]
 pub(super) struct Pages {
     /// By address, as in the file of pages.
     pub(super) runs: Vec<Run>,
-    file: PathBuf,
+    file: String,
 }
 
 impl Pages {
     /// Reads the index.
-    pub(super) fn open(images: &Path, inner_pid: i32) -> io::Result<Self> {
-        let path = images.join(format!("pagemap-{inner_pid}.img"));
-        let size = fs::metadata(&path)?.len();
+    pub(super) fn open(images: &dyn Images, inner_pid: i32) -> io::Result<Self> {
+        let mut index = images.open(&format!("pagemap-{inner_pid}.img"))?;
+        let size = index.size();
         if size > MAX_PAGEMAP {
             return Err(io::Error::other(format!("its page map has {size} bytes")));
         }
-        let (id, runs) = parse(&fs::read(path)?)?;
-        let file = images.join(format!("pages-{id}.img"));
+        let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
+        index.read_exact_at(&mut bytes, 0)?;
+        let (id, runs) = parse(&bytes)?;
+        let file = format!("pages-{id}.img");
         Ok(Self { runs, file })
     }
 
     /// The file of pages.
-    pub(super) fn file(&self) -> io::Result<File> {
-        let file = File::open(&self.file)?;
-        if file.metadata()?.len() < self.bytes() {
+    pub(super) fn file(&self, images: &dyn Images) -> io::Result<Box<dyn ImageFile>> {
+        let file = images.open(&self.file)?;
+        if file.size() < self.bytes() {
             return Err(io::Error::other("its file of pages is too short"));
         }
         Ok(file)
@@ -211,7 +263,7 @@ mod tests {
         assert_eq!(id, 7);
         let pages = Pages {
             runs,
-            file: PathBuf::new(),
+            file: String::new(),
         };
         assert_eq!(pages.bytes(), 3 * PAGE);
         let there: Vec<u64> = (0..10).filter(|page| pages.has(page * PAGE)).collect();

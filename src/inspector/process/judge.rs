@@ -164,7 +164,7 @@ impl<'a> Look<'a> {
         }
         if self.settings.compare_memory {
             let limit = self.settings.compared_bytes;
-            match memory::equal(before, after, &self.baseline.images, self.registers, limit) {
+            match memory::equal(before, after, &*self.baseline.images, self.registers, limit) {
                 Ok(()) => return Ok(Acquittal::Equal),
                 Err(what) => why.push(what),
             }

@@ -1,10 +1,10 @@
 //! (b): comparing a live process with its image.
 
-use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
+use std::{fs::File, io, os::unix::fs::FileExt};
 
 use super::{
     facts::What,
-    image::{PAGE, Pages},
+    image::{Images, PAGE, Pages},
     maps::{self, Mapping},
     proc_fs::{Dir, ProcessError},
     snapshot::{self, Process, Registers},
@@ -25,7 +25,7 @@ const OF_FILE: u64 = 1 << 61;
 pub(super) fn equal(
     before: &Process,
     after: &Process,
-    images: &Path,
+    images: &dyn Images,
     registers: Registers<'_>,
     limit: u64,
 ) -> Result<(), What> {
@@ -59,7 +59,7 @@ pub(super) fn equal(
 pub(super) fn equal_memory(
     before: &Process,
     after: &Process,
-    images: &Path,
+    images: &dyn Images,
     limit: u64,
 ) -> Result<(), What> {
     let not_compared = |error: &dyn std::fmt::Display| What::NotCompared(error.to_string());
@@ -78,8 +78,8 @@ pub(super) fn equal_memory(
         let bytes = pages.bytes();
         return Err(What::NotCompared(format!("its image has {bytes} bytes")));
     }
-    let different =
-        compare(&dir, &before.maps.digest, &pages, limit).map_err(|error| not_compared(&error))?;
+    let different = compare(&dir, &before.maps.digest, images, &pages, limit)
+        .map_err(|error| not_compared(&error))?;
     if let Some(address) = different {
         return Err(What::Memory(format!("page {address:#x}")));
     }
@@ -94,11 +94,12 @@ pub(super) fn equal_memory(
 fn compare(
     dir: &Dir,
     digest: &super::proc_fs::Digest,
+    images: &dyn Images,
     pages: &Pages,
     limit: u64,
 ) -> Result<Option<u64>, CompareError> {
     let live = File::from(dir.open_file("mem")?);
-    let image = pages.file()?;
+    let mut image = pages.file(images)?;
     let mut offset = 0;
     for run in &pages.runs {
         if let Some(address) = differs(&live, run.address, run.pages, |buffer| {

@@ -76,6 +76,7 @@ pub use facts::{
     Acquittal, COMPARED_BYTES, CUT_CPU_CEILING, CUT_CPU_FLOOR, CUT_CPU_PER_MILLE, Did, KernelFacts,
     Others, Reason, Settings, Verdict, What,
 };
+pub use image::{ImageDir, ImageFile, Images};
 pub use maps::shared_memory;
 pub use proc_fs::ProcessError;
 pub use references::references;

@@ -68,6 +68,12 @@ impl Comparison {
         self.changes.len()
     }
 
+    /// Names without an entry that are to be captured nevertheless: links of an inode of which another
+    /// name has one.
+    pub fn linked(&self) -> impl Iterator<Item = &Path> {
+        self.linked.iter().map(|(path, _)| path.as_path())
+    }
+
     /// The names that are to be copied, in no particular order.
     pub(in crate::rootfs) fn staged(&self) -> Vec<Staged<'_>> {
         let changed = self.changes.iter().filter_map(|change| {

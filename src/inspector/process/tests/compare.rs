@@ -3,7 +3,10 @@
 use std::os::unix::fs::FileExt as _;
 
 use super::*;
-use crate::inspector::process::image::{PAGE, testing::pagemap};
+use crate::inspector::process::{
+    ImageDir,
+    image::{PAGE, testing::pagemap},
+};
 
 /// Registers that never change, for threads that do not run.
 fn registers(tid: i32) -> Option<u64> {
@@ -77,7 +80,7 @@ impl Dumped {
             keep(page, address)
         });
         let mut baseline = baseline(&[actor.pid()], registers);
-        baseline.set_images(images.path());
+        baseline.set_images(std::sync::Arc::new(ImageDir::new(images.path())));
         Self {
             actor,
             images,
@@ -169,7 +172,7 @@ fn registers_must_be_known_and_equal() {
     let why = reasons(&dumped.judge(&no_registers, &comparing()));
     assert!(matches!(&why[..], [_, What::NotCompared(_)]), "{why:?}");
     let mut blind = baseline(&[dumped.actor.pid()], no_registers);
-    blind.set_images(dumped.images.path());
+    blind.set_images(std::sync::Arc::new(ImageDir::new(dumped.images.path())));
     let mut facts = dumped.actor.facts();
     facts.memory_reached = true;
     let verdict = blind.verdict(

@@ -1,0 +1,217 @@
+//! Writing a pack.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{BufWriter, Write},
+    path::{Path, PathBuf},
+};
+
+use super::{
+    super::{
+        Digest, StoreError,
+        entry::{MAX_OBJECT, kind},
+        failpoint::failpoint,
+        files,
+    },
+    format::{self, Block, Place, Trailer},
+};
+
+/// A block is closed once it has so many bytes. Larger ones compress better; smaller ones cost
+/// less to read for one object in them.
+const BLOCK: usize = 128 << 10;
+/// Of zstd: memory changes between two checkpoints faster than a better level would pay.
+const LEVEL: i32 = 1;
+const BUFFER: usize = 256 << 10;
+
+/// A pack that is being written, under a name that is not its own yet.
+pub struct PackWriter {
+    out: BufWriter<File>,
+    path: PathBuf,
+    at: u64,
+    blocks: Vec<Block>,
+    objects: HashMap<Digest, Place>,
+    /// Contents and what describes them are kept apart: whoever reads trees reads nothing else.
+    content: Open,
+    structure: Open,
+    compressor: zstd::bulk::Compressor<'static>,
+    header: [u8; format::HEADER],
+}
+
+/// A block that is still being filled.
+#[derive(Default)]
+struct Open {
+    bytes: Vec<u8>,
+    objects: Vec<Digest>,
+}
+
+impl PackWriter {
+    /// Makes the file.
+    pub fn create(path: &Path) -> Result<Self, StoreError> {
+        failpoint("make a pack");
+        let header = format::header();
+        let mut out = BufWriter::with_capacity(BUFFER, files::write_new(path, b"")?);
+        out.write_all(&header).map_err(files::io("write", path))?;
+        Ok(Self {
+            out,
+            path: path.to_owned(),
+            at: header.len() as u64,
+            blocks: Vec::new(),
+            objects: HashMap::new(),
+            content: Open::default(),
+            structure: Open::default(),
+            compressor: zstd::bulk::Compressor::new(LEVEL).map_err(files::io("compress", path))?,
+            header,
+        })
+    }
+
+    /// Whether the object is in this pack already.
+    pub fn has(&self, digest: &Digest) -> bool {
+        self.objects.contains_key(digest)
+    }
+
+    /// Adds an object that it does not have yet.
+    pub fn add(&mut self, kind: u8, digest: Digest, bytes: &[u8]) -> Result<(), StoreError> {
+        let length = u32::try_from(bytes.len()).ok();
+        let Some(length) = length.filter(|length| *length as usize <= MAX_OBJECT) else {
+            return Err(self.unfit("an object is too large"));
+        };
+        let open = match kind {
+            kind::CHUNK => &mut self.content,
+            _ => &mut self.structure,
+        };
+        let place = Place {
+            block: u32::MAX,
+            offset: u32::try_from(open.bytes.len()).unwrap_or(u32::MAX),
+            kind,
+            length,
+        };
+        open.bytes.extend_from_slice(bytes);
+        open.objects.push(digest);
+        let full = open.bytes.len() >= BLOCK;
+        self.objects.insert(digest, place);
+        match full {
+            true => self.close_block(kind == kind::CHUNK),
+            false => Ok(()),
+        }
+    }
+
+    fn close_block(&mut self, is_content: bool) -> Result<(), StoreError> {
+        let open = match is_content {
+            true => std::mem::take(&mut self.content),
+            false => std::mem::take(&mut self.structure),
+        };
+        if open.objects.is_empty() {
+            return Ok(());
+        }
+        let number = u32::try_from(self.blocks.len()).map_err(|_| self.unfit("too many blocks"))?;
+        let compressed = self
+            .compressor
+            .compress(&open.bytes)
+            .map_err(files::io("compress", &self.path))?;
+        let stored = match compressed.len() < open.bytes.len() {
+            true => &compressed,
+            false => &open.bytes,
+        };
+        failpoint("write a block");
+        self.out
+            .write_all(stored)
+            .map_err(files::io("write", &self.path))?;
+        let length = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        self.blocks.push(Block {
+            at: self.at,
+            stored: length(stored),
+            raw: length(&open.bytes),
+            check: Block::check_of(stored),
+        });
+        self.at += stored.len() as u64;
+        for digest in &open.objects {
+            if let Some(place) = self.objects.get_mut(digest) {
+                place.block = number;
+            }
+        }
+        self.reuse(is_content, open);
+        Ok(())
+    }
+
+    fn reuse(&mut self, is_content: bool, mut open: Open) {
+        open.bytes.clear();
+        open.objects.clear();
+        match is_content {
+            true => self.content = open,
+            false => self.structure = open,
+        }
+    }
+
+    /// Writes the rest and makes all of it durable; returns the file's size. The name is the
+    /// caller's affair.
+    pub fn finish(mut self, manifest: Option<&[u8]>) -> Result<u64, StoreError> {
+        self.close_block(true)?;
+        self.close_block(false)?;
+        let mut table = Vec::with_capacity(self.blocks.len() * format::BLOCK_RECORD);
+        for block in &self.blocks {
+            block.encode(&mut table);
+        }
+        let index = index(&self.objects);
+        let manifest_stored = match manifest {
+            Some(json) => self
+                .compressor
+                .compress(json)
+                .map_err(files::io("compress", &self.path))?,
+            None => Vec::new(),
+        };
+        let trailer = Trailer {
+            table_at: self.at,
+            blocks: self.blocks.len() as u64,
+            objects: self.objects.len() as u64,
+            manifest_stored: manifest_stored.len() as u64,
+            manifest_raw: manifest.map_or(0, <[u8]>::len) as u64,
+            table_check: Digest::of(&table),
+            index_check: Digest::of(&index),
+            manifest_check: Digest::of(&manifest_stored),
+        };
+        let end = trailer.encode(&self.header);
+        let write_error = files::io("write", &self.path);
+        failpoint("write the index");
+        let written = [&table, &index, &manifest_stored, &end]
+            .into_iter()
+            .try_for_each(|part| self.out.write_all(part));
+        written.map_err(write_error)?;
+        let file = self.out.into_inner().map_err(|e| e.into_error());
+        let file = file.map_err(files::io("write", &self.path))?;
+        failpoint("sync a pack");
+        file.sync_data()
+            .map_err(files::io("fdatasync", &self.path))?;
+        failpoint("a pack is synced");
+        Ok(trailer.file_size().unwrap_or(0))
+    }
+
+    fn unfit(&self, reason: &str) -> StoreError {
+        StoreError::Unfit {
+            path: self.path.clone(),
+            reason: reason.to_owned(),
+        }
+    }
+}
+
+/// The fanout and the sorted index.
+fn index(objects: &HashMap<Digest, Place>) -> Vec<u8> {
+    let mut sorted: Vec<_> = objects.iter().collect();
+    sorted.sort_unstable_by_key(|(digest, _)| **digest);
+    let bits = format::fanout_bits(sorted.len() as u64);
+    let mut out = Vec::with_capacity((4 << bits) + 4 + sorted.len() * format::INDEX_ENTRY);
+    let mut before = 0u32;
+    for bucket in 0..1u64 << bits {
+        out.extend(before.to_le_bytes());
+        let rest = sorted.get(before as usize..).unwrap_or_default();
+        let here = rest
+            .iter()
+            .take_while(|(digest, _)| format::bucket(digest, bits) == bucket);
+        before += u32::try_from(here.count()).unwrap_or(0);
+    }
+    out.extend(before.to_le_bytes());
+    for (digest, place) in sorted {
+        place.encode(digest, &mut out);
+    }
+    out
+}

@@ -1,0 +1,146 @@
+//! Trees, and what they look like to somebody who shares no code with the store.
+
+use std::{
+    collections::BTreeMap,
+    ffi::{CString, OsString},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{FileTypeExt, MetadataExt},
+    },
+    path::PathBuf,
+};
+
+use super::*;
+
+/// One name of a tree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    pub kind: &'static str,
+    pub attributes: (u32, u32, u32, u64),
+    pub mtime: (i64, i64),
+    pub xattrs: BTreeMap<CString, Vec<u8>>,
+    pub content: Vec<u8>,
+    pub target: Option<PathBuf>,
+    /// The first of its names, if there are several.
+    pub link: Option<PathBuf>,
+}
+
+/// All names of a tree; the root is "".
+pub fn look(root: &Path) -> BTreeMap<PathBuf, Seen> {
+    let mut all = BTreeMap::new();
+    let mut first: BTreeMap<u64, PathBuf> = BTreeMap::new();
+    let mut todo = vec![PathBuf::new()];
+    while let Some(path) = todo.pop() {
+        let full = root.join(&path);
+        let meta = fs::symlink_metadata(&full).unwrap();
+        let kind = meta.file_type();
+        if kind.is_dir() {
+            let names = fs::read_dir(&full).unwrap();
+            let mut names: Vec<OsString> = names.map(|n| n.unwrap().file_name()).collect();
+            names.sort_by(|a, b| b.cmp(a));
+            todo.extend(names.iter().map(|name| path.join(name)));
+        }
+        let link = (!kind.is_dir() && meta.nlink() > 1).then(|| {
+            first
+                .entry(meta.ino())
+                .or_insert_with(|| path.clone())
+                .clone()
+        });
+        let seen = Seen {
+            kind: match kind {
+                k if k.is_dir() => "directory",
+                k if k.is_file() => "file",
+                k if k.is_symlink() => "symlink",
+                k if k.is_fifo() => "fifo",
+                k if k.is_socket() => "socket",
+                k if k.is_char_device() => "char",
+                _ => "block",
+            },
+            attributes: (meta.mode() & 0o7777, meta.uid(), meta.gid(), meta.rdev()),
+            mtime: (meta.mtime(), meta.mtime_nsec()),
+            xattrs: xattrs(&full),
+            content: match kind.is_file() {
+                true => fs::read(&full).unwrap(),
+                false => Vec::new(),
+            },
+            target: fs::read_link(&full).ok(),
+            link,
+        };
+        all.insert(path, seen);
+    }
+    all
+}
+
+fn xattrs(path: &Path) -> BTreeMap<CString, Vec<u8>> {
+    let mut list = vec![0; 4096];
+    let n = rustix::fs::llistxattr(path, &mut list[..]).unwrap();
+    let names = list[..n].split(|b| *b == 0).filter(|name| !name.is_empty());
+    let value = |name: &[u8]| {
+        let name = CString::new(name).unwrap();
+        let mut value = vec![0; 4096];
+        let n = rustix::fs::lgetxattr(path, &name, &mut value[..]).unwrap();
+        value.truncate(n);
+        (name, value)
+    };
+    names.map(value).collect()
+}
+
+pub fn set_xattr(path: &Path, name: &str, value: &[u8]) {
+    rustix::fs::lsetxattr(path, name, value, rustix::fs::XattrFlags::empty()).unwrap();
+}
+
+pub fn mknod(path: &Path, kind: rustix::fs::FileType, number: u64) {
+    let mode = rustix::fs::Mode::from_raw_mode(0o640);
+    rustix::fs::mknodat(rustix::fs::CWD, path, kind, mode, number).unwrap();
+}
+
+pub fn escaped(path: &Path) -> String {
+    path.as_os_str().as_bytes().escape_ascii().to_string()
+}
+
+/// A tree with one of everything.
+pub fn zoo(root: &Path) {
+    use rustix::fs::FileType;
+    fs::create_dir_all(root.join("a/deep/dir")).unwrap();
+    fs::create_dir(root.join("empty")).unwrap();
+    fs::create_dir(root.join("opaque")).unwrap();
+    set_xattr(&root.join("opaque"), "trusted.overlay.opaque", b"y");
+    set_xattr(root, "trusted.overlay.origin", b"\0\xff");
+    for name in ["a/file", "a/deep/dir/file", "a!", "new\nline \\ é", "z"] {
+        fs::write(root.join(name), name).unwrap();
+    }
+    fs::write(root.join("nothing"), "").unwrap();
+    fs::write(root.join("a/large"), noise(7, 200_000)).unwrap();
+    symlink("nowhere/\n", root.join("link")).unwrap();
+    fs::hard_link(root.join("z"), root.join("a/deep/z again")).unwrap();
+    mknod(&root.join("whiteout"), FileType::CharacterDevice, 0);
+    mknod(&root.join("device"), FileType::BlockDevice, 0x701);
+    mknod(&root.join("fifo"), FileType::Fifo, 0);
+    mknod(&root.join("socket"), FileType::Socket, 0);
+    std::os::unix::fs::lchown(root.join("link"), Some(3), Some(4)).unwrap();
+    std::os::unix::fs::chown(root.join("fifo"), Some(1), Some(2)).unwrap();
+    set_xattr(&root.join("a/file"), "user.note", b"text");
+    fs::set_permissions(root.join("a!"), fs::Permissions::from_mode(0o4755)).unwrap();
+    fs::set_permissions(root.join("empty"), fs::Permissions::from_mode(0o1777)).unwrap();
+    let sparse = fs::File::create(root.join("sparse")).unwrap();
+    sparse.set_len(1 << 40).unwrap();
+    use std::os::unix::fs::FileExt;
+    sparse.write_all_at(b"middle", 5 << 30).unwrap();
+}
+
+/// Bytes that do not compress.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    };
+    let mut bytes: Vec<u8> = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        bytes.extend(next());
+    }
+    bytes.truncate(length);
+    bytes
+}

@@ -1,0 +1,376 @@
+//! Random trees: whole, as changes, and compared.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
+
+use proptest::prelude::*;
+
+use super::{fixture::*, *};
+use crate::rootfs;
+
+#[derive(Debug, Clone)]
+enum Op {
+    File(PathBuf, u64, usize),
+    Poke(PathBuf, u64),
+    Dir(PathBuf),
+    Symlink(PathBuf, u8),
+    Link(PathBuf, PathBuf),
+    Special(PathBuf, u8),
+    Remove(PathBuf),
+    Rename(PathBuf, PathBuf),
+    Mode(PathBuf, u8),
+    Xattr(PathBuf, u8),
+    Hole(PathBuf, u64),
+}
+
+fn path() -> impl Strategy<Value = PathBuf> {
+    let name = prop_oneof!["[a-d]", Just("x\n\u{e9}".to_owned())];
+    proptest::collection::vec(name, 1..4).prop_map(|names| names.iter().collect())
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let size = prop_oneof![0..10usize, 60_000..70_000usize, 100_000..300_000usize];
+    prop_oneof![
+        4 => (path(), any::<u64>(), size).prop_map(|(p, s, n)| Op::File(p, s, n)),
+        2 => (path(), any::<u64>()).prop_map(|(p, n)| Op::Poke(p, n)),
+        3 => path().prop_map(Op::Dir),
+        1 => (path(), any::<u8>()).prop_map(|(p, n)| Op::Symlink(p, n)),
+        2 => (path(), path()).prop_map(|(a, b)| Op::Link(a, b)),
+        1 => (path(), 0..4u8).prop_map(|(p, n)| Op::Special(p, n)),
+        2 => path().prop_map(Op::Remove),
+        2 => (path(), path()).prop_map(|(a, b)| Op::Rename(a, b)),
+        1 => (path(), any::<u8>()).prop_map(|(p, n)| Op::Mode(p, n)),
+        1 => (path(), any::<u8>()).prop_map(|(p, n)| Op::Xattr(p, n)),
+        1 => (path(), 0..40_000_000u64).prop_map(|(p, n)| Op::Hole(p, n)),
+    ]
+}
+
+/// Does it, if it can be done.
+fn run(root: &Path, op: &Op) {
+    use std::os::unix::fs::FileExt;
+    let at = |path: &PathBuf| root.join(path);
+    // Whoever opens a FIFO waits for somebody at the other end.
+    let plain = |path: &PathBuf| fs::symlink_metadata(at(path)).is_ok_and(|meta| meta.is_file());
+    match op {
+        Op::File(p, seed, size) => {
+            let _ = fs::remove_file(at(p));
+            let _ = fs::write(at(p), noise(*seed, *size));
+        }
+        Op::Poke(p, n) if plain(p) => {
+            if let Ok(file) = fs::File::options().write(true).open(at(p)) {
+                let _ = file.write_all_at(b"poke", n % 300_000);
+            }
+        }
+        Op::Dir(p) => drop(fs::create_dir_all(at(p))),
+        Op::Symlink(p, n) => drop(symlink(format!("to/{n}"), at(p))),
+        Op::Link(a, b) => drop(fs::hard_link(at(a), at(b))),
+        Op::Special(p, n) => {
+            use rustix::fs::FileType;
+            let (kind, number) = [
+                (FileType::CharacterDevice, 0),
+                (FileType::BlockDevice, 77),
+                (FileType::Fifo, 0),
+                (FileType::Socket, 0),
+            ][usize::from(*n)];
+            let mode = rustix::fs::Mode::RUSR;
+            let _ = rustix::fs::mknodat(rustix::fs::CWD, at(p), kind, mode, number);
+        }
+        Op::Remove(p) => match fs::symlink_metadata(at(p)) {
+            Ok(meta) if meta.is_dir() => drop(fs::remove_dir_all(at(p))),
+            _ => drop(fs::remove_file(at(p))),
+        },
+        Op::Rename(a, b) => drop(fs::rename(at(a), at(b))),
+        Op::Mode(p, n) => {
+            if let Ok(meta) = fs::symlink_metadata(at(p))
+                && !meta.is_symlink()
+            {
+                let mode = 0o700 | u32::from(*n);
+                fs::set_permissions(at(p), fs::Permissions::from_mode(mode)).unwrap();
+            }
+        }
+        Op::Xattr(p, n) => {
+            let name = format!("trusted.overlay.{}", n % 3);
+            let flags = rustix::fs::XattrFlags::empty();
+            let _ = rustix::fs::lsetxattr(at(p), name.as_str(), &[*n], flags);
+        }
+        Op::Hole(p, size) if plain(p) => {
+            if let Ok(file) = fs::File::options().write(true).open(at(p)) {
+                let _ = file.set_len(*size);
+            }
+        }
+        Op::Poke(..) | Op::Hole(..) => {}
+    }
+}
+
+/// What differs from `a` to `b`, as the store wants to be told it.
+fn changes(a: &BTreeMap<PathBuf, Seen>, b: &BTreeMap<PathBuf, Seen>) -> LayerChanges {
+    let differs = |path: &PathBuf| a.get(path) != b.get(path);
+    let touched: BTreeSet<_> = b
+        .iter()
+        .filter(|(path, _)| differs(path))
+        .filter_map(|(_, seen)| seen.link.clone())
+        .collect();
+    let staged = b
+        .iter()
+        .filter(|(path, seen)| {
+            differs(path)
+                || seen
+                    .link
+                    .as_ref()
+                    .is_some_and(|link| touched.contains(link))
+        })
+        .map(|(path, _)| path.clone());
+    LayerChanges {
+        removed: a
+            .keys()
+            .filter(|path| !b.contains_key(*path))
+            .cloned()
+            .collect(),
+        staged: staged.collect(),
+    }
+}
+
+fn capture(from: &Path, to: &Path) {
+    rootfs::capture(from, to, &|| false).unwrap();
+}
+
+/// Takes whatever is not staged out of a staged copy, so that the store cannot look at it.
+fn strip(upper: &Path, all: &BTreeMap<PathBuf, Seen>, changes: &LayerChanges) {
+    for (path, seen) in all.iter().rev() {
+        if changes.staged.contains(path) {
+            continue;
+        }
+        let full = upper.join(path);
+        match seen.kind {
+            "directory" if fs::read_dir(&full).unwrap().next().is_none() => {
+                let _ = fs::remove_dir(&full);
+            }
+            "directory" => {
+                fs::set_permissions(&full, fs::Permissions::from_mode(0o123)).unwrap();
+            }
+            _ => fs::remove_file(&full).unwrap(),
+        }
+    }
+    // The removals have changed the times of directories that are staged.
+    for path in &changes.staged {
+        let seen = &all[path];
+        if seen.kind == "directory" {
+            let time = std::time::UNIX_EPOCH
+                + std::time::Duration::new(seen.mtime.0 as u64, seen.mtime.1 as u32);
+            let dir = fs::File::open(upper.join(path)).unwrap();
+            dir.set_modified(time).unwrap();
+        }
+    }
+}
+
+/// Paths that differ, with all below them; a directory's own time is no difference.
+fn expected_diff(a: &BTreeMap<PathBuf, Seen>, b: &BTreeMap<PathBuf, Seen>) -> BTreeSet<PathBuf> {
+    let timeless = |seen: Option<&Seen>| {
+        seen.map(|seen| match seen.kind {
+            "directory" => Seen {
+                mtime: (0, 0),
+                ..seen.clone()
+            },
+            _ => seen.clone(),
+        })
+    };
+    let all = a.keys().chain(b.keys());
+    all.filter(|path| timeless(a.get(*path)) != timeless(b.get(*path)))
+        .cloned()
+        .collect()
+}
+
+fn found_diff(before: &Checkpoint, after: &Checkpoint) -> BTreeSet<PathBuf> {
+    let mut a = before.tree().unwrap().unwrap();
+    let mut b = after.tree().unwrap().unwrap();
+    let mut all = BTreeSet::new();
+    for difference in a.diff(&mut b).unwrap() {
+        let is_dir = |entry: &Option<TreeEntry>| {
+            matches!(
+                entry,
+                Some(TreeEntry {
+                    node: Node::Directory(_),
+                    ..
+                })
+            )
+        };
+        let (was, is) = (is_dir(&difference.before), is_dir(&difference.after));
+        for (tree, side, other) in [(&mut a, was, is), (&mut b, is, was)] {
+            if side && !other {
+                let below = tree.entries_under(&difference.path).unwrap();
+                all.extend(below.into_iter().map(|(path, _)| path));
+            }
+        }
+        all.insert(difference.path);
+    }
+    all
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases.min(2000) / 8, ..ProptestConfig::default() })]
+
+    #[test]
+    fn changes_to_a_tree_make_the_same_tree_as_the_whole(
+        first in proptest::collection::vec(op(), 0..40),
+        then in proptest::collection::vec(op(), 0..25),
+    ) {
+        let bed = bed();
+        let writer = bed.writer();
+        let live = bed.dir.path().join("live");
+        fs::create_dir(&live).unwrap();
+        first.iter().for_each(|op| run(&live, op));
+        let before = look(&live);
+        let pending = writer.begin(TurnNo(1)).unwrap();
+        capture(&live, pending.upper_dir());
+        let base = commit(pending, Files::Whole);
+
+        then.iter().for_each(|op| run(&live, op));
+        let after = look(&live);
+        let changes = changes(&before, &after);
+        let pending = writer.begin(TurnNo(2)).unwrap();
+        capture(&live, pending.upper_dir());
+        strip(pending.upper_dir(), &after, &changes);
+        let delta = commit(pending, Files::Delta { base: &base, changes: &changes });
+
+        let pending = writer.begin(TurnNo(3)).unwrap();
+        capture(&live, pending.upper_dir());
+        let whole = commit(pending, Files::Whole);
+        prop_assert_eq!(&delta.manifest.contents.upper, &whole.manifest.contents.upper);
+        let laid = delta.lay_out(&writer.scratch_dir()).unwrap();
+        let back = look(&laid.upper_dir());
+        prop_assert_eq!(&back, &after);
+        prop_assert_eq!(found_diff(&base, &delta), expected_diff(&before, &after));
+        writer.retain(&Retention::newest(1)).unwrap();
+        writer.collect().unwrap();
+        prop_assert_eq!(writer.verify(TurnNo(3)).unwrap(), []);
+    }
+}
+
+/// Several thousand names in one directory, so that it has several levels of pages.
+#[test]
+fn one_name_of_many_changes_one_page() {
+    let bed = bed();
+    let writer = bed.writer();
+    let live = bed.dir.path().join("live");
+    fs::create_dir_all(live.join("dir")).unwrap();
+    let name = |n: u64| live.join(format!("dir/name-{n:05}"));
+    for n in 0..1000 {
+        symlink("target", name(2 * n)).unwrap();
+    }
+    let mut before = look(&live);
+    let pending = writer.begin(TurnNo(1)).unwrap();
+    capture(&live, pending.upper_dir());
+    let mut base = commit(pending, Files::Whole);
+    // In the middle, before the first, behind the last, several, one that goes, most of them.
+    let rounds: [&[u64]; 6] = [&[1001], &[0], &[2001, 2003], &[5, 7, 1501], &[1001], &[]];
+    for (turn, round) in (2..).zip(rounds) {
+        for n in round {
+            if fs::remove_file(name(*n)).is_err() {
+                symlink("new", name(*n)).unwrap();
+            }
+        }
+        if round.is_empty() {
+            (10..900).for_each(|n| fs::remove_file(name(2 * n)).unwrap());
+        }
+        let after = look(&live);
+        let changes = changes(&before, &after);
+        let pending = writer.begin(TurnNo(turn)).unwrap();
+        capture(&live, pending.upper_dir());
+        strip(pending.upper_dir(), &after, &changes);
+        let delta = commit(
+            pending,
+            Files::Delta {
+                base: &base,
+                changes: &changes,
+            },
+        );
+        assert!(delta.stored < 20_000, "{} bytes", delta.stored);
+        let pending = writer.begin(TurnNo(turn + 100)).unwrap();
+        capture(&live, pending.upper_dir());
+        let whole = commit(pending, Files::Whole);
+        assert_eq!(delta.manifest.contents.upper, whole.manifest.contents.upper);
+        assert!(whole.stored < 2_000, "all of it is there: {}", whole.stored);
+        assert_eq!(found_diff(&base, &delta), expected_diff(&before, &after));
+        let mut tree = delta.tree().unwrap().unwrap();
+        for (path, seen) in &after {
+            let entry = tree.lookup(path).unwrap().unwrap();
+            assert_eq!(
+                u32::from(entry.mode),
+                seen.attributes.0,
+                "{}",
+                escaped(path)
+            );
+        }
+        assert!(tree.lookup(Path::new("dir/name-00001")).unwrap().is_none());
+        (before, base) = (after, delta);
+    }
+}
+
+#[test]
+fn a_deep_tree_comes_back() {
+    let bed = bed();
+    let writer = bed.writer();
+    let pending = writer.begin(TurnNo(1)).unwrap();
+    let depth = 3000;
+    let mut dir = {
+        fs::create_dir(pending.upper_dir()).unwrap();
+        crate::tree::open_root(pending.upper_dir()).unwrap()
+    };
+    for _ in 0..depth {
+        rustix::fs::mkdirat(&dir, "d", rustix::fs::Mode::RWXU).unwrap();
+        let fd = crate::tree::look_at(std::os::fd::AsFd::as_fd(&dir), c"d").unwrap();
+        dir = crate::tree::open_dir(&fd).unwrap();
+    }
+    let made = commit(pending, Files::Whole);
+    assert_eq!(
+        made.manifest.contents.upper.as_ref().unwrap().entries,
+        depth + 1
+    );
+    assert_eq!(writer.verify(TurnNo(1)).unwrap(), []);
+    let laid = made.lay_out(&writer.scratch_dir()).unwrap();
+    laid.remove().unwrap();
+    let changes = LayerChanges {
+        removed: vec![(0..depth).map(|_| "d").collect()],
+        staged: Vec::new(),
+    };
+    let pending = writer.begin(TurnNo(2)).unwrap();
+    let less = commit(
+        pending,
+        Files::Delta {
+            base: &made,
+            changes: &changes,
+        },
+    );
+    assert_eq!(less.manifest.contents.upper.unwrap().entries, depth);
+}
+
+#[test]
+fn changes_that_make_no_sense_are_refused() {
+    let bed = bed();
+    let writer = bed.writer();
+    let base = bed.checkpoint(&writer, 1);
+    let refused = |staged: &[&str]| {
+        let changes = LayerChanges {
+            removed: Vec::new(),
+            staged: staged.iter().map(PathBuf::from).collect(),
+        };
+        let pending = writer.begin(TurnNo(2)).unwrap();
+        fill(&pending);
+        let files = Files::Delta {
+            base: &base,
+            changes: &changes,
+        };
+        pending
+            .commit(facts(), Images::Staged, files)
+            .unwrap_err()
+            .to_string()
+    };
+    for path in ["../x", "/etc", "a/../../x"] {
+        assert!(refused(&[path]).contains("leads out"), "{path}");
+    }
+    assert!(refused(&["nowhere/x"]).contains("not staged"));
+    assert!(refused(&["a/none"]).contains("No such file"));
+    assert_eq!(numbers(writer.turns().unwrap()), [1]);
+}
