@@ -140,6 +140,13 @@ pub(crate) struct FileId {
     ino: u64,
 }
 
+impl FileId {
+    /// Device and number.
+    pub(crate) fn parts(self) -> (u64, u64) {
+        (self.dev, self.ino)
+    }
+}
+
 impl From<&Stat> for FileId {
     fn from(stat: &Stat) -> Self {
         Self {
@@ -473,7 +480,8 @@ fn cost(name: &CStr) -> usize {
     name.count_bytes() + 1 + size_of::<CString>()
 }
 
-fn still_the_same(found: &Found<'_>, expect: Expect) -> Result<(), TreeError> {
+/// Nobody wrote since the inode was first looked at, as far as it shows.
+pub(crate) fn still_the_same(found: &Found<'_>, expect: Expect) -> Result<(), TreeError> {
     if expect != Expect::Unchanged {
         return Ok(());
     }

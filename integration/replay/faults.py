@@ -26,8 +26,9 @@ MOMENTS = ("frozen", "restored")
 
 #: What a process that merely ran may have changed (the consistent-cut rule, D6): its memory, and where it is.
 #: Not what it has open, nor how far it has read or written: that rule acquits nobody who moved data.
+#: The mask of blocked signals is for a while that of the call in which a thread waits (sigsuspend, ppoll).
 CUT_LOST = ("pages", "mappings")
-CUT_LOST_OF_THREADS = ("sp", "pc")
+CUT_LOST_OF_THREADS = ("sp", "pc", "SigBlk")
 #: How the journal names those that this rule has acquitted: host pids, and names as Rust quotes them.
 ACQUITTED = re.compile(r'(?:ran and moved no data|settled after the thaw): ((?:\d+ "(?:[^"\\]|\\.)*"(?:, )?)+)')
 ONE_ACQUITTED = re.compile(r'(\d+) "(?:[^"\\]|\\.)*"')
@@ -39,8 +40,8 @@ KEPT = 200
 class Fault:
     """The outcome. Times in milliseconds.
 
-    mode: "exact": everything is equal. "cut": after a turn that crab called `none`, processes that the journal names
-    as having run without moving data came back as they were at the last dump: these are `ran_on`, and `differences`
+    mode: "exact": everything is equal. "cut": after a turn that crab called `none` or `files`, processes that the journal
+    names as having run without moving data came back as they were at the last dump: these are `ran_on`, and `differences`
     says in what. "unequal": not as promised.
     """
     turn: int
@@ -125,14 +126,16 @@ def crash_and_restore(client: Client, crab: Crab, hooks: Hooks, turn: int, line:
 
     A turn that was none has no cut, so its digest is taken here, at its boundary, in a freeze of our own: what is
     restored is an older checkpoint, and must be equal to this. keep: a directory for both digests as JSON.
+    What is restored after a turn of files alone has older processes, too, and the digest of its own cut.
     """
     old = client.alive()
     may_differ: set[str] = set()
+    if is_none(line) or line["action"] == "files":
+        inner = process.members(old)
+        may_differ = {str(inner[pid]) for pid in acquitted(line["note"]) if pid in inner}
     if is_none(line):
         if hooks.result("frozen") is not None:
             raise ClientError(f"turn {turn} is none in the journal, and yet a checkpoint was taken")
-        inner = process.members(old)
-        may_differ = {str(inner[pid]) for pid in acquitted(line["note"]) if pid in inner}
         before = digest.sandbox(old, freeze=True)
     else:
         before = of_cut(hooks, "frozen")

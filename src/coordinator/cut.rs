@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// How long a cut waits for execs that are half-way through the door.
-const LATCH_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const LATCH_LIMIT: Duration = Duration::from_secs(30);
 /// A vforked child needs a few hundred microseconds to its exec, and the threads of a process that
 /// ends a little longer to theirs.
 const UNREST_PAUSE: Duration = Duration::from_millis(3);

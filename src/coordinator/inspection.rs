@@ -1,22 +1,32 @@
 //! What a turn changed: the kernel names candidates, comparison with the last checkpoint decides (D6).
 //!
-//! Around one checkpoint: [`Inspection::look`] says whether to act; [`Inspection::prepare`] before the
-//! freeze, [`Inspection::frozen`] in it, after the dump; [`Inspection::durable`] once nothing can take
-//! the checkpoint away again, and [`Inspection::learn`] when nobody waits any more. If anything fails in
-//! between, what was known before counts on, and what cannot be known any more counts as changed.
+//! Around one checkpoint: [`Inspection::look`] says whether to act, and how; [`Inspection::prepare`] and
+//! [`Inspection::prestage`] before the freeze. In it, for a full one, [`Inspection::frozen`] after the
+//! dump; for one of files alone [`Inspection::still`], which looks once more. [`Inspection::durable`] or
+//! [`Inspection::files_durable`] once nothing can take the checkpoint away again, and
+//! [`Inspection::learn`] when nobody waits any more. If anything fails in between, what was known before
+//! counts on, and what cannot be known any more counts as changed.
+//!
+//! Files are held against the newest checkpoint, processes against the dump that it has its image from,
+//! which may be an older one (D7a).
 
 use std::{path::Path, sync::Arc, time::Instant};
 
 use super::{
+    changed,
     freeze::Freezable,
     memory_files::{MemoryFiles, Mounts},
     processes::Processes,
+    references::References,
 };
 use crate::{
-    inspector::{self, Dirty, Inode, Watch, process},
-    rootfs::layer::{Candidate, Comparison, Layer, Scope},
+    inspector::{self, Dirty, Happened, Inode, Watch, process},
+    rootfs::{
+        Prestaged,
+        layer::{Candidate, Comparison, Layer},
+    },
     sandbox::TurnNo,
-    store::Effect,
+    store::{Checkpoint, Effect, Reference},
 };
 
 /// The sandbox, as far as it is looked at.
@@ -37,8 +47,10 @@ pub(super) struct Scene<'a> {
 pub(super) struct Look {
     /// Empty: the sandbox is what the last checkpoint holds.
     pub(super) effects: Vec<Effect>,
-    /// How many names of the writable layer differ, if that is known.
-    pub(super) changed_files: Option<u64>,
+    /// Files alone have changed, and none that a process stands upon: no dump is needed.
+    pub(super) only_files: bool,
+    /// A large file may have changed.
+    pub(super) large: bool,
     /// What a person should know of how this was found.
     pub(super) note: Option<String>,
 }
@@ -60,11 +72,20 @@ impl Look {
         self.note = Some(before + &what.into());
     }
 
+    /// Files of the host that belong to the sandbox's state have changed: no reason for a dump.
+    pub(super) fn also_beside<'a>(&mut self, names: impl Iterator<Item = &'a str>) {
+        self.only_files |= self.effects.is_empty();
+        self.add(Effect::Files);
+        let names: Vec<_> = names.collect();
+        self.tell(format!("{} changed", names.join(", ")));
+    }
+
     /// Nothing is known, so everything counts as changed.
     pub(super) fn everything(why: impl Into<String>) -> Self {
         Self {
             effects: vec![Effect::Files, Effect::Processes, Effect::Memory],
-            changed_files: None,
+            only_files: false,
+            large: true,
             note: Some(format!("all counts as changed: {}", why.into())),
         }
     }
@@ -77,23 +98,53 @@ pub(super) struct Inspection {
     consistent_cut: bool,
 }
 
-/// The state of the last checkpoint.
+/// The state of the newest checkpoint.
 struct Known {
     turn: TurnNo,
     layer: Layer,
+    dump: Dump,
+}
+
+/// The state of the dump that the newest checkpoint has its image from.
+struct Dump {
+    turn: TurnNo,
     memory_files: MemoryFiles,
     mounts: Mounts,
     processes: Option<Processes>,
+    references: Result<References, String>,
+    /// It has been seen what ran on after its thaw.
+    settled: bool,
 }
 
-/// What was found in the freeze of one checkpoint.
+/// What was found in the freeze of a full checkpoint.
 pub(super) struct Taken {
     layer: Result<Outline, String>,
     memory_files: MemoryFiles,
     mounts: Mounts,
     processes: Result<Processes, String>,
-    /// How many names of the writable layer differ from the checkpoint before.
-    pub(super) changed_files: Option<u64>,
+    references: Result<References, String>,
+}
+
+impl Taken {
+    /// How the writable layer differs from the checkpoint before, if that is known.
+    pub(super) fn changes(&self) -> Option<&Comparison> {
+        match &self.layer {
+            Ok(Outline::Delta(comparison)) => Some(comparison),
+            _ => None,
+        }
+    }
+
+    /// What the processes stand upon; None if it could not be told.
+    pub(super) fn references(&self) -> Option<&References> {
+        self.references.as_ref().ok()
+    }
+}
+
+/// What was found while nothing ran, for a checkpoint of files alone.
+pub(super) struct Still {
+    pub(super) comparison: Comparison,
+    /// How this was found.
+    pub(super) look: Look,
 }
 
 enum Outline {
@@ -130,33 +181,10 @@ impl Inspection {
             Ok(dirty) => dirty,
             Err(e) => return Look::everything(format!("cannot read the kernel's maps: {e}")),
         };
-        if !dirty.doubts.is_empty() {
-            return Look::everything(dirty.doubts.join("; "));
+        match basis(self.known.as_ref(), &dirty, latest) {
+            Ok((known, processes)) => compare(known, processes, watch, &dirty, scene).0,
+            Err(why) => Look::everything(why),
         }
-        let Some(known) = &self.known else {
-            return Look::everything("no checkpoint to compare with");
-        };
-        if latest != Some(known.turn) {
-            return Look::everything("the last checkpoint is not in the store");
-        }
-        let Some(processes) = &known.processes else {
-            return Look::everything("the processes of the last checkpoint are not known");
-        };
-        let mut look = Look::default();
-        let orphans = files(
-            &known.layer,
-            &known.memory_files,
-            &known.mounts,
-            &dirty,
-            scene,
-            &mut look,
-        );
-        let verdict = Mounts::of(scene.init).map(|now| now == known.mounts);
-        if !verdict.is_ok_and(|same| same) {
-            look.add(Effect::Mounts);
-        }
-        processes.look(watch, scene, orphans, &mut look);
-        look
     }
 
     /// Before the freeze of a checkpoint.
@@ -167,6 +195,71 @@ impl Inspection {
         };
         if let Err(e) = prepared {
             self.lose(format!("cannot begin an epoch: {e}"));
+        }
+    }
+
+    /// After [`Inspection::prepare`]: copies the large files that have changed, for a capture into `dest`.
+    pub(super) fn prestage(&self, scene: &Scene<'_>, dest: &Path) -> Prestaged {
+        let (Ok(watch), Some(known)) = (&self.watch, &self.known) else {
+            return Prestaged::default();
+        };
+        copies(watch, known, scene, dest).unwrap_or_else(|e| {
+            // They change, perhaps. Then the capture does it.
+            log::debug!("no large files are copied before the freeze: {e}");
+            Prestaged::default()
+        })
+    }
+
+    /// In the freeze, after [`Inspection::frozen`] or [`Inspection::still`]: drops copies of what may have
+    /// been written since they were made.
+    pub(super) fn distrust(&self, prestaged: &mut Prestaged) {
+        if prestaged.is_empty() {
+            return;
+        }
+        let since = self.watch.as_ref().ok().map(Watch::since_prepared);
+        let Some(Ok(since)) = since else {
+            return prestaged.distrust(|_| true);
+        };
+        // A child may have a mapping that its parent no longer had when it was asked.
+        if !since.doubts.is_empty() || since.happened.has(Happened::FORK) {
+            return prestaged.distrust(|_| true);
+        }
+        prestaged.distrust(|one| {
+            let (dev, ino) = (one.dev, one.ino);
+            since.inodes.contains_key(&Inode { dev, ino })
+        });
+    }
+
+    /// While nothing runs: looks once more, and this is what the checkpoint of files alone holds.
+    /// An error says why it cannot be one.
+    pub(super) fn still(
+        &mut self,
+        scene: &Scene<'_>,
+        latest: Option<TurnNo>,
+    ) -> Result<Still, Look> {
+        let Ok(watch) = &mut self.watch else {
+            return Err(Look::everything("nobody watches"));
+        };
+        let pids = scene
+            .cgroup
+            .procs()
+            .map_err(|e| Look::everything(e.to_string()))?;
+        let dirty = match watch.cut(&pids) {
+            Ok(dirty) => dirty,
+            Err(e) => {
+                let why = format!("cannot end an epoch: {e}");
+                self.lose(why.clone());
+                return Err(Look::everything(why));
+            }
+        };
+        let (known, processes) =
+            basis(self.known.as_ref(), &dirty, latest).map_err(Look::everything)?;
+        let (look, comparison) = compare(known, processes, watch, &dirty, scene);
+        match comparison {
+            Some(comparison) if look.only_files || look.effects.is_empty() => {
+                Ok(Still { comparison, look })
+            }
+            _ => Err(look),
         }
     }
 
@@ -186,7 +279,7 @@ impl Inspection {
                 // Watched from here on for the new dump, so that the former one can no longer be
                 // compared with, should this checkpoint fail.
                 if let Some(known) = &mut self.known {
-                    known.processes = None;
+                    known.dump.processes = None;
                 }
                 Some(taken)
             }
@@ -226,9 +319,8 @@ impl Inspection {
             });
         match layer {
             Ok(layer) => {
-                self.known = Some(Known {
+                let dump = Dump {
                     turn,
-                    layer,
                     memory_files: taken.memory_files,
                     mounts: taken.mounts,
                     processes: taken
@@ -236,10 +328,59 @@ impl Inspection {
                         .map(|processes| processes.at(images))
                         .inspect_err(|e| log::warn!("the processes cannot be compared: {e}"))
                         .ok(),
-                });
+                    references: taken.references,
+                    settled: false,
+                };
+                self.known = Some(Known { turn, layer, dump });
             }
             Err(e) => log::warn!("the writable layer cannot be compared: {e}"),
         }
+    }
+
+    /// The checkpoint of `turn`, of files alone, is durable, its images are where `images` says.
+    pub(super) fn files_durable(
+        &mut self,
+        turn: TurnNo,
+        still: Still,
+        images: Arc<dyn process::Images>,
+    ) {
+        let (Ok(watch), Some(mut known)) = (&mut self.watch, self.known.take()) else {
+            return;
+        };
+        let applied = watch.durable().map_err(|e| e.to_string());
+        let applied = applied.and_then(|()| {
+            let layer = &mut known.layer;
+            layer.apply(still.comparison).map_err(|e| e.to_string())
+        });
+        match applied {
+            Ok(()) => {
+                known.turn = turn;
+                known.dump.settled = true;
+                known.dump.processes = known.dump.processes.map(|its| its.at(images));
+                self.known = Some(known);
+            }
+            Err(e) => log::warn!("the writable layer cannot be compared: {e}"),
+        }
+    }
+
+    /// Whether what is known is about the checkpoint of this turn.
+    pub(super) fn is_about(&self, turn: TurnNo) -> bool {
+        self.known.as_ref().is_some_and(|known| known.turn == turn)
+    }
+
+    /// What the processes stand upon, as it was at their dump: in the files of `newest`, the newest
+    /// checkpoint, it still is.
+    pub(super) fn recorded(&mut self, newest: &Checkpoint) -> Result<Vec<Reference>, String> {
+        let references = self.known.as_mut().map(|known| &mut known.dump.references);
+        match references {
+            Some(Ok(references)) => references.recorded(newest),
+            _ => Err("it is not known which files the processes use".into()),
+        }
+    }
+
+    /// The turn whose dump the newest checkpoint has its image from, if it is known.
+    pub(super) fn dumped_in(&self) -> Option<TurnNo> {
+        self.known.as_ref().map(|known| known.dump.turn)
     }
 
     /// What can wait until the gate is open: digests out of the copy of the writable layer, and how the
@@ -248,9 +389,16 @@ impl Inspection {
         let (Some(known), Ok(watch)) = (&mut self.known, &self.watch) else {
             return;
         };
-        if let Some(processes) = &mut known.processes {
+        // Once for each dump: what is forgiven each time would add up.
+        if let Some(processes) = known
+            .dump
+            .processes
+            .as_mut()
+            .filter(|_| !known.dump.settled)
+        {
             processes.settle(watch, scene);
         }
+        known.dump.settled = true;
         if let Err(e) = known.layer.learn(copy, scene.stop) {
             log::warn!("not all files can be compared: {e}");
         }
@@ -287,10 +435,12 @@ fn taken(
     let dirty = watch
         .cut(&pids)
         .map_err(|e| format!("cannot end an epoch: {e}"))?;
-    let (layer, changed_files) = outline(known, &dirty, scene);
+    let layer = outline(known, &dirty, scene);
     let mounts = Mounts::of(scene.init).map_err(|e| format!("cannot list the mounts: {e}"))?;
     let memory_files = MemoryFiles::of(scene.init, &mounts, scene.stop);
     let processes = Processes::take(&pids, scene, image, watch, consistent_cut);
+    let references = References::of(&pids)
+        .inspect_err(|e| log::info!("every file counts as used by the processes: {e}"));
     if let Ok(Outline::Delta(delta)) = &layer {
         // Without a name, and as they are now they belong to the dump. CRIU itself makes and removes
         // a directory in the sandbox for each of its tmpfs.
@@ -311,98 +461,113 @@ fn taken(
         memory_files,
         mounts,
         processes,
-        changed_files,
+        references,
     })
 }
 
 /// The index of the writable layer, or what to add to the one that there is.
-fn outline(
-    known: Option<&Known>,
-    dirty: &Dirty,
-    scene: &Scene<'_>,
-) -> (Result<Outline, String>, Option<u64>) {
+fn outline(known: Option<&Known>, dirty: &Dirty, scene: &Scene<'_>) -> Result<Outline, String> {
     if let Some(known) = known
         && dirty.doubts.is_empty()
     {
-        let (candidates, scope) = candidates(dirty);
+        let (candidates, scope) = changed::candidates(dirty);
         // An index that does not fit any more is made anew.
         if let Ok(delta) = known
             .layer
             .compare(scene.upper, &candidates, scope, scene.stop)
         {
-            let changed = delta.len() as u64;
-            return (Ok(Outline::Delta(delta)), Some(changed));
+            return Ok(Outline::Delta(delta));
         }
     }
     let new = Layer::outline(scene.upper, scene.stop);
-    (new.map(Outline::New).map_err(|e| e.to_string()), None)
+    new.map(Outline::New).map_err(|e| e.to_string())
 }
 
-/// The inodes to look at. Whoever is outside of the sandbox may have copied directories up without a
-/// sign, so then names that nothing explains are searched for.
-fn candidates(dirty: &Dirty) -> (Vec<Candidate>, Scope) {
-    let outside = dirty.inodes.values().any(|how| how.is_outside());
-    let candidate = |inode: &Inode| Candidate {
-        dev: inode.dev,
-        ino: inode.ino,
+fn copies(
+    watch: &Watch,
+    known: &Known,
+    scene: &Scene<'_>,
+    dest: &Path,
+) -> Result<Prestaged, String> {
+    let pids = scene.cgroup.procs().map_err(|e| e.to_string())?;
+    let unseen = watch.can_change_unseen(&pids).map_err(|e| e.to_string())?;
+    let dirty = watch.look().map_err(|e| e.to_string())?;
+    if let Some(doubt) = dirty.doubts.first() {
+        return Err(doubt.clone());
+    }
+    let (candidates, scope) = changed::candidates(&dirty);
+    let comparison = known
+        .layer
+        .compare(scene.upper, &candidates, scope, scene.stop)
+        .map_err(|e| e.to_string())?;
+    let is_written = |one: Candidate| {
+        let (dev, ino) = (one.dev, one.ino);
+        unseen.contains(&Inode { dev, ino })
     };
-    let scope = match outside {
-        true => Scope::Search,
-        false => Scope::Candidates,
-    };
-    (dirty.inodes.keys().map(candidate).collect(), scope)
+    Prestaged::copy(scene.upper, dest, &comparison, &is_written, scene.stop)
+        .map_err(|e| e.to_string())
 }
 
-/// What differs in the writable layer and in memory. Returns whether an inode without a name was
-/// changed: it belongs to the processes that have it open.
-fn files(
-    layer: &Layer,
-    memory_files: &MemoryFiles,
-    mounts: &Mounts,
+/// What there is to compare with, or why everything counts as changed.
+fn basis<'k>(
+    known: Option<&'k Known>,
+    dirty: &Dirty,
+    latest: Option<TurnNo>,
+) -> Result<(&'k Known, &'k Processes), String> {
+    if !dirty.doubts.is_empty() {
+        return Err(dirty.doubts.join("; "));
+    }
+    let known = known.ok_or("no checkpoint to compare with")?;
+    if latest != Some(known.turn) {
+        return Err("the last checkpoint is not in the store".into());
+    }
+    let processes = known.dump.processes.as_ref();
+    let processes = processes.ok_or("the processes of the last checkpoint are not known")?;
+    Ok((known, processes))
+}
+
+/// What differs from the newest checkpoint; with the comparison of the writable layer, if nothing writes
+/// to it.
+fn compare(
+    known: &Known,
+    processes: &Processes,
+    watch: &Watch,
     dirty: &Dirty,
     scene: &Scene<'_>,
-    look: &mut Look,
-) -> bool {
-    let (candidates, scope) = candidates(dirty);
-    let outside = match layer.compare(scene.upper, &candidates, scope, scene.stop) {
-        Ok(comparison) => {
-            look.changed_files = Some(comparison.len() as u64);
-            if !comparison.is_empty() {
-                look.add(Effect::Files);
-            }
-            comparison.outside
-        }
-        // Something writes while we read.
-        Err(e) => {
-            look.add(Effect::Files);
-            look.tell(format!("the files change: {e}"));
-            return true;
-        }
-    };
-    let mut orphans = false;
-    let mut devices: Vec<u64> = Vec::new();
-    for candidate in outside {
-        match candidate.dev == layer.dev() {
-            true => orphans = true,
-            false => devices.push(candidate.dev),
-        }
+) -> (Look, Option<Comparison>) {
+    let dump = &known.dump;
+    let mut look = Look::default();
+    let files = changed::files(
+        &known.layer,
+        &dump.memory_files,
+        &dump.mounts,
+        dirty,
+        scene,
+        &mut look,
+    );
+    let verdict = Mounts::of(scene.init).map(|now| now == dump.mounts);
+    if !verdict.is_ok_and(|same| same) {
+        look.add(Effect::Mounts);
     }
-    devices.dedup();
-    for dev in devices {
-        let why = match mounts.tmpfs(dev) {
-            Some(_) if memory_files.is_as_it_was(scene.init, mounts, dev, scene.stop) => continue,
-            Some(place) => format!("{} changed", place.display()),
-            // Volumes are the host's; of memory the processes' own marks tell.
-            None if mounts.is_external(dev) || Some(dev) == process::shared_memory() => continue,
-            // The runtime, which has joined the sandbox's cgroup and not yet its mounts.
-            None if Mounts::of_self().is_ok_and(|host| host.has(dev)) => continue,
-            None => {
-                let (major, minor) = (libc::major(dev), libc::minor(dev));
-                format!("something changed on device {major}:{minor}, which init has not mounted")
+    processes.look(watch, scene, files.orphans, &mut look);
+    look.large = files.comparison.as_ref().is_none_or(Comparison::has_large);
+    if look.effects == [Effect::Files] && !files.elsewhere {
+        look.only_files = match (&files.comparison, &dump.references) {
+            (Some(comparison), Ok(references)) => {
+                let touched = references.touched(&comparison.changes, comparison.linked());
+                if let Some((changed, used)) = touched {
+                    look.tell(format!("{changed:?} changed, and a process uses {used:?}"));
+                }
+                touched.is_none()
             }
+            (Some(_), Err(e)) => {
+                look.tell(format!(
+                    "it is not known which files the processes use: {e}"
+                ));
+                false
+            }
+            (None, _) => false,
         };
-        look.add(Effect::Files);
-        look.tell(why);
     }
-    orphans
+    (look, files.comparison)
 }

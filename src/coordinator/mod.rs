@@ -1,5 +1,6 @@
 //! When to act: turn boundaries, the doors of a sandbox, its freezer, and the consistent cut.
 
+mod changed;
 pub mod cut;
 pub mod doors;
 pub mod freeze;
@@ -7,6 +8,9 @@ mod inspection;
 mod memory_files;
 pub mod poison;
 mod processes;
+mod references;
 pub mod rollback;
+mod stand_still;
 mod stored_images;
+mod take;
 pub mod turns;

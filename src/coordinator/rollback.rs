@@ -234,6 +234,7 @@ impl Worker {
 
     /// What was known of the sandbox is no longer so.
     fn forget(&mut self, subject: &dyn Subject, to: TurnNo) {
+        self.artefacts = None;
         if let Some(inspection) = &mut self.inspection {
             let why = format!("it was rolled back to turn {to}");
             inspection.follow(subject.to_watch(), why);

@@ -1,10 +1,11 @@
 //! Turns of one sandbox: at each boundary a checkpoint, then the gate (D3, D11).
 //!
-//! A turn that changed nothing is skipped; every other one is `full`. One thread per protected sandbox
-//! takes the cuts, so that neither the client's calls nor the reports of exits wait for one.
+//! A turn that changed nothing is skipped; how the others are taken is in [`take`](super::take). One
+//! thread per protected sandbox takes the cuts, so that neither the client's calls nor the reports of exits
+//! wait for one.
 
 use std::{
-    fs,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, Weak},
     thread::{self, JoinHandle},
@@ -18,19 +19,17 @@ use time::OffsetDateTime;
 use super::{
     cut,
     doors::Doors,
-    inspection::{Inspection, Look, Scene, Taken},
-    rollback::Order,
-    stored_images::StoredImages,
+    inspection::{Inspection, Look, Scene},
+    rollback,
+    take::Order,
 };
 use crate::{
     config::Gate,
     inspector::{self, Watch},
-    rootfs::{self, Overlay},
-    runtime::{self, criu_conf::CriuConf, descriptors::Stream},
+    rootfs::Overlay,
     sandbox::TurnNo,
     store::{
-        Action, Checkpoint, Facts, Files, Host, Images, JournalLine, Kind, Pending, Retention,
-        SandboxWriter, Staging, StdioPipe, StoreError, Sync as Durability, Trigger,
+        Action, JournalLine, Retention, SandboxWriter, StoreError, Sync as Durability, Trigger,
     },
 };
 
@@ -40,8 +39,9 @@ pub trait Subject: Send + Sync {
     fn parts(&self) -> Result<cut::Sandbox<'_>, String>;
     /// Its writable layer.
     fn overlay(&self) -> Result<Overlay, String>;
-    /// The directory with its `config.json`.
-    fn bundle(&self) -> PathBuf;
+    /// What of its state lies in small files of the host, by the name under which a checkpoint keeps it:
+    /// its specification, its limits, `/etc/hosts` and the like.
+    fn artefacts(&self) -> Result<BTreeMap<String, Vec<u8>>, String>;
     /// A directory for CRIU's work and options.
     fn scratch(&self) -> PathBuf;
     /// Whether its init has a terminal.
@@ -55,6 +55,8 @@ pub trait Subject: Send + Sync {
     fn input_marks(&self) -> Vec<Option<Instant>>;
     /// What the host's owner runs in each cut.
     fn frozen_hook(&self) -> Result<(), String>;
+    /// Whether there is such a program: it finds the sandbox frozen.
+    fn has_frozen_hook(&self) -> bool;
 }
 
 /// How the turns of one sandbox are taken.
@@ -76,7 +78,7 @@ type Reply = Sender<Result<JournalLine, String>>;
 pub(super) enum Job {
     Boundary { at: Instant, gate: ShutGate },
     Manual { name: Option<String>, reply: Reply },
-    Rollback(Order),
+    Rollback(rollback::Order),
 }
 
 /// A gate that the end of a turn has shut. Opens when dropped, at the latest: also when the job
@@ -88,7 +90,7 @@ impl ShutGate {
     const NONE: Self = Self(None);
 
     /// Opens it; returns the exposed delay, once.
-    fn open(&mut self) -> Duration {
+    pub(super) fn open(&mut self) -> Duration {
         self.0.take().map_or(Duration::ZERO, |doors| doors.open())
     }
 }
@@ -126,6 +128,7 @@ impl Turns {
             head: None,
             void_before: None,
             inspection: None,
+            artefacts: None,
         };
         let thread = thread::Builder::new()
             .name("turns".into())
@@ -179,8 +182,8 @@ impl Turns {
 pub(super) struct Worker {
     subject: Weak<dyn Subject>,
     pub(super) store: SandboxWriter,
-    doors: Arc<Doors>,
-    settings: Settings,
+    pub(super) doors: Arc<Doors>,
+    pub(super) settings: Settings,
     /// The newest number given away.
     last_turn: Option<TurnNo>,
     /// The checkpoint that the sandbox goes on from.
@@ -189,6 +192,8 @@ pub(super) struct Worker {
     pub(super) void_before: Option<Instant>,
     /// What is known since the last checkpoint.
     pub(super) inspection: Option<Inspection>,
+    /// What the last checkpoint has of the host's files.
+    pub(super) artefacts: Option<BTreeMap<String, Vec<u8>>>,
 }
 
 impl Worker {
@@ -265,9 +270,15 @@ impl Worker {
         }
         line.effects = look.effects;
         line.note = look.note;
-        let taken = self.take(subject, turn, parent, gate, &mut line);
+        // Asked for by hand, it is to be a whole one.
+        let order = Order {
+            turn,
+            parent,
+            only_files: look.only_files && line.trigger == Trigger::Exec,
+            large: look.large,
+        };
+        let taken = self.take(subject, &order, gate, &mut line);
         if let Ok((checkpoint, _)) = &taken {
-            line.action = Action::Full;
             line.checkpoint = Some(checkpoint.digest);
             line.bytes_written = checkpoint.stored;
             line.durable_us = Some(micros(begin.elapsed()));
@@ -335,8 +346,13 @@ impl Worker {
         let Some(inspection) = &self.inspection else {
             return Look::everything("nobody watches");
         };
-        let look = scene(subject, &self.doors, |scene| inspection.look(scene, latest))
+        let mut look = scene(subject, &self.doors, |scene| inspection.look(scene, latest))
             .unwrap_or_else(Look::everything);
+        match (subject.artefacts(), &self.artefacts) {
+            (Ok(now), Some(then)) if now != *then => look.also_beside(differing(then, &now)),
+            (Ok(_), _) => {}
+            (Err(e), _) => return Look::everything(e),
+        }
         line.look_us = micros(begin.elapsed());
         look
     }
@@ -366,80 +382,20 @@ impl Worker {
         self.last_turn = Some(last.next());
         Ok(last.next())
     }
+}
 
-    /// Takes the cut and makes it durable.
-    fn take(
-        &mut self,
-        subject: &dyn Subject,
-        turn: TurnNo,
-        parent: Option<TurnNo>,
-        gate: &mut ShutGate,
-        line: &mut JournalLine,
-    ) -> Result<(Checkpoint, Staging), String> {
-        let overlay = subject.overlay()?;
-        let pending = self.store.begin(turn).map_err(text)?;
-        let scratch = subject.scratch();
-        // Not the client's: both may be about to dump.
-        let work = scratch.join("criu-turn-work");
-        fs::create_dir_all(&work).map_err(|e| format!("{work:?}: {e}"))?;
-        let home = CriuConf::for_dump(false)
-            .write(&scratch.join("criu-turn"))
-            .map_err(|e| format!("{scratch:?}: {e}"))?;
-        let args = runtime::Checkpoint {
-            image_path: pending.image_dir().to_owned(),
-            work_path: work.clone(),
-            leave_running: true,
-            // Kept in the image; whether they are closed is decided at the restore.
-            tcp_established: true,
-            file_locks: true,
-            shell_job: subject.has_terminal(),
-            home: Some(home),
-            limit: self.settings.dump_limit,
-            ..Default::default()
-        };
-        let doors = Arc::clone(&self.doors);
-        let dying = || doors.is_dying();
-        let mut inspection = self.inspection.as_mut();
-        if let Some(inspection) = &mut inspection {
-            inspection.prepare();
-        }
-        let mut seen = None;
-        let done = subject.parts()?.cut(&args, || {
-            // Before the copy is made: whoever is outside of the sandbox is not frozen, and what
-            // he changes meanwhile must not be known without being in the copy.
-            if let Some(inspection) = &mut inspection {
-                seen = scene(subject, &doors, |scene| {
-                    inspection.frozen(scene, pending.image_dir())
-                })?;
-            }
-            let stats =
-                rootfs::capture(&overlay.upperdir, pending.upper_dir(), &dying).map_err(text)?;
-            subject.frozen_hook()?;
-            Ok(stats)
-        });
-        let done = done.map_err(text)?;
-        if self.settings.gate == Gate::Async {
-            line.exposed_us = micros(gate.open());
-        }
-        line.freeze_us = micros(done.frozen);
-        let differ = seen.as_ref().and_then(|seen: &Taken| seen.changed_files);
-        line.changed_files = differ.unwrap_or_else(|| done.captured.entries());
-        let (checkpoint, staging) = commit(subject, pending, parent, &done)?;
-        if let Some(inspection) = inspection {
-            let images = Arc::new(StoredImages(checkpoint.clone()));
-            inspection.durable(turn, seen, images);
-        }
-        line.bytes_captured = checkpoint.manifest.contents.bytes;
-        // The checkpoint exists from here on: nothing may make its turn count as unprotected.
-        if let Err(e) = fs::remove_dir_all(&work) {
-            log::warn!("{}: cannot remove {work:?}: {e}", self.store.id());
-        }
-        Ok((checkpoint, staging))
-    }
+/// The names under which two sets of files differ.
+pub(super) fn differing<'a>(
+    then: &'a BTreeMap<String, Vec<u8>>,
+    now: &'a BTreeMap<String, Vec<u8>>,
+) -> impl Iterator<Item = &'a str> {
+    let names: BTreeSet<&String> = then.keys().chain(now.keys()).collect();
+    let differ = |name: &&String| then.get(*name) != now.get(*name);
+    names.into_iter().filter(differ).map(String::as_str)
 }
 
 /// Calls `then` with the sandbox as it is to be looked at.
-fn scene<T>(
+pub(super) fn scene<T>(
     subject: &dyn Subject,
     doors: &Doors,
     then: impl FnOnce(&Scene<'_>) -> T,
@@ -455,47 +411,10 @@ fn scene<T>(
     }))
 }
 
-/// Adds what is known about the cut and makes all of it durable.
-fn commit<T>(
-    subject: &dyn Subject,
-    pending: Pending,
-    parent: Option<TurnNo>,
-    done: &cut::Done<T>,
-) -> Result<(Checkpoint, Staging), String> {
-    let config = subject.bundle().join("config.json");
-    let kept = pending.bundle_dir().join("config.json");
-    fs::copy(&config, &kept).map_err(|e| format!("cannot keep {config:?}: {e}"))?;
-    let facts = Facts {
-        parent,
-        created_at: OffsetDateTime::now_utc(),
-        kind: Kind::Full,
-        processes: done.processes as u64,
-        host: Host::detect(),
-        pipes: done.streams.iter().map(pipe).collect(),
-        runtime: serde_json::json!({ "terminal": subject.has_terminal() }),
-        notes: Vec::new(),
-        processes_of: None,
-        references: Vec::new(),
-    };
-    pending
-        .commit(facts, Images::Staged, Files::Whole)
-        .map_err(text)
-}
-
-fn pipe(stream: &Stream) -> StdioPipe {
-    StdioPipe {
-        exec_id: Some(stream.exec_id.clone()).filter(|id| !id.is_empty()),
-        fd: stream.fd.into(),
-        inode: stream.inode,
-        target: stream.target.clone(),
-        pending: Vec::new(),
-    }
-}
-
-fn text(e: impl std::fmt::Display) -> String {
+pub(super) fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
 
-fn micros(duration: Duration) -> u64 {
+pub(super) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

@@ -135,12 +135,17 @@ impl Epoch {
 
 impl Dirty {
     fn add(&mut self, key: &InodeKey, bits: u32) {
-        let inode = Inode {
+        let how = self.inodes.entry(Inode::from(*key)).or_insert(How(0));
+        how.0 |= bits;
+    }
+}
+
+impl From<InodeKey> for Inode {
+    fn from(key: InodeKey) -> Self {
+        Self {
             dev: abi::user_dev(key.dev),
             ino: key.ino,
-        };
-        let how = self.inodes.entry(inode).or_insert(How(0));
-        how.0 |= bits;
+        }
     }
 }
 

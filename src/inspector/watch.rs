@@ -193,6 +193,24 @@ impl Watch {
         self.look()
     }
 
+    /// What may have changed since [`Watch::prepare`] alone. After [`Watch::cut`].
+    pub fn since_prepared(&self) -> io::Result<Dirty> {
+        let mut dirty = Dirty::default();
+        self.now.add_to(&mut dirty)?;
+        if self.host.missed()? != self.now.missed {
+            dirty.doubts.push(MISSED.into());
+        }
+        Ok(dirty)
+    }
+
+    /// The inodes that these processes can change without a sign, as of now. What is read of others
+    /// after [`Watch::prepare`] holds as long as [`Watch::since_prepared`] does not name them, if no
+    /// process forks meanwhile.
+    pub fn can_change_unseen(&self, pids: &[i32]) -> io::Result<HashSet<Inode>> {
+        let inodes = self.still_written(pids)?;
+        Ok(inodes.into_iter().map(Inode::from).collect())
+    }
+
     /// What was noted of these inodes since [`Watch::prepare`] is of no use. After [`Watch::cut`], while
     /// the sandbox is frozen, and before [`Watch::watch_processes`]: the programs do not tell twice of
     /// what they have told of, until that.

@@ -7,7 +7,7 @@
 
 use std::{
     collections::HashMap,
-    ffi::{CString, OsString},
+    ffi::{CStr, CString, OsString},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -17,15 +17,10 @@ use rustix::{
     io::Errno,
 };
 
+use super::{contents::Contents, prestaged::Prestaged};
 use crate::tree::{
-    self, DirStack, Expect, FileId, Found, ShownPath, TreeError, Visitor, failed, next_data,
-    proc_path, remove_tree,
+    self, DirStack, Expect, FileId, Found, TreeError, Visitor, failed, proc_path, remove_tree,
 };
-
-/// Between two of these the caller's wish to stop is looked at.
-const CHUNK: u64 = 16 << 20;
-/// One read of a file without holes that fits is cheaper than asking where its data is.
-const SMALL: usize = 64 << 10;
 
 /// What a capture met, and copied.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -61,19 +56,20 @@ pub fn capture(
     dest: &Path,
     stop: &dyn Fn() -> bool,
 ) -> Result<CaptureStats, TreeError> {
+    capture_with(upper, dest, &mut Prestaged::default(), stop)
+}
+
+/// The same; large files are taken from `prestaged` as far as they are there.
+pub fn capture_with(
+    upper: &Path,
+    dest: &Path,
+    prestaged: &mut Prestaged,
+    stop: &dyn Fn() -> bool,
+) -> Result<CaptureStats, TreeError> {
     let source = tree::open_root(upper)?;
-    let root = make_root(dest)?;
-    let mut copier = Copier {
-        dest: DirStack::default(),
-        root: Some(root),
-        links: Links::beside(dest),
-        stats: CaptureStats::default(),
-        buf: vec![0; SMALL],
-        stop,
-    };
+    let mut copier = Copier::into(dest, prestaged, stop)?;
     tree::walk(source, upper, Expect::Unchanged, stop, &mut copier)?;
-    copier.links.finish()?;
-    Ok(copier.stats)
+    copier.finish()
 }
 
 fn make_root(dest: &Path) -> Result<OwnedFd, TreeError> {
@@ -98,14 +94,15 @@ fn make_root(dest: &Path) -> Result<OwnedFd, TreeError> {
     Ok(root)
 }
 
-struct Copier<'s> {
-    dest: DirStack,
+/// Makes copies of what it visits.
+pub(super) struct Copier<'s> {
+    pub(super) dest: DirStack,
     /// The destination's root, until the walk enters the source's.
     root: Option<OwnedFd>,
     links: Links,
+    prestaged: &'s mut Prestaged,
     stats: CaptureStats,
-    buf: Vec<u8>,
-    stop: &'s dyn Fn() -> bool,
+    contents: Contents<'s>,
 }
 
 impl Visitor for Copier<'_> {
@@ -121,7 +118,9 @@ impl Visitor for Copier<'_> {
 
     fn other(&mut self, found: &Found<'_>) -> Result<(), TreeError> {
         let parent = self.dest.top().map_err(found.err("copy"))?;
-        if found.stat.st_nlink > 1 && self.links.link(found, parent)? {
+        // Overlay makes many whiteouts links of one inode, which means nothing.
+        let linked = found.stat.st_nlink > 1 && !is_whiteout(found.stat);
+        if linked && self.links.link(found, parent)? {
             self.stats.hard_links += 1;
             return Ok(());
         }
@@ -141,7 +140,7 @@ impl Visitor for Copier<'_> {
                 self.stats.specials += 1;
             }
         }
-        if found.stat.st_nlink > 1 {
+        if linked {
             let parent = self.dest.top().map_err(found.err("copy"))?;
             self.links.remember(found, parent)?;
         }
@@ -156,7 +155,33 @@ impl Visitor for Copier<'_> {
     }
 }
 
-impl Copier<'_> {
+impl<'s> Copier<'s> {
+    /// `dest` is made, or is an empty directory.
+    pub(super) fn into(
+        dest: &Path,
+        prestaged: &'s mut Prestaged,
+        stop: &'s dyn Fn() -> bool,
+    ) -> Result<Self, TreeError> {
+        Ok(Self {
+            dest: DirStack::default(),
+            root: Some(make_root(dest)?),
+            links: Links::beside(dest),
+            prestaged,
+            stats: CaptureStats::default(),
+            contents: Contents::new(stop),
+        })
+    }
+
+    /// Leaves a directory that merely led to what was copied.
+    pub(super) fn passed(&mut self, dir: &Found<'_>) -> Result<(), TreeError> {
+        self.dest.pop().map(drop).map_err(dir.err("copy"))
+    }
+
+    pub(super) fn finish(mut self) -> Result<CaptureStats, TreeError> {
+        self.links.finish()?;
+        Ok(self.stats)
+    }
+
     fn make_dir(&self, dir: &Found<'_>) -> Result<OwnedFd, Errno> {
         let parent = self.dest.top()?;
         rustix::fs::mkdirat(parent, dir.name, Mode::RWXU)?;
@@ -164,118 +189,30 @@ impl Copier<'_> {
     }
 
     fn file(&mut self, found: &Found<'_>) -> Result<(), TreeError> {
-        let source = found.open_file()?;
         let parent = self.dest.top().map_err(found.err("copy"))?;
-        let flags =
-            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let copy = rustix::fs::openat(parent, found.name, flags, Mode::RUSR | Mode::WUSR)
-            .map_err(found.err("copy"))?;
-        self.stats.bytes += self.content(found, &source, &copy)?;
+        let (copy, bytes) = match self.prestaged.give(found, parent)? {
+            Some(given) => given,
+            None => {
+                let copy = new_file(parent, found.name).map_err(found.err("copy"))?;
+                let bytes = self.contents.copy(found, &copy)?;
+                (copy, bytes)
+            }
+        };
+        self.stats.bytes += bytes;
         set_attributes(found, copy.as_fd())?;
         self.stats.files += 1;
         Ok(())
     }
+}
 
-    /// Copies the data between the holes and returns how much that was.
-    fn content(
-        &mut self,
-        found: &Found<'_>,
-        source: &OwnedFd,
-        copy: &OwnedFd,
-    ) -> Result<u64, TreeError> {
-        let size = found.stat.st_size.unsigned_abs();
-        if size == 0 {
-            return Ok(0);
-        }
-        let dense = found.stat.st_blocks.unsigned_abs() * 512 >= size;
-        if dense && size <= SMALL as u64 {
-            return self.plain(found, source, copy, 0, size);
-        }
-        rustix::fs::ftruncate(copy, size).map_err(found.err("size the copy of"))?;
-        let (mut at, mut copied) = (0, 0);
-        while at < size {
-            let (start, end) = match next_data(source, at, size).map_err(found.err("seek in"))? {
-                Some(range) => range,
-                None => break,
-            };
-            let mut from = start;
-            while from < end {
-                if (self.stop)() {
-                    return Err(TreeError::Stopped {
-                        path: ShownPath::new(found.path),
-                    });
-                }
-                let to = end.min(from + CHUNK);
-                self.range(found, source, copy, from, to)?;
-                from = to;
-            }
-            copied += end - start;
-            at = end;
-        }
-        Ok(copied)
-    }
+/// Makes a file for a copy.
+pub(super) fn new_file(dir: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)
+}
 
-    fn range(
-        &mut self,
-        found: &Found<'_>,
-        source: &OwnedFd,
-        copy: &OwnedFd,
-        mut from: u64,
-        to: u64,
-    ) -> Result<(), TreeError> {
-        while from < to {
-            let (mut read_at, mut write_at) = (from, from);
-            let wanted = usize::try_from(to - from).unwrap_or(usize::MAX);
-            let done = rustix::io::retry_on_intr(|| {
-                rustix::fs::copy_file_range(
-                    source,
-                    Some(&mut read_at),
-                    copy,
-                    Some(&mut write_at),
-                    wanted,
-                )
-            });
-            match done {
-                Ok(0) => return Err(found.changed("size")),
-                Ok(n) => from += n as u64,
-                Err(Errno::XDEV | Errno::NOSYS | Errno::OPNOTSUPP | Errno::INVAL) => {
-                    self.plain(found, source, copy, from, to)?;
-                    return Ok(());
-                }
-                Err(e) => return Err(found.err("copy the content of")(e)),
-            }
-        }
-        Ok(())
-    }
-
-    fn plain(
-        &mut self,
-        found: &Found<'_>,
-        source: &OwnedFd,
-        copy: &OwnedFd,
-        from: u64,
-        to: u64,
-    ) -> Result<u64, TreeError> {
-        let mut at = from;
-        while at < to {
-            let wanted = usize::try_from(to - at).map_or(SMALL, |left| left.min(SMALL));
-            let n = rustix::io::retry_on_intr(|| {
-                rustix::io::pread(source, &mut self.buf[..wanted], at)
-            })
-            .map_err(found.err("read"))?;
-            if n == 0 {
-                return Err(found.changed("size"));
-            }
-            let mut data = &self.buf[..n];
-            while !data.is_empty() {
-                let n = rustix::io::retry_on_intr(|| rustix::io::pwrite(copy, data, at))
-                    .map_err(found.err("write the copy of"))?;
-                data = &data[n..];
-                at += n as u64;
-            }
-        }
-        Ok(to - from)
-    }
+fn is_whiteout(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
 }
 
 /// Owner first, since a change of owner takes set-id bits and capabilities away; the mode before

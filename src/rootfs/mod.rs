@@ -4,20 +4,24 @@
 //! The writable layer of a mounted overlay is read, never edited: the kernel keeps showing what it
 //! cached. A state is put back as a *new* upper directory while nothing is mounted (D13).
 
+mod contents;
 mod copy;
+mod delta;
 pub mod layer;
 mod mount;
 mod overlay;
+mod prestaged;
 mod put_back;
 
 #[cfg(test)]
 mod tests;
 
-pub use copy::{CaptureStats, capture};
+pub use copy::{CaptureStats, capture, capture_with};
+pub use delta::{LayerChanges, capture_changes};
 pub use mount::{MountError, MountSpec, mount_all, unmount, unmount_busy_is_error};
 pub(crate) use overlay::parse_mountinfo;
 pub use overlay::{NoOverlay, Overlay};
-
+pub use prestaged::Prestaged;
 pub use put_back::{PutBackError, Replaced, put_back, remount_with};
 
 /// How names begin of what crab leaves beside an upper directory when it is interrupted.

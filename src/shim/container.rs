@@ -20,6 +20,7 @@ use containerd_shim::protos::{
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 
 use super::{
+    artefacts,
     error::{Context, Kind, Result, ShimError},
     events::{EventSink, TaskEvent},
     host::{ControlGroup, Host},
@@ -132,6 +133,8 @@ pub struct Container {
     pub(super) leftovers: Mutex<Vec<Leftover>>,
     /// Removes files that a rollback has replaced.
     pub(super) tidying: Mutex<Option<JoinHandle<()>>>,
+    /// What Update has changed of its limits.
+    pub(super) limits: Mutex<Option<serde_json::Value>>,
     pub(super) inner: Mutex<Inner>,
     pub(super) changed: Condvar,
 }
@@ -270,13 +273,15 @@ impl Container {
     /// Changes its limits; `resources` is OCI `LinuxResources` as JSON.
     pub fn update(&self, resources: &Any) -> Result<()> {
         let _alone = self.alone(Request::Update)?;
-        if let Err(e) = serde_json::from_slice::<serde_json::Value>(&resources.value) {
+        let update: serde_json::Value = serde_json::from_slice(&resources.value).map_err(|e| {
             let text = format!("{}: update: resources are no JSON: {e}", self.sandbox);
-            return Err(ShimError::new(Kind::InvalidArgument, text));
-        }
+            ShimError::new(Kind::InvalidArgument, text)
+        })?;
         self.runtime
             .update(self.sandbox.id(), &resources.value)
-            .context(format_args!("{}: update", self.sandbox))
+            .context(format_args!("{}: update", self.sandbox))?;
+        artefacts::merge(&mut self.limits.lock(), update);
+        Ok(())
     }
 
     /// Host pids of all processes, with the exec that each belongs to.

@@ -163,6 +163,7 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         turns: OnceLock::new(),
         leftovers: Mutex::default(),
         tidying: Mutex::default(),
+        limits: Mutex::default(),
         inner: Mutex::new(Inner::new(phase)),
         changed: Condvar::new(),
         health_check: health_check::of(&spec),
@@ -209,6 +210,14 @@ fn source_of(
     let checkpoint = store
         .get(turn)
         .context(format_args!("{sandbox}: armed for turn {turn}"))?;
+    let changed = checkpoint.changed_reference().context(sandbox)?;
+    if let Some(path) = changed {
+        let text = format!(
+            "{sandbox}: armed for turn {turn}, whose processes were dumped earlier, upon another {path:?} than \
+             it has: `crab restore CONTAINER@TURN` with an earlier turn"
+        );
+        return Err(ShimError::new(Kind::Failed, text));
+    }
     log::info!("{sandbox}: starting from turn {turn}");
     let scratch = store.scratch_dir();
     // All of it, checked, before anything of the sandbox is touched.

@@ -19,9 +19,14 @@ pub fn restored_exists() -> bool {
     Path::new(RESTORED).exists()
 }
 
+/// Whether a cut must freeze, even where nothing runs.
+pub fn frozen_exists() -> bool {
+    Path::new(FROZEN).exists()
+}
+
 /// Runs the hook of a cut, if there is one.
 pub fn run_frozen(container: &Container) -> Result<(), String> {
-    if !Path::new(FROZEN).exists() {
+    if !frozen_exists() {
         return Ok(());
     }
     run(container, FROZEN)

@@ -5,6 +5,7 @@
 //! which. Children are reaped by [`reaper`], bytes moved by [`io`], and what the machine below
 //! provides is behind [`host`].
 
+pub mod artefacts;
 pub mod bootstrap;
 pub mod checkpoint;
 pub mod container;

@@ -12,6 +12,7 @@ use std::{
 };
 
 use super::{
+    artefacts,
     container::{Container, Leftover},
     error::{Context, Kind, Result, ShimError},
     hold, hooks,
@@ -80,6 +81,16 @@ impl Source {
     }
 }
 
+impl Source {
+    /// What was kept of the host's files; a client's images have none.
+    fn bundle(&self) -> Option<PathBuf> {
+        match self {
+            Self::Client { .. } => None,
+            Self::Armed { laid, .. } => Some(laid.bundle_dir()),
+        }
+    }
+}
+
 /// Restores the container's processes. After an error none of them is left.
 pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
     let images = source.image();
@@ -106,13 +117,15 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
         true => Some(hold::write_script(container.run_dir.path()).context(&step)?),
         false => None,
     };
-    let keep_tcp =
-        container.config.tcp == Tcp::Keep || descriptors::has_no_outside_tcp(&images);
+    let keep_tcp = container.config.tcp == Tcp::Keep || descriptors::has_no_outside_tcp(&images);
     let home = CriuConf::for_restore(!keep_tcp, script.as_deref())
         .write(&container.run_dir.criu_home("restore"))
         .context(&step)?;
     let work = container.run_dir.criu_work();
     fs::create_dir_all(&work).context(&step)?;
+    if let Some(saved) = source.bundle() {
+        artefacts::put_files_back(container, &saved)?;
+    }
     let (stdio, socket) = runtime_stdio(container, &io)?;
     let pid_file = pid_file(container);
     let watch = container.host.reaper().watch();
@@ -139,6 +152,10 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
     }
     let begun = attach(container, &io, socket)
         .and_then(|()| adopt_init(container, &pid_file, watch))
+        .and_then(|()| match source.bundle() {
+            Some(saved) => artefacts::put_limits_back(container, &saved),
+            None => Ok(()),
+        })
         .and_then(|()| {
             for leftover in &taken.leftovers {
                 leftover.io.start().context(&step)?;

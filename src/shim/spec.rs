@@ -42,6 +42,8 @@ struct Mount {
     destination: PathBuf,
     #[serde(default)]
     source: Option<PathBuf>,
+    #[serde(default)]
+    options: Option<Vec<String>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -103,6 +105,18 @@ impl Spec {
     /// The cgroup that the client asks for.
     pub fn cgroups_path(&self) -> Option<&Path> {
         self.linux.as_ref()?.cgroups_path.as_deref()
+    }
+
+    /// What of the host is bound at a place of the container, if it can be written to there.
+    pub fn writable_bind(&self, destination: &Path) -> Option<&Path> {
+        let mount = self
+            .mounts
+            .iter()
+            .rev()
+            .find(|m| m.destination == destination)?;
+        let has = |word: &str| mount.options.iter().flatten().any(|option| option == word);
+        let is_bind = has("bind") || has("rbind");
+        mount.source.as_deref().filter(|_| is_bind && !has("ro"))
     }
 
     fn namespace(&self, kind: LinuxNamespaceType) -> Option<&Namespace> {

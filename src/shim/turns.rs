@@ -1,12 +1,14 @@
 //! The container as the coordinator sees it.
 
 use std::{
+    collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, Weak},
     time::Instant,
 };
 
 use super::{
+    artefacts,
     container::Container,
     error::{Context, Kind, Result, ShimError},
     hooks,
@@ -34,8 +36,8 @@ impl Subject for Container {
         self.host.overlay(&self.rootfs())
     }
 
-    fn bundle(&self) -> PathBuf {
-        self.bundle.clone()
+    fn artefacts(&self) -> std::result::Result<BTreeMap<String, Vec<u8>>, String> {
+        artefacts::of(self).map_err(|e| format!("cannot read what belongs to the container: {e}"))
     }
 
     fn scratch(&self) -> PathBuf {
@@ -70,6 +72,10 @@ impl Subject for Container {
 
     fn frozen_hook(&self) -> std::result::Result<(), String> {
         hooks::run_frozen(self)
+    }
+
+    fn has_frozen_hook(&self) -> bool {
+        hooks::frozen_exists()
     }
 }
 

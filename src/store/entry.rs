@@ -131,7 +131,7 @@ impl TreeEntry {
     }
 
     /// The directory's names, if it is one.
-    pub(super) fn dir(&self) -> Option<DirRef> {
+    pub fn dir(&self) -> Option<DirRef> {
         match self.node {
             Node::Directory(dir) => Some(dir),
             _ => None,

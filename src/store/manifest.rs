@@ -90,7 +90,7 @@ pub struct Reference {
     #[serde(serialize_with = "to_escaped", deserialize_with = "from_escaped")]
     pub path: PathBuf,
     /// The digest of its entry in the writable layer ([`super::TreeEntry::digest`]); none if the
-    /// layer had no such name.
+    /// layer had no such name, of directories, and in the checkpoint of the dump itself.
     #[serde(default)]
     pub entry: Option<Digest>,
 }

@@ -43,6 +43,24 @@ impl Checkpoint {
         Ok(Some(Tree { objects, root }))
     }
 
+    /// A file that its processes refer to and that is not what it was at their dump (D7a): they would be
+    /// restored upon another one. None if there is none.
+    pub fn changed_reference(&self) -> Result<Option<PathBuf>, StoreError> {
+        let facts = &self.manifest.facts;
+        let (Some(_), Some(mut tree)) = (facts.processes_of, self.tree()?) else {
+            return Ok(None);
+        };
+        for reference in &facts.references {
+            let found = tree.lookup(&reference.path)?;
+            // Of directories the dump's own is not recorded: they change with every name in them.
+            let found = found.filter(|entry| entry.dir().is_none());
+            if found.map(|entry| entry.digest()) != reference.entry {
+                return Ok(Some(reference.path.clone()));
+            }
+        }
+        Ok(None)
+    }
+
     /// One name of the writable layer. For many of them, [`Self::tree`] is quicker.
     pub fn lookup(&self, path: &Path) -> Result<Option<TreeEntry>, StoreError> {
         match self.tree()? {

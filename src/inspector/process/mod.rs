@@ -61,7 +61,9 @@ mod maps;
 mod memory;
 mod proc_fs;
 mod queues;
+mod references;
 mod snapshot;
+mod stillness;
 mod tasks;
 mod watches;
 mod world;
@@ -77,4 +79,6 @@ pub use facts::{
 pub use image::{ImageDir, ImageFile, Images};
 pub use maps::shared_memory;
 pub use proc_fs::ProcessError;
+pub use references::references;
 pub use snapshot::{MAX_PROCESSES, MAX_TASKS, Registers, Snapshot, no_registers};
+pub use stillness::Stillness;

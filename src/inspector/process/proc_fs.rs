@@ -135,10 +135,15 @@ impl Dir {
     }
 
     pub(super) fn link(&self, file: &str) -> Result<String, ProcessError> {
-        let target = readlinkat(&self.fd, file, Vec::new())
-            .map_err(|errno| self.error(file, errno))?
-            .into_bytes();
+        let target = self.link_bytes(file)?;
         Ok(OsStr::from_bytes(&target).to_string_lossy().into_owned())
+    }
+
+    pub(super) fn link_bytes(&self, file: &str) -> Result<Vec<u8>, ProcessError> {
+        let target = readlinkat(&self.fd, file, Vec::new());
+        Ok(target
+            .map_err(|errno| self.error(file, errno))?
+            .into_bytes())
     }
 
     /// The numbers that are names in a directory, sorted; at most `limit`.

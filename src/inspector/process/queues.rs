@@ -156,6 +156,11 @@ fn tcp_info(fd: &OwnedFd) -> Vec<i64> {
     numbers
 }
 
+/// Whether a socket is a unix socket.
+pub(super) fn is_unix(fd: &OwnedFd) -> bool {
+    option::<1>(fd, libc::SOL_SOCKET, libc::SO_DOMAIN) == Some([libc::AF_UNIX.cast_unsigned()])
+}
+
 /// A socket option that is a row of 32-bit words; what the kernel leaves out is zero.
 fn option<const N: usize>(fd: &OwnedFd, level: i32, name: i32) -> Option<[u32; N]> {
     let mut words = MaybeUninit::<[u32; N]>::zeroed();

@@ -1,11 +1,15 @@
 //! What goes into a comparison and what comes out of it.
 
 use std::{
+    collections::HashSet,
     fmt,
     path::{Path, PathBuf},
 };
 
+use rustix::fs::FileType;
+
 use super::delta::Delta;
+use crate::rootfs::prestaged::LARGE;
 
 /// An inode that may have changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -39,6 +43,9 @@ pub struct Comparison {
     pub outside: Vec<Candidate>,
     /// How many bytes were read to tell.
     pub bytes_read: u64,
+    /// Names without an entry, in byte order, that are links of an inode of which another name has
+    /// one: the names of an inode are put back together.
+    pub(super) linked: Vec<(PathBuf, FileType)>,
     pub(super) delta: Delta,
 }
 
@@ -48,15 +55,67 @@ impl Comparison {
         self.changes.is_empty()
     }
 
+    /// Whether a file differs that is better copied before the freeze.
+    pub fn has_large(&self) -> bool {
+        let is_large = |now: Now| {
+            now.size > LARGE && FileType::from_raw_mode(now.mode) == FileType::RegularFile
+        };
+        self.changes.iter().filter_map(|c| c.now).any(is_large)
+    }
+
     /// How many names differ.
     pub fn len(&self) -> usize {
         self.changes.len()
+    }
+
+    /// Names without an entry that are to be captured nevertheless: links of an inode of which another
+    /// name has one.
+    pub fn linked(&self) -> impl Iterator<Item = &Path> {
+        self.linked.iter().map(|(path, _)| path.as_path())
+    }
+
+    /// The names that are to be copied, in no particular order.
+    pub(in crate::rootfs) fn staged(&self) -> Vec<Staged<'_>> {
+        let changed = self.changes.iter().filter_map(|change| {
+            Some(Staged {
+                path: plain_path(&change.path),
+                kind: FileType::from_raw_mode(change.now?.mode),
+            })
+        });
+        let linked = self.linked.iter();
+        let linked = linked.map(|(path, kind)| Staged { path, kind: *kind });
+        changed.chain(linked).collect()
+    }
+
+    /// The names that are gone; not those below one of them, nor below what is no directory any more.
+    pub(in crate::rootfs) fn removed(&self) -> Vec<PathBuf> {
+        let gone = |change: &&Change| matches!(change.what, What::Removed | What::Kind);
+        let gone: HashSet<&Path> = self.changes.iter().filter(gone).map(|c| &*c.path).collect();
+        let removed = self.changes.iter().filter(|c| c.what == What::Removed);
+        removed
+            .filter(|change| {
+                !change
+                    .path
+                    .parent()
+                    .is_some_and(|above| gone.contains(above))
+            })
+            .map(|change| change.path.clone())
+            .collect()
     }
 
     /// How many names differ in the way that `matches` picks.
     pub fn count(&self, matches: impl Fn(What) -> bool) -> usize {
         self.changes.iter().filter(|c| matches(c.what)).count()
     }
+}
+
+/// A name of which a copy is to be made.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::rootfs) struct Staged<'c> {
+    /// Relative to the layer; empty for its root.
+    pub(in crate::rootfs) path: &'c Path,
+    /// What was found there.
+    pub(in crate::rootfs) kind: FileType,
 }
 
 /// One name that differs.
@@ -66,6 +125,27 @@ pub struct Change {
     pub path: PathBuf,
     /// The gravest difference; a name has one entry only.
     pub what: What,
+    /// What is there now; None if it was removed.
+    pub now: Option<Now>,
+}
+
+/// What is at a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Now {
+    /// Type and permission bits.
+    pub mode: u32,
+    /// Bytes of a regular file.
+    pub size: u64,
+    /// It is a directory that hides what the layers below have at its name (opaque), or shows what
+    /// they have at another one (redirected).
+    pub hides: bool,
+}
+
+impl Now {
+    /// Whether it is a directory.
+    pub fn is_dir(self) -> bool {
+        FileType::from_raw_mode(self.mode) == FileType::Directory
+    }
 }
 
 /// How a name differs.
@@ -144,6 +224,14 @@ impl fmt::Debug for Attributes {
         ];
         let names = all.iter().filter(|(a, _)| self.contains(*a));
         f.debug_set().entries(names.map(|(_, name)| name)).finish()
+    }
+}
+
+/// The other way round.
+fn plain_path(shown: &Path) -> &Path {
+    match shown == Path::new(".") {
+        true => Path::new(""),
+        false => shown,
     }
 }
 

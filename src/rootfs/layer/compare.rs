@@ -18,7 +18,7 @@ use std::{
 use rustix::fs::{FileType, Stat};
 
 use super::{
-    changes::{Candidate, Change, Comparison, Scope, What, shown_path},
+    changes::{Candidate, Change, Comparison, Now, Scope, What, shown_path},
     content::{Reader, unchanged},
     delta::{Delta, Insert, Place},
     facts::{Digest, Facts, Kind, Verdict, View},
@@ -153,7 +153,7 @@ impl<'a> Look<'a> {
                 _ => {
                     unchanged(&found)?;
                     self.settled.insert(id);
-                    self.note(id, what, &facts);
+                    self.note(id, what, &facts, &found)?;
                 }
             }
             // Its other names are names of an equal inode.
@@ -212,7 +212,7 @@ impl<'a> Look<'a> {
         let found = found(dir.as_fd(), stat, &shown);
         self.reader.check_stop(&found)?;
         let (facts, what) = self.judge(&self.layer.facts(id), &found)?;
-        self.note(id, what, &facts);
+        self.note(id, what, &facts, &found)?;
         let mut before = self.children(id);
         for now in listing::list(dir.as_fd(), &shown)? {
             let old = before.remove(now.name.to_bytes());
@@ -251,20 +251,24 @@ impl<'a> Look<'a> {
         self.unexplained.remove(&wide(found.stat.st_ino));
         let Some(id) = old else {
             let path = shown_path(self.relative(found.path));
-            let what = What::Added;
-            self.changes.push(Change { path, what });
+            let facts = Facts::of(found, View::Overlay)?;
+            self.changes.push(Change {
+                path,
+                what: What::Added,
+                now: Some(now(&facts, found)?),
+            });
             self.names += name.count_bytes();
             self.delta.inserted.push(Insert {
                 parent,
                 name: name.to_bytes().into(),
-                facts: Facts::of(found, View::Overlay)?,
+                facts,
             });
             let place = Place::New(self.delta.inserted.len() - 1);
             return Ok((place, HashMap::new()));
         };
         self.settled.insert(id);
         let (facts, what) = self.judge(&self.layer.facts(id), found)?;
-        self.note(id, what, &facts);
+        self.note(id, what, &facts, found)?;
         let mut below = self.children(id);
         if what == Some(What::Kind) {
             self.lost.insert(id);
@@ -307,19 +311,29 @@ impl<'a> Look<'a> {
         Ok(digest)
     }
 
-    fn note(&mut self, id: Id, what: Option<What>, now: &Facts) {
+    fn note(
+        &mut self,
+        id: Id,
+        what: Option<What>,
+        facts: &Facts,
+        found: &Found<'_>,
+    ) -> Result<(), TreeError> {
         let old = self.layer.facts(id);
         if let Some(what) = what {
-            let path = shown_path(&self.layer.path(id));
-            self.changes.push(Change { path, what });
+            self.changes.push(Change {
+                path: shown_path(&self.layer.path(id)),
+                what,
+                now: Some(now(facts, found)?),
+            });
             self.changed.insert(id);
         }
-        if old.ino != now.ino {
-            self.moved.insert(id, now.ino);
+        if old.ino != facts.ino {
+            self.moved.insert(id, facts.ino);
         }
-        if old != *now {
-            self.delta.updated.push((id, *now));
+        if old != *facts {
+            self.delta.updated.push((id, *facts));
         }
+        Ok(())
     }
 
     pub(super) fn remove(&mut self, id: Id) {
@@ -330,9 +344,11 @@ impl<'a> Look<'a> {
         for id in self.layer.below(id) {
             self.settled.insert(id);
             self.lost.insert(id);
-            let path = shown_path(&self.layer.path(id));
-            let what = What::Removed;
-            self.changes.push(Change { path, what });
+            self.changes.push(Change {
+                path: shown_path(&self.layer.path(id)),
+                what: What::Removed,
+                now: None,
+            });
         }
     }
 
@@ -364,7 +380,9 @@ impl<'a> Look<'a> {
         let mut outside: Vec<_> = candidates.iter().filter(outside).copied().collect();
         outside.sort_unstable();
         outside.dedup();
+        let linked = self.linked();
         Ok(Comparison {
+            linked,
             changes: self.changes,
             outside,
             bytes_read: self.reader.bytes,
@@ -392,6 +410,28 @@ impl<'a> Look<'a> {
 
 fn bytes(path: &Path) -> &[u8] {
     path.as_os_str().as_bytes()
+}
+
+/// Attributes by which overlay does not show at a directory what lies below it in the lower layers.
+const HIDING: [&[u8]; 2] = [b"opaque", b"redirect"];
+
+fn now(facts: &Facts, found: &Found<'_>) -> Result<Now, TreeError> {
+    let hiding = |name: &[u8]| {
+        let own = name.strip_prefix(b"trusted.overlay.");
+        let own = own.or_else(|| name.strip_prefix(b"user.overlay."));
+        own.is_some_and(|own| HIDING.contains(&own))
+    };
+    let is_dir = facts.kind() == Kind::Dir;
+    let hides = is_dir
+        && found
+            .xattrs()?
+            .iter()
+            .any(|(name, _)| hiding(name.to_bytes()));
+    Ok(Now {
+        mode: u32::from(facts.mode),
+        size: facts.size,
+        hides,
+    })
 }
 
 pub(super) fn found<'f>(fd: BorrowedFd<'f>, stat: &'f Stat, path: &'f Path) -> Found<'f> {

@@ -3,10 +3,15 @@
 //! A name's links changed if, of the names that are still there, others share its inode than did
 //! before. A link that was added or removed has its own entry.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    path::PathBuf,
+};
+
+use rustix::fs::FileType;
 
 use super::{
-    changes::{Change, What, shown_path},
+    changes::{Change, Now, What, shown_path},
     compare::Look,
     index::Id,
 };
@@ -39,10 +44,46 @@ impl Look<'_> {
             let (before, after, both): (&u32, &u32, &u32) =
                 (&before[&then], &after[&now], &both[&(then, now)]);
             if (before != both || after != both) && self.changed.insert(id) {
-                let path = shown_path(&layer.path(id));
-                let what = What::Links;
-                self.changes.push(Change { path, what });
+                let facts = layer.facts(id);
+                self.changes.push(Change {
+                    path: shown_path(&layer.path(id)),
+                    what: What::Links,
+                    now: Some(Now {
+                        mode: u32::from(facts.mode),
+                        size: facts.size,
+                        hides: false,
+                    }),
+                });
             }
         }
+    }
+
+    /// See [`Comparison::linked`](super::Comparison). In byte order.
+    pub(super) fn linked(&self) -> Vec<(PathBuf, FileType)> {
+        let layer = self.layer;
+        let now = |id: Id| self.moved.get(&id).copied().unwrap_or(layer.ino(id));
+        // Inodes that a name with an entry has, or had.
+        let left = self
+            .lost
+            .iter()
+            .chain(&self.changed)
+            .map(|id| layer.ino(*id));
+        let come = self.changed.iter().map(|id| now(*id));
+        let new = self.delta.inserted.iter().map(|new| new.facts.ino);
+        let inodes: HashSet<u64> = left.chain(come).chain(new).collect();
+        let stayed = inodes.iter().flat_map(|ino| layer.named(*ino)).copied();
+        let moved = self.moved.keys().copied();
+        let others: HashSet<Id> = stayed
+            .chain(moved)
+            .filter(|id| layer.kind(*id).links_count() && inodes.contains(&now(*id)))
+            .filter(|id| !self.lost.contains(id) && !self.changed.contains(id))
+            .collect();
+        let kind = |id: Id| FileType::from_raw_mode(u32::from(layer.facts(id).mode));
+        let mut all: Vec<_> = others
+            .into_iter()
+            .map(|id| (layer.path(id), kind(id)))
+            .collect();
+        all.sort_unstable_by(|a, b| a.0.as_os_str().cmp(b.0.as_os_str()));
+        all
     }
 }

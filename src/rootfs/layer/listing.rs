@@ -25,7 +25,7 @@ const MAX_NAMES: usize = 512 << 20;
 const MAX_DEPTH: usize = 16 << 10;
 
 /// Looks at what is at a path below `root`, through no link and no mount. None if nothing is.
-pub(super) fn reach(
+pub(in crate::rootfs) fn reach(
     root: &OwnedFd,
     relative: &Path,
     shown: &Path,

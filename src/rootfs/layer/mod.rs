@@ -34,6 +34,8 @@ mod read;
 mod tests;
 
 pub use apply::ApplyError;
-pub use changes::{Attributes, Candidate, Change, Comparison, Scope, What};
+pub(super) use changes::Staged;
+pub use changes::{Attributes, Candidate, Change, Comparison, Now, Scope, What};
 pub use fingerprint::{Fingerprint, Limits};
 pub use index::Layer;
+pub(super) use listing::reach;

@@ -12,8 +12,12 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags}
 
 use super::*;
 
-pub(super) fn set_mtime(path: &Path, tv_sec: i64) {
-    let time = Timespec { tv_sec, tv_nsec: 5 };
+pub(super) fn set_mtime(path: &Path, seconds: i64) {
+    mtime_of(path, (seconds, 5));
+}
+
+pub(super) fn mtime_of(path: &Path, (tv_sec, tv_nsec): (i64, i64)) {
+    let time = Timespec { tv_sec, tv_nsec };
     let times = Timestamps {
         last_access: time,
         last_modification: time,

@@ -3,6 +3,7 @@
 
 mod cases;
 mod contract;
+mod delta;
 mod fingerprint;
 mod fixture;
 mod overlay;

@@ -15,7 +15,7 @@ use std::{
 use proptest::{collection::vec, prelude::*};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, RenameFlags, Timespec, Timestamps, XattrFlags};
 
-use super::*;
+use super::{delta::Replica, *};
 
 const NAMES: [&[u8]; 4] = [b"a", b"b", b"new\nline", b"\xff\x01"];
 
@@ -302,7 +302,7 @@ fn twin_of(path: &Path, twin: &Path) -> std::io::Result<()> {
 }
 
 /// Several turns. Every way to look has to say what the snapshots say, and to lead to the index
-/// that a new reading gives.
+/// that a new reading gives; what is captured of the changes, to the layer as it is.
 fn turns(dir: tempfile::TempDir, first: &[Op], turns: &[Vec<Op>]) {
     let bed = Bed::new(dir);
     let mut doer = Doer {
@@ -310,7 +310,7 @@ fn turns(dir: tempfile::TempDir, first: &[Op], turns: &[Vec<Op>]) {
         touched: BTreeSet::new(),
     };
     first.iter().for_each(|op| doer.act(op));
-    let mut layer = bed.read();
+    let (mut layer, replica) = (bed.read(), Replica::of(&bed));
     let mut then = Snapshot::of(&bed.upper());
     for ops in turns {
         doer.touched.clear();
@@ -324,6 +324,7 @@ fn turns(dir: tempfile::TempDir, first: &[Op], turns: &[Vec<Op>]) {
 
         let narrow = bed.compare(&layer, &exact, Scope::Candidates);
         assert_eq!(words(&narrow.changes), expected, "exact candidates");
+        replica.follow(&bed, &narrow);
         for (candidates, scope) in [
             (&exact, Scope::Search),
             (&more, Scope::Candidates),
