@@ -223,11 +223,14 @@ for n, name in enumerate(names):
     with open(f"{name}.c", "w") as file:
         for i in range(1000):
             file.write(f"static int part{i}(int a) {{ int b = a; for (int i = 0; i < {i}; i++) b = b * 3 + i; return b & 0xff; }}\\n")
+        # part0(n) is n.
         file.write(f"int {name}(void) {{ return part7({n}) * 0 + part0({n}) + {n}; }}\\n")
 with open("all.c", "w") as file:
     file.write("".join(f"int {name}(void);\\n" for name in names) + "int all(void) { return " + " + ".join(f"{name}()" for name in names) + "; }\\n")
+with open("start.c", "w") as file:
+    file.write('int all(void); void _start(void) { int code = all() == %d ? 7 : 1; __asm__ volatile ("syscall" :: "a"(60), "D"(code)); }' % sum(2 * n for n in range(len(names))))
 with open("Makefile", "w") as file:
-    file.write("CC = tcc\\nprogram.so: " + " ".join(f"{name}.o" for name in [*names, "all"]) + "\\n\\t$(CC) -shared -nostdlib -o $@ $^\\n")
+    file.write("CC = tcc\\nprogram: " + " ".join(f"{name}.o" for name in [*names, "all", "start"]) + "\\n\\t$(CC) -nostdlib -o $@ $^\\n")
 """
 
 
@@ -238,11 +241,9 @@ def compile(box, random):
     goal = random.randint(1, 120)
     until(lambda: box.read("/log.rc") or len([*(box.root / "build").glob("*.o")]) >= goal, "make is at work")
     yield
-    assert "/build/program.so" not in box.names, "the compile was still under way"
+    assert "/build/program" not in box.names, "the compile was still under way"
     box.ended()
-    said = box.sh("make -C /build -q; echo $?; python3 -c 'import ctypes; print(ctypes.CDLL(\"/build/program.so\").all())'")
-    # f(n) = (n & 0xff) + n.
-    assert said == f"0\n{sum(2 * n for n in range(150))}\n", said
+    assert box.sh("make -C /build -q; echo $?; /build/program; echo $?") == "0\n7\n"
 
 
 PACKAGES = """
