@@ -59,6 +59,8 @@ RENAMED_SHARED_MEMORY = "/memfd:"
 
 #: An open flag without meaning on 64-bit kernels, where every file is a large one.
 O_LARGEFILE = 0o100000
+#: Open flags that only mean something while a file is being opened.
+OPENING_FLAGS = 0o20200000  # O_TMPFILE, O_DIRECTORY
 
 #: No part of a state.
 NOT_STATE: dict[str, str] = {
@@ -105,6 +107,9 @@ NORMALISED: dict[str, str] = {
                  "does. (The state of glibc's random numbers: it must not be in two sandboxes anyway.)",
     "RENAMED_SHARED_MEMORY": "shared anonymous memory comes back as `/memfd:/dev/zero`: the prefix is left out.",
     "O_LARGEFILE": "not compared. CRIU opens pipes and terminals with it; on a 64-bit kernel it means nothing.",
+    "OPENING_FLAGS": "O_DIRECTORY and O_TMPFILE are not compared: they mean something to open() alone.",
+    "EVEN_BUFFERS": "SO_SNDBUF and SO_RCVBUF of a socket are compared without their lowest bit: CRIU sets half of "
+                    "what it has read, and the kernel doubles that.",
     "CONNECTED_REUSEPORT": "SO_REUSEPORT of a connected TCP socket is not compared: CRIU sets it to rebuild a "
                            "connection next to its listener.",
     "SOCKET_MTIME": "of the file of a unix socket: not compared. CRIU binds the socket anew.",

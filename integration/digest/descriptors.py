@@ -16,7 +16,7 @@ from typing import Any, Callable
 
 import kernel
 import tree
-from definition import O_LARGEFILE
+from definition import O_LARGEFILE, OPENING_FLAGS
 
 _O_CLOEXEC, _O_PATH = 0o2000000, 0o10000000
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
@@ -47,7 +47,7 @@ class Descriptor:
 
     @property
     def flags(self) -> int:
-        return int(dict(self.info)["flags"], 8) & ~O_LARGEFILE
+        return int(dict(self.info)["flags"], 8) & ~O_LARGEFILE & ~OPENING_FLAGS
 
     @property
     def inode(self) -> tuple[int, int]:
@@ -314,6 +314,9 @@ def _options(sock: socket.socket, family: int, kind: int) -> dict[str, str | int
             value = sock.getsockopt(level, number, size)
             if value.strip(b"\0"):
                 found[name] = int.from_bytes(value, "little") if size == 4 else value.hex()
+    for name in ("sndbuf", "rcvbuf"):  # rule EVEN_BUFFERS
+        if isinstance(size := found.get(name), int):
+            found[name] = size & ~1
     return found
 
 

@@ -85,9 +85,13 @@ def rebase(box, random):
     goal = random.randint(1, 200)
     until(lambda: box.number("/busy/.git/rebase-merge/msgnum") >= goal, "the rebase is under way")
     yield
-    box.ended()
+    until(lambda: box.read("/log.rc"), "git ends")
+    if box.read("/log.rc") != "0\n":
+        # Files have other inodes and another ctime now, by which git tells whether somebody has changed them.
+        assert "git rebase --continue" in box.read("/log"), box.read("/log")
     said = box.sh("""
-        export HOME=/; cd /busy; git fsck --strict 2>&1; git status --porcelain; git rev-list --count main..topic; cat files/* | wc -l; cat log shared
+        export HOME=/; cd /busy; ! test -d .git/rebase-merge || git rebase --continue >/continued 2>&1 || cat /continued
+        git fsck --strict 2>&1; git status --porcelain; git rev-list --count main..topic; cat files/* | wc -l; cat log shared
         cd /clash; git status --porcelain; printf 'four\\n' >shared; git add shared; GIT_EDITOR=true git rebase --continue >/dev/null; git status --porcelain; git log --format=%s""")
     assert said.split("\n") == ["300", "60000", "301", "two", "UU shared", "clash", "meanwhile", "begin", ""], said
 
@@ -98,7 +102,8 @@ mode, fate = sys.argv[1:]
 name = f"/{mode}-{fate}"
 db = sqlite3.connect(name + ".db", isolation_level=None)
 # A small cache: pages of the open transaction are in the files, too, and a journal holds what they were.
-for pragma in (f"journal_mode={mode}", "cache_size=8", "synchronous=off"):
+# A WAL's index in shared memory has locks that CRIU loses, so that crab keeps no such process (test_poison.py).
+for pragma in ("locking_mode=exclusive", f"journal_mode={mode}", "cache_size=8", "synchronous=off"):
     db.execute(f"pragma {pragma}")
 db.execute("create table t (n integer primary key, text text)")
 db.execute("begin"); db.executemany("insert into t values (?, ?)", [(n, "old" * 200) for n in range(100)]); db.execute("commit")
@@ -218,11 +223,14 @@ for n, name in enumerate(names):
     with open(f"{name}.c", "w") as file:
         for i in range(1000):
             file.write(f"static int part{i}(int a) {{ int b = a; for (int i = 0; i < {i}; i++) b = b * 3 + i; return b & 0xff; }}\\n")
+        # part0(n) is n.
         file.write(f"int {name}(void) {{ return part7({n}) * 0 + part0({n}) + {n}; }}\\n")
 with open("all.c", "w") as file:
     file.write("".join(f"int {name}(void);\\n" for name in names) + "int all(void) { return " + " + ".join(f"{name}()" for name in names) + "; }\\n")
+with open("start.c", "w") as file:
+    file.write('int all(void); void _start(void) { int code = all() == %d ? 7 : 1; __asm__ volatile ("syscall" :: "a"(60), "D"(code)); }' % sum(2 * n for n in range(len(names))))
 with open("Makefile", "w") as file:
-    file.write("CC = tcc\\nprogram.so: " + " ".join(f"{name}.o" for name in [*names, "all"]) + "\\n\\t$(CC) -shared -nostdlib -o $@ $^\\n")
+    file.write("CC = tcc\\nprogram: " + " ".join(f"{name}.o" for name in [*names, "all", "start"]) + "\\n\\t$(CC) -nostdlib -o $@ $^\\n")
 """
 
 
@@ -233,11 +241,9 @@ def compile(box, random):
     goal = random.randint(1, 120)
     until(lambda: box.read("/log.rc") or len([*(box.root / "build").glob("*.o")]) >= goal, "make is at work")
     yield
-    assert "/build/program.so" not in box.names, "the compile was still under way"
+    assert "/build/program" not in box.names, "the compile was still under way"
     box.ended()
-    said = box.sh("make -C /build -q; echo $?; python3 -c 'import ctypes; print(ctypes.CDLL(\"/build/program.so\").all())'")
-    # f(n) = (n & 0xff) + n.
-    assert said == f"0\n{sum(2 * n for n in range(150))}\n", said
+    assert box.sh("make -C /build -q; echo $?; /build/program; echo $?") == "0\n7\n"
 
 
 PACKAGES = """

@@ -52,6 +52,9 @@ os.rename("/new", "/usr/bin/tac")"""),
     "a watched file that was deleted": ("CRIU", 'keep.append(open("/w", "w")); assert libc.inotify_add_watch(libc.inotify_init1(0), b"/w", 2) > 0; os.unlink("/w")'),
     "a deleted file with another name": ("deleted file \"/a\"", 'keep.append(open("/a", "w")); os.link("/a", "/b"); os.unlink("/a")'),
     "the same in memory": ("deleted file \"/dev/shm/a\"", 'keep.append(open("/dev/shm/a", "w")); os.link("/dev/shm/a", "/dev/shm/b"); os.unlink("/dev/shm/a")'),
+    "SQLite's WAL": ("holds a POSIX lock on \"/db-shm\"", """
+import sqlite3
+db = sqlite3.connect("/db"); db.execute("pragma journal_mode=wal"); db.execute("create table t (n)"); keep.append(db)"""),
     "io_uring": ("io_uring", "call(425, 4, ctypes.create_string_buffer(120))"),
     "userfaultfd": ("userfaultfd", "call(323, 1)"),
     "a landlock ruleset": ("landlock-ruleset", 'call(444, struct.pack("Q", 1), 8, 0)'),
@@ -117,7 +120,7 @@ def test_what_is_left_on_the_terminal_of_an_exec_is_named(tmp_path):
 def test_an_address_that_is_gone_is_named(tmp_path):
     server = 'server = socket.create_server(("{}", 7000)); keep += [server, socket.create_connection(("{}", 7000)), server.accept()]'
 
-    def case(address, begin, end, again):
+    def case(address, begin, end, again, words):
         def ip(*command):
             run("nsenter", "-t", box.container.pid, "-n", "ip", *command)
 
@@ -127,14 +130,14 @@ def test_an_address_that_is_gone_is_named(tmp_path):
             start(box, server.replace("{}", address))
             protected_again(box)
             ip(*end)
-            refused(box, f"{address}:7000")
+            refused(box, words)
             ip(*again)
             protected_again(box)
 
     bridge = ["link", "add", "b0", "type", "bridge"], ["address", "add", "10.9.9.2/24", "dev", "b0"], ["link", "set", "b0", "up"]
     together([
-        lambda: case("127.0.0.1", [], ["link", "set", "lo", "down"], ["link", "set", "lo", "up"]),
-        lambda: case("10.9.9.2", bridge, ["address", "delete", "10.9.9.2/24", "dev", "b0"], bridge[1]),
+        lambda: case("127.0.0.1", [], ["link", "set", "lo", "down"], ["link", "set", "lo", "up"], "lo is down"),
+        lambda: case("10.9.9.2", bridge, ["address", "delete", "10.9.9.2/24", "dev", "b0"], bridge[1], "10.9.9.2:7000"),
     ])
 
 

@@ -118,6 +118,12 @@ fn of_kind(kind: &Kind) -> Option<String> {
                 .into(),
             name => format!("has an open {name:?}, which CRIU cannot dump"),
         }),
+        // Dumped and restored with exit code 0, and without the locks: CRIU locks before it closes
+        // the descriptor through which it has mapped the file, and that drops a process's locks.
+        Kind::LockedAndMapped(path) => Some(format!(
+            "holds a POSIX lock on {path:?}, which it has also mapped (SQLite's WAL does that), \
+             and CRIU loses such locks: close the database, or use locking_mode=exclusive"
+        )),
         Kind::Outside(path) => Some(format!(
             "has {path:?} open, which is in no mount of the sandbox, so that CRIU cannot find it"
         )),
@@ -173,6 +179,14 @@ fn of_socket(socket: &Socket, snapshot: &Snapshot) -> Option<String> {
         return Some(format!(
             "has not accepted a connection to its port {port} for a while, and CRIU cannot dump \
              one that waits"
+        ));
+    }
+    // Dumped with exit code 0; the restore says "Can't connect inet socket back".
+    if socket.is_cut_off {
+        let port = socket.local.map_or(0, |local| local.port);
+        return Some(format!(
+            "has a connection inside the sandbox (port {port}), and the interface lo is down, so \
+             that it cannot be restored"
         ));
     }
     // Dumped with exit code 0; the restore says "Can't bind inet socket". For IPv6 CRIU binds

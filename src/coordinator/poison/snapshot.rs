@@ -100,6 +100,8 @@ pub enum Kind {
         /// How many it has.
         links: u32,
     },
+    /// A file on which it holds POSIX locks and which it has mapped.
+    LockedAndMapped(String),
     /// A file in memory that has no name at all.
     Memory(String),
     /// One end of a pseudoterminal.
@@ -324,17 +326,20 @@ fn read_process(pid: i32, mounts: &Mounts, left: &mut usize) -> Result<Process, 
     process.program = Some(look_at(pid, "exe", mounts)?);
     process.others.push(look_at(pid, "cwd", mounts)?);
     process.others.push(look_at(pid, "root", mounts)?);
-    process.others.extend(mapped(pid, mounts, left)?);
-    process.descriptors = descriptors(pid, mounts, left)?;
+    let maps = text(pid, "maps")?;
+    process.others.extend(mapped(pid, &maps, mounts, left)?);
+    process.descriptors = descriptors(pid, &maps, mounts, left)?;
     Ok(process)
 }
 
 fn descriptors(
     pid: i32,
+    maps: &str,
     mounts: &Mounts,
     left: &mut usize,
 ) -> Result<Vec<Descriptor>, SnapshotError> {
     let dir = proc(pid, "fd");
+    let mapped: BTreeSet<&str> = maps.lines().filter_map(mapped_path).collect();
     let mut found = Vec::new();
     let mut handle = None;
     for entry in fs::read_dir(&dir).map_err(at(&dir))? {
@@ -346,6 +351,14 @@ fn descriptors(
         let file = format!("fd/{fd}");
         let mut kind = look_at(pid, &file, mounts)?;
         match &mut kind {
+            Kind::Plain => {
+                let target = fs::read_link(proc(pid, &file)).unwrap_or_default();
+                if let Some(path) = target.to_str().filter(|path| mapped.contains(path))
+                    && has_posix_locks(&text(pid, &format!("fdinfo/{fd}"))?)
+                {
+                    kind = Kind::LockedAndMapped(shortened(path));
+                }
+            }
             Kind::Socket(socket) => *socket = sockets::look_at(&duplicate(pid, fd, &mut handle)?),
             Kind::Terminal {
                 is_master: true,
@@ -385,9 +398,25 @@ fn master_index(fdinfo: &str) -> u32 {
         .unwrap_or(u32::MAX)
 }
 
+/// The file in a line of `maps`: the sixth word and what follows.
+fn mapped_path(line: &str) -> Option<&str> {
+    let start = line.find('/')?;
+    Some(&line[start..])
+}
+
+/// By `fdinfo`: `lock: 1: POSIX  ADVISORY  WRITE 27 00:30:1452 120 120`.
+pub(super) fn has_posix_locks(fdinfo: &str) -> bool {
+    let mut locks = fdinfo.lines().filter_map(|l| l.strip_prefix("lock:"));
+    locks.any(|lock| lock.split_whitespace().nth(1) == Some("POSIX"))
+}
+
 /// Files that are mapped and have lost their names.
-fn mapped(pid: i32, mounts: &Mounts, left: &mut usize) -> Result<Vec<Kind>, SnapshotError> {
-    let maps = text(pid, "maps")?;
+fn mapped(
+    pid: i32,
+    maps: &str,
+    mounts: &Mounts,
+    left: &mut usize,
+) -> Result<Vec<Kind>, SnapshotError> {
     let mut found = Vec::new();
     for line in maps.lines().filter(|line| line.ends_with(" (deleted)")) {
         *left = left.checked_sub(1).ok_or(SnapshotError::TooMany)?;

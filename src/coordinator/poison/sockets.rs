@@ -1,6 +1,7 @@
 //! What a socket is, asked of the kernel through a copy of its descriptor.
 
 use std::{
+    ffi::CStr,
     mem::{MaybeUninit, size_of},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsRawFd, OwnedFd},
@@ -21,6 +22,8 @@ pub struct Socket {
     pub peer: Option<Address>,
     /// How many connections wait to be accepted, if it is a listening TCP socket.
     pub waiting: u32,
+    /// Whether it is connected through an `lo` that is down.
+    pub is_cut_off: bool,
 }
 
 /// An internet address and port. An IPv4 address in IPv6's clothes is an IPv4 address.
@@ -72,11 +75,33 @@ pub(super) fn look_at(socket: &OwnedFd) -> Socket {
     if found.is_inet() {
         found.local = address(socket, libc::getsockname).filter(|a| a.port != 0);
         found.peer = address(socket, libc::getpeername);
+        let through_lo = found.peer.is_some_and(|peer| peer.is_loopback());
+        found.is_cut_off = through_lo && is_down(socket, c"lo");
         if found.kind == libc::SOCK_STREAM && number(libc::SO_ACCEPTCONN) != 0 {
             found.waiting = waiting(socket);
         }
     }
     found
+}
+
+/// Whether an interface of the socket's network namespace is down.
+fn is_down(socket: &OwnedFd, interface: &CStr) -> bool {
+    // SAFETY: ifreq is plain data, for which all zeroes is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(interface.to_bytes()) {
+        *to = *from as libc::c_char;
+    }
+    // SAFETY: the request is a valid ifreq with a terminated name, and outlives the call.
+    let done = unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCGIFFLAGS as _,
+            &raw mut request,
+        )
+    };
+    // SAFETY: the kernel has filled in the flags when the call succeeds.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    done == 0 && libc::c_int::from(flags) & libc::IFF_UP == 0
 }
 
 /// Of a listening socket, the kernel counts those in `tcpi_unacked` (`tcp_get_info`).

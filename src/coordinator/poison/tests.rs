@@ -3,7 +3,7 @@ use std::{
     net::{TcpListener, TcpStream},
 };
 
-use super::{sockets::local_addresses, *};
+use super::{snapshot::has_posix_locks, sockets::local_addresses, *};
 
 fn process(pid: i32, kinds: &[Kind]) -> Process {
     let kinds = (0..).zip(kinds.iter().cloned());
@@ -58,7 +58,7 @@ fn inet(local: &str, peer: Option<&str>) -> Kind {
         protocol: libc::IPPROTO_TCP,
         local: Some(local),
         peer: peer.map(address),
-        waiting: 0,
+        ..Socket::default()
     })
 }
 
@@ -101,6 +101,7 @@ fn what_cannot_come_back_is_named_and_all_else_is_fine() {
                 anonymous("pidfd"),
             ],
         ),
+        ("\"/db-shm\"", vec![Kind::LockedAndMapped("/db-shm".into())]),
         ("io_uring", vec![anonymous("io_uring")]),
         ("\"userfaultfd\"", vec![anonymous("userfaultfd")]),
         ("\"landlock-ruleset\"", vec![anonymous("landlock-ruleset")]),
@@ -188,6 +189,23 @@ fn a_connection_that_waits_is_named_with_its_port() {
     let snapshot = sandbox(vec![process(1, &[Kind::Socket(socket)])]);
     assert!(snapshot.has_waiting_connection());
     assert!(said(&snapshot).contains("port 80"));
+}
+
+#[test]
+fn a_connection_through_a_lo_that_is_down_is_named() {
+    let Kind::Socket(mut socket) = inet("127.0.0.1:80", Some("127.0.0.1:90")) else {
+        panic!()
+    };
+    socket.is_cut_off = true;
+    assert!(said(&sandbox(vec![process(1, &[Kind::Socket(socket)])])).contains("port 80"));
+}
+
+#[test]
+fn posix_locks_are_read_from_fdinfo() {
+    // As shown by kernel 6.18.
+    let posix = "pos:\t0\nflags:\t02\nlock:\t1: POSIX  ADVISORY  WRITE 27 00:30:1452 120 120\n";
+    let flock = "pos:\t0\nflags:\t02\nlock:\t1: FLOCK  ADVISORY  WRITE 27 00:30:1452 0 EOF\n";
+    assert!(has_posix_locks(posix) && !has_posix_locks(flock) && !has_posix_locks("pos:\t0\n"));
 }
 
 #[test]
