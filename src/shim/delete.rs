@@ -136,6 +136,11 @@ pub fn after_death(host: &dyn Host, sandbox: &SandboxId, bundle: &Path) -> Delet
     }
     let pid = crate::runtime::runc::read_pid(&bundle.join("init.pid")).unwrap_or(0);
     let runtime = host.runtime(&config, sandbox.namespace(), run_dir.path());
+    if !cgroup.is_empty() {
+        // It may have died in a rollback, and a restore goes on without it.
+        let ended = runtime.end_calls(sandbox.id());
+        attempt("end a restore", ended.map_err(|e| e.to_string()));
+    }
     let deleted = runtime.delete(sandbox.id(), true);
     attempt("delete", deleted.map_err(|e| e.to_string()));
     attempt("remove the cgroup", host.remove_cgroup(&cgroup));
