@@ -214,7 +214,7 @@ class Ctr:
 class Docker:
     """A container made by docker."""
 
-    def __init__(self, runtime, *command, options=(), name="d", verb="run", image=IMAGE):
+    def __init__(self, runtime, *command, options=(), name="dock", verb="run", image=IMAGE):
         self.name = unique(name)
         self.runtime = runtime
         detach = ("--detach",) if verb == "run" else ()

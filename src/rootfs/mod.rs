@@ -18,7 +18,7 @@ mod tests;
 
 pub use copy::{CaptureStats, capture, capture_with};
 pub use delta::{LayerChanges, capture_changes};
-pub use mount::{MountError, MountSpec, mount_all, unmount, unmount_busy_is_error};
+pub use mount::{MountError, MountSpec, mount_all, unmount, unmount_below, unmount_busy_is_error};
 pub(crate) use overlay::parse_mountinfo;
 pub use overlay::{NoOverlay, Overlay};
 pub use prestaged::Prestaged;

@@ -13,6 +13,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::overlay::parse_mountinfo;
 use crate::tree::{open_within, proc_path};
 
 /// The kernel copies at most this much of a mount's data, its terminator included, and drops the
@@ -117,6 +118,26 @@ pub fn unmount(target: &Path) -> Result<(), MountError> {
 /// The same, but what is busy stays mounted and is an error.
 pub fn unmount_busy_is_error(target: &Path) -> Result<(), MountError> {
     patiently(|| all_of(target, MntFlags::empty()))
+}
+
+/// Unmounts whatever is mounted below `dir`, the latest first, also what is busy.
+pub fn unmount_below(dir: &Path) -> Result<(), MountError> {
+    let busy = |errno| MountError::Busy {
+        target: dir.to_owned(),
+        errno,
+    };
+    let list = std::fs::read("/proc/thread-self/mountinfo");
+    let list = list.map_err(|e| busy(Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO))))?;
+    let mut points: Vec<_> = parse_mountinfo(&list).map(|m| m.mountpoint).collect();
+    points.retain(|point| point != dir && point.starts_with(dir));
+    for point in points.iter().rev() {
+        match nix::mount::umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            // It has gone with one above it.
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+            Err(errno) => return Err(busy(errno)),
+        }
+    }
+    Ok(())
 }
 
 /// Unmounts what is on top at `target`, and nothing below it.

@@ -4,6 +4,7 @@
 //! over a fake without root. [`runc::Runc`] is the real one and the only place that builds a
 //! runtime's command line.
 
+mod calls;
 pub mod criu_conf;
 pub mod descriptors;
 mod log_file;
@@ -196,6 +197,8 @@ pub trait OciRuntime: Send + Sync {
     /// Makes the runtime forget a container whose processes are all gone, and nothing else: its
     /// cgroup stays as it is, for a restore under the same id. An unknown one is no error.
     fn forget(&self, id: &str) -> Result<(), RuntimeError>;
+    /// Ends what a dead shim has left under way: calls about a container that go on without it.
+    fn end_calls(&self, id: &str) -> Result<(), RuntimeError>;
     /// Dumps the container's processes. When `stop` says so, the dump is killed, which only a
     /// sandbox that is to die can bear.
     fn checkpoint(

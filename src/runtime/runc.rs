@@ -14,13 +14,20 @@ use std::{
     time::Duration,
 };
 
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, umount2},
+};
+
 use super::{
-    Checkpoint, Create, Ended, Exec, OciRuntime, Restore, RuntimeError, Spawner, Stdio,
+    Checkpoint, Create, Ended, Exec, OciRuntime, Restore, RuntimeError, Spawner, Stdio, calls,
     log_file::LogFile,
 };
 
 /// What any other call than a dump may take. A hung runtime must not hang the shim for ever.
 const LIMIT: Duration = Duration::from_secs(120);
+/// See [`Runc::detach`].
+const CRIU_ROOT: &str = "criu-root";
 /// As much of stderr as goes into an error.
 const MAX_STDERR: u64 = 16 * 1024;
 
@@ -43,6 +50,21 @@ impl Runc {
     fn is_crun(&self) -> bool {
         let name = Path::new(&self.binary).file_name();
         name.is_some_and(|name| name.to_string_lossy().starts_with("crun"))
+    }
+
+    /// For the time of a restore runc binds the root file system to a directory within its own state.
+    /// If it was killed then, whoever removes that state, as runc itself does without a look, would
+    /// remove the sandbox's files.
+    fn detach(&self, id: &str) -> Result<(), RuntimeError> {
+        let path = self.root.join(id).join(CRIU_ROOT);
+        match umount2(&path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+            Err(e) => Err(RuntimeError::File {
+                what: "cannot unmount what a restore has left at",
+                path,
+                source: e.into(),
+            }),
+        }
     }
 
     fn command(&self, log: &LogFile, verb: &str) -> Command {
@@ -190,6 +212,7 @@ impl OciRuntime for Runc {
     }
 
     fn delete(&self, id: &str, force: bool) -> Result<(), RuntimeError> {
+        self.detach(id)?;
         let done = self.run("delete", LIMIT, None, |c| {
             flag(c, force, "--force");
             c.arg(id);
@@ -205,6 +228,7 @@ impl OciRuntime for Runc {
     /// which the inspector knows it. Both runc and crun keep all that they know of a container in
     /// one directory, and are asked about it no more.
     fn forget(&self, id: &str) -> Result<(), RuntimeError> {
+        self.detach(id)?;
         let dir = self.root.join(id);
         match fs::remove_dir_all(&dir) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(RuntimeError::File {
@@ -214,6 +238,14 @@ impl OciRuntime for Runc {
             }),
             _ => Ok(()),
         }
+    }
+
+    fn end_calls(&self, id: &str) -> Result<(), RuntimeError> {
+        calls::end(&self.root, id).map_err(|source| RuntimeError::File {
+            what: "cannot end calls of the runtime with --root",
+            path: self.root.clone(),
+            source,
+        })
     }
 
     fn checkpoint(

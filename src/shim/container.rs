@@ -396,13 +396,13 @@ impl Container {
         if let Some(io) = self.init.io() {
             io.leader_exited();
         }
+        if let Some(pid) = inner.told_zombie.take() {
+            self.host.reaper().release(pid);
+        }
         // One step for every client: whoever sees it stopped acts after its end was told.
         inner.phase = Phase::Stopped;
         self.init.ended(exit);
         self.report_exit("", exit);
-        if let Some(pid) = inner.told_zombie.take() {
-            self.host.reaper().release(pid);
-        }
         drop(inner);
         // Lets go of the store, so that a restore can be armed before the task is deleted.
         self.stop_turns();

@@ -138,6 +138,10 @@ pub(super) fn clear(host: &dyn Host, sandbox: &SandboxId, remains: Option<&Remai
         config.systemd_cgroup = remains.systemd_cgroup;
     }
     let runtime = host.runtime(&config, sandbox.namespace(), run_dir.path());
+    if remains.is_some_and(|r| !r.cgroup.is_empty()) {
+        // It may have died in a rollback, and a restore goes on without it.
+        attempt(sandbox, "end a restore", runtime.end_calls(sandbox.id()));
+    }
     attempt(sandbox, "delete", runtime.delete(sandbox.id(), true));
     // A runtime that ended with its shim, half-way, has made a cgroup and written no state yet; in
     // a rollback it has been made to forget the container.

@@ -74,10 +74,9 @@ pub fn roll_back(container: &Arc<Container>, turn: TurnNo) -> Result<RolledBack>
         _ => container.kill_restored(),
     }
     done.map_err(|failure| match failure {
-        Failure::Untouched(why) => ShimError::new(
-            Kind::Failed,
-            format!("{step}: {why}: nothing was touched, the sandbox goes on as it was"),
-        ),
+        Failure::Untouched(why) => {
+            ShimError::new(Kind::Failed, format!("{step}: {why}: nothing was touched"))
+        }
         Failure::Ended(why) => ShimError::new(
             Kind::Failed,
             format!(

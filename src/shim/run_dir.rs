@@ -60,9 +60,11 @@ impl RunDir {
         self.0.join("criu-work")
     }
 
-    /// Removes it and the network namespace in it. What is gone already is no error.
+    /// Removes it and the network namespace in it, and what a killed CRIU has mounted there. What is
+    /// gone already is no error.
     pub fn remove(&self) -> io::Result<()> {
         super::netns::remove(&self.netns())?;
+        crate::rootfs::unmount_below(&self.0).map_err(io::Error::other)?;
         match fs::remove_dir_all(&self.0) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),

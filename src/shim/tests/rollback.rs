@@ -276,6 +276,61 @@ fn a_failure_after_the_kill_is_the_end_and_says_what_to_do() {
     }
 }
 
+/// Clients wait for the end of the streams before they delete a task.
+#[test]
+fn the_streams_end_with_a_sandbox_that_could_not_be_brought_back() {
+    use std::{io::Read, os::unix::fs::OpenOptionsExt};
+    for verb in [Verb::Forget, Verb::Restore] {
+        let bed = Bed::unborn("");
+        bed.machine.make_mortal();
+        let fifo = bed.path("stdout");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut open = fs::OpenOptions::new();
+        let mut client = open
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&fifo)
+            .unwrap();
+        let mut request = bed.protected_request();
+        request.stdout = fifo.to_str().unwrap().into();
+        bed.create_as(request).unwrap();
+        bed.start("c", "").unwrap();
+        let turn = bed.container("c").checkpoint_now(None).unwrap().turn;
+        bed.machine.fail(verb, "it failed");
+        bed.roll_back(turn.0).unwrap_err();
+        let deadline = Instant::now() + LIMIT;
+        // As long as a writer is there, nothing to read is no end.
+        while client.read(&mut [0; 16]).is_err() {
+            assert!(Instant::now() < deadline, "{verb:?}: no end of the stream");
+            thread::yield_now();
+        }
+        bed.ended_with(137);
+    }
+}
+
+#[test]
+fn what_a_shim_leaves_that_dies_in_a_rollback_is_cleaned_up() {
+    use crate::shim::delete::after_death;
+    let bed = Bed::gone_on("");
+    let id = crate::sandbox::SandboxId::new("test", "c").unwrap();
+    let bundle = bed.path("bundles/c");
+    bed.roll_back(1).unwrap();
+    // As if another process did it.
+    let answer = after_death(&*bed.machine, &id, &bundle);
+    assert_eq!(answer.exit_status, 137);
+    assert_eq!(
+        answer.pid,
+        bed.state("c", "").unwrap().pid,
+        "the pid that the client knows"
+    );
+    let calls = bed.calls_since("end calls");
+    assert_eq!(calls[..2], ["end calls c", "delete --force c"]);
+    assert!(
+        calls[2].starts_with("remove cgroup") && calls[3].starts_with("unmount"),
+        "{calls:?}"
+    );
+}
+
 #[test]
 fn death_while_the_processes_are_replaced_does_not_wait() {
     let bed = Bed::gone_on("");
@@ -389,16 +444,23 @@ fn whoever_wants_to_change_it_waits() {
     let back = bed.go(|bed| bed.roll_back(1));
     blocked.wait();
     let start = bed.go(|bed| bed.start("c", "e"));
-    let pause = bed.go(|bed| bed.pause("c"));
-    let again = bed.go(|bed| bed.roll_back(1));
-    assert!(start.waits() && pause.waits() && again.waits());
+    assert!(start.waits());
     blocked.release();
     back.get().unwrap();
     start.get().unwrap();
+
+    let blocked = bed.machine.block(Verb::Restore);
+    let back = bed.go(|bed| bed.roll_back(1));
+    blocked.wait();
+    let pause = bed.go(|bed| bed.pause("c"));
+    let again = bed.go(|bed| bed.roll_back(1));
+    assert!(pause.waits() && again.waits());
+    blocked.release();
+    back.get().unwrap();
     pause.get().unwrap();
     again.get().unwrap();
     assert_eq!(bed.status("c", ""), Status::PAUSED);
-    assert_eq!(bed.machine.count("restore"), 2);
+    assert_eq!(bed.machine.count("restore"), 3);
 }
 
 #[test]

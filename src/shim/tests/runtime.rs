@@ -70,6 +70,11 @@ impl OciRuntime for FakeRuntime {
         Ok(())
     }
 
+    fn end_calls(&self, id: &str) -> Answer {
+        self.0.record(format!("end calls {id}"));
+        Ok(())
+    }
+
     fn checkpoint(&self, id: &str, args: &Checkpoint, _: &dyn Fn() -> bool) -> Answer {
         self.0.record(format!("checkpoint {id}"));
         self.0.record_dump(args);

@@ -13,13 +13,26 @@ const ENABLED: &str = "enabled = true\nnot_turns = [\"health*\"]\n";
 impl Bed {
     /// A protected container `c`, with a writable layer.
     pub(super) fn protected(config: &str) -> Self {
+        let bed = Self::unborn(config);
+        bed.create_as(bed.protected_request()).unwrap();
+        bed.start("c", "").unwrap();
+        bed
+    }
+
+    /// The same, before it is created.
+    pub(super) fn unborn(config: &str) -> Self {
         let bed = Self::with(&format!("{ENABLED}{config}"));
         let upper = bed.path("upper");
         fs::create_dir(&upper).unwrap();
         fs::write(upper.join("file"), "text").unwrap();
         bed.machine.set_upper(&upper);
-        let mut request = bed.request("c");
-        let option = |name: &str, dir: &str| format!("{name}={}", bed.path(dir).display());
+        bed
+    }
+
+    /// A request for a container whose files are in `upper`.
+    pub(super) fn protected_request(&self) -> CreateTaskRequest {
+        let mut request = self.request("c");
+        let option = |name: &str, dir: &str| format!("{name}={}", self.path(dir).display());
         request.rootfs.push(Mount {
             type_: "overlay".into(),
             source: "overlay".into(),
@@ -30,9 +43,7 @@ impl Bed {
             ],
             ..Default::default()
         });
-        bed.create_as(request).unwrap();
-        bed.start("c", "").unwrap();
-        bed
+        request
     }
 
     pub(super) fn store(&self) -> SandboxStore {
