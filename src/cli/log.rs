@@ -54,7 +54,7 @@ pub(super) fn describe(line: &JournalLine) -> String {
 }
 
 /// A size for people.
-fn bytes(n: u64) -> String {
+pub(super) fn bytes(n: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut size = n as f64;
     let mut unit = 0;

@@ -3,10 +3,12 @@
 //! Exit codes: 0 done, 1 failed, 2 wrong usage.
 
 mod docker;
+mod gc;
 mod log;
 mod ps;
 mod restore;
 mod turns;
+mod verify;
 
 use std::{
     io::{self, Write},
@@ -73,6 +75,17 @@ enum Verb {
         /// Container id, a unique prefix of it, or a Docker name; with @TURN or @NAME one checkpoint
         sandbox: Option<String>,
     },
+    /// Free the space of what no checkpoint needs any more. Running sandboxes do so themselves
+    Gc {
+        /// Container id, a unique prefix of it, or a Docker name; without it, all
+        sandbox: Option<String>,
+        /// Let all checkpoints go but the newest N, the armed one, and those with a name
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        keep: Option<u32>,
+        /// Remove everything about sandboxes whose container is gone
+        #[arg(long)]
+        gone: bool,
+    },
 }
 
 /// What every verb works with.
@@ -80,6 +93,9 @@ struct Scope {
     namespace: Option<String>,
     json: bool,
     store_root: PathBuf,
+    /// How large the checkpoints of all sandboxes, and of one, may be.
+    store_limit: Option<u64>,
+    sandbox_limit: Option<u64>,
 }
 
 /// Does what the command line says.
@@ -104,6 +120,8 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         namespace: args.namespace,
         json: args.json,
         store_root: config.store,
+        store_limit: config.store_limit,
+        sandbox_limit: config.sandbox_limit,
     };
     match args.verb {
         Verb::Ps => ps::run(&context),
@@ -114,7 +132,12 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
             cancel,
             start,
         } => restore::run(&context, &sandbox, cancel, start),
-        Verb::Verify { sandbox } => verify(&context, sandbox.as_deref()),
+        Verb::Verify { sandbox } => verify::run(&context, sandbox.as_deref()),
+        Verb::Gc {
+            sandbox,
+            keep,
+            gone,
+        } => gc::run(&context, sandbox.as_deref(), keep, gone),
     }
 }
 
@@ -194,50 +217,6 @@ fn checkpoint(context: &Scope, word: &str, name: Option<&str>) -> anyhow::Result
     } else {
         let line: crate::store::JournalLine = serde_json::from_str(&line)?;
         print(&log::describe(&line))?;
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-fn verify(context: &Scope, word: Option<&str>) -> anyhow::Result<ExitCode> {
-    let store = context.store()?;
-    let (word, which) = match word.map(split_at) {
-        Some((word, which)) => (Some(word), which),
-        None => (None, None),
-    };
-    let sandboxes = match word {
-        Some(word) => vec![context.find(word)?],
-        None => store.sandboxes()?,
-    };
-    let mut broken = 0;
-    for sandbox in sandboxes {
-        let checkpoints = store.sandbox(&sandbox);
-        let turns = match which {
-            Some(_) => vec![turns::find(&checkpoints, which)?.by],
-            None => checkpoints.turns()?,
-        };
-        for turn in turns {
-            let faults: Vec<String> = match checkpoints.verify(turn) {
-                Ok(faults) => faults.iter().map(ToString::to_string).collect(),
-                Err(e) => vec![e.to_string()],
-            };
-            broken += usize::from(!faults.is_empty());
-            if context.json {
-                let object = serde_json::json!({
-                    "sandbox": sandbox.id(), "namespace": sandbox.namespace(),
-                    "turn": turn, "faults": faults,
-                });
-                print(&object.to_string())?;
-            } else if faults.is_empty() {
-                print(&format!("{sandbox}@{turn}  ok"))?;
-            } else {
-                for fault in faults {
-                    print(&format!("{sandbox}@{turn}  BROKEN  {}", printable(&fault)))?;
-                }
-            }
-        }
-    }
-    if broken > 0 {
-        bail!("{broken} broken checkpoint(s)");
     }
     Ok(ExitCode::SUCCESS)
 }

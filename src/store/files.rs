@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-use super::StoreError;
+use super::{StoreError, failpoint::failpoint};
 
 /// Wraps an I/O error with what was tried, and where.
 pub(super) fn io(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
@@ -99,14 +99,19 @@ pub(super) fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
     name.push(path.file_name().unwrap_or_default());
     let temporary = path.with_file_name(name);
     remove(&temporary)?;
+    failpoint("write a file");
     let file = write_new(&temporary, content)?;
+    failpoint("sync a file");
     file.sync_all().map_err(io("fsync", &temporary))?;
+    failpoint("rename a file");
     fs::rename(&temporary, path).map_err(io("rename", &temporary))?;
+    failpoint("sync its directory");
     path.parent().map_or(Ok(()), sync_dir)
 }
 
 /// Removes a file; true if there was one.
 pub(super) fn remove(path: &Path) -> Result<bool, StoreError> {
+    failpoint("remove a file");
     match fs::remove_file(path) {
         Ok(()) => Ok(true),
         Err(e) if absent(&e) => Ok(false),

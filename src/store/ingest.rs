@@ -26,6 +26,9 @@ pub(super) struct Ingest {
     pub(super) objects: Objects,
     pub(super) writer: PackWriter,
     buffer: Vec<u8>,
+    /// A tree is being edited: pages that change are new ones, unless an earlier state comes back,
+    /// and then they are kept twice. To look for each in all packs would cost more.
+    pub(super) pages_are_new: bool,
 }
 
 impl PutList for Ingest {
@@ -40,6 +43,7 @@ impl Ingest {
             objects,
             writer,
             buffer: Vec::new(),
+            pages_are_new: false,
         }
     }
 
@@ -53,7 +57,10 @@ impl Ingest {
         known: Option<Digest>,
     ) -> Result<Digest, StoreError> {
         let digest = Digest::of_object(kind, bytes);
-        let there = known == Some(digest) || self.writer.has(&digest) || self.objects.has(&digest);
+        let is_new = self.pages_are_new && !matches!(kind, kind::CHUNK | kind::LIST);
+        let there = known == Some(digest)
+            || self.writer.has(&digest)
+            || !is_new && self.objects.has(&digest);
         if !there {
             self.writer.add(kind, digest, bytes)?;
         }

@@ -21,7 +21,7 @@ use rustix::{
 };
 
 use super::{
-    Checkpoint, FileEntry, SandboxStore, StoreError,
+    Checkpoint, FileEntry, SandboxStore, StoreError, Tree,
     content::{Cut, read_chunk},
     directory,
     entry::{Node, TreeEntry},
@@ -155,6 +155,24 @@ impl Checkpoint {
             write_content(&mut objects, &file, &entry.cut(), &path)?;
         }
         Ok(())
+    }
+}
+
+impl Tree {
+    /// Writes one name of the tree, with everything below it, to `dest`, where nothing may be. Names
+    /// that are links of each other become so within one call.
+    pub fn lay_out(&mut self, path: &Path, dest: &Path) -> Result<(), StoreError> {
+        let entry = self.lookup(path)?.ok_or_else(|| StoreError::Unfit {
+            path: path.to_owned(),
+            reason: "the checkpoint has no such name".into(),
+        })?;
+        if matches!(entry.node, Node::Directory(_)) {
+            return lay_out_tree(&mut self.objects, entry, dest);
+        }
+        let parent = tree::open_root(dest.parent().unwrap_or(dest))?;
+        let name = dest.file_name().unwrap_or_default().as_bytes();
+        let name = CString::new(name).map_err(|_| self.objects.damaged("a name"))?;
+        make_inode(&mut self.objects, &entry, parent.as_fd(), &name, dest)
     }
 }
 

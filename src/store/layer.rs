@@ -148,12 +148,15 @@ pub(super) fn delta(
     // By names from the root on, as a walk would come to them; what is removed goes first.
     all.sort_by(|a, b| (a.path, !a.is_removed).cmp(&(b.path, !b.is_removed)));
     let root = directory::read_root(&mut ingest.objects, base)?;
+    ingest.pages_are_new = true;
     let mut editor = Editor::new(ingest, upper, root)?;
     for change in &all {
         editor.apply(change)?;
     }
     let root = editor.finish()?;
-    put_root(ingest, root)
+    let root = put_root(ingest, root);
+    ingest.pages_are_new = false;
+    root
 }
 
 struct Change<'a> {

@@ -76,6 +76,8 @@ pub(super) struct Objects {
     cache: VecDeque<(usize, u32, Arc<Vec<u8>>)>,
     /// Whether each pack is checked before anything in it is used.
     strict: bool,
+    /// The pack that had the object asked for last: likely the next one's, too.
+    last: usize,
 }
 
 #[derive(Debug)]
@@ -93,6 +95,7 @@ impl Objects {
             broken: Vec::new(),
             cache: VecDeque::new(),
             strict: false,
+            last: 0,
         };
         objects.open_all()?;
         Ok(objects)
@@ -177,10 +180,15 @@ impl Objects {
 
     fn try_get(&mut self, digest: &Digest) -> Result<Option<(u8, Vec<u8>)>, StoreError> {
         let mut error = None;
-        for number in 0..self.packs.len() {
+        let last = self.last;
+        let others = (0..self.packs.len()).filter(|number| *number != last);
+        for number in std::iter::once(last).chain(others) {
             match self.get_from(number, digest) {
                 Ok(None) => {}
-                Ok(found) => return Ok(found),
+                Ok(found) => {
+                    self.last = number;
+                    return Ok(found);
+                }
                 // Another pack may have it, too.
                 Err(e) => {
                     error.get_or_insert(e);

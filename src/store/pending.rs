@@ -50,7 +50,8 @@ pub enum Files<'a> {
 pub enum Images<'a> {
     /// CRIU's images are staged; none may be.
     Staged,
-    /// They are those of an earlier checkpoint.
+    /// They are those of an earlier checkpoint, which must still be in the store. The newest one will
+    /// do, even if it has its processes from an earlier one itself.
     Same(&'a Checkpoint),
 }
 
@@ -104,6 +105,7 @@ impl Pending {
         let dir = store.scratch_dir().join(format!("staged-{turn}"));
         let builder = super::dir_builder();
         let make = |path: &Path| builder.create(path).map_err(files::io("make", path));
+        remove_tree(&dir)?;
         make(&dir)?;
         let staging = Staging {
             image: dir.join("image"),

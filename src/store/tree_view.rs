@@ -16,7 +16,7 @@ use super::{
 /// The writable layer of one checkpoint.
 #[derive(Debug)]
 pub struct Tree {
-    objects: Objects,
+    pub(super) objects: Objects,
     root: TreeEntry,
 }
 

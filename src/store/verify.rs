@@ -1,6 +1,10 @@
 //! Whether the store still holds what was put into it.
 
-use std::{collections::HashSet, fmt, path::PathBuf};
+use std::{
+    collections::HashSet,
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use super::{
     Digest, FileEntry, SandboxStore, StoreError,
@@ -134,7 +138,7 @@ impl Verifier {
         }
     }
 
-    fn directory(&mut self, path: &PathBuf, dir: &DirRef, todo: &mut Vec<(PathBuf, TreeEntry)>) {
+    fn directory(&mut self, path: &Path, dir: &DirRef, todo: &mut Vec<(PathBuf, TreeEntry)>) {
         if self.sound.contains(&dir.root) {
             return;
         }
@@ -160,13 +164,13 @@ impl Verifier {
     }
 }
 
-fn shown(path: &std::path::Path) -> String {
+fn shown(path: &Path) -> String {
     use std::os::unix::ffi::OsStrExt;
     path.as_os_str().as_bytes().escape_ascii().to_string()
 }
 
 /// Every block and object of one pack. An error if it is broken in a way that ends the search.
-fn check_pack(path: &std::path::Path) -> Result<Vec<String>, StoreError> {
+fn check_pack(path: &Path) -> Result<Vec<String>, StoreError> {
     let mut pack = Pack::open(path)?;
     let mut faults = Vec::new();
     if let Err(e) = pack.manifest() {

@@ -20,6 +20,8 @@ use super::{
 
 /// After so many searches in the file, the whole index is read into memory.
 const SEARCHES: u32 = 64;
+/// An index that is no larger is read at once.
+const SMALL_INDEX: u64 = 16 << 10;
 
 /// A pack, open to be read. Its header and trailer are sound; everything else is checked when it
 /// is read.
@@ -194,7 +196,8 @@ impl Pack {
     pub fn find(&mut self, digest: &Digest) -> Result<Option<Place>, StoreError> {
         if self.index.is_none() {
             self.searches += 1;
-            if self.searches <= SEARCHES {
+            let size = self.trailer.objects * format::INDEX_ENTRY as u64;
+            if self.searches <= SEARCHES && size > SMALL_INDEX {
                 return self.find_in_file(digest);
             }
         }

@@ -17,9 +17,11 @@ use super::{
     format::{self, Block, Place, Trailer},
 };
 
-/// A block is closed once it has so many bytes. Larger ones compress better; smaller ones cost
-/// less to read for one object in them.
-const BLOCK: usize = 128 << 10;
+/// A block of contents is closed once it has so many bytes. Larger ones compress better; smaller
+/// ones cost less to read for one object in them.
+const CONTENT_BLOCK: usize = 128 << 10;
+/// The same for trees and lists, of which a commit reads a few here and there.
+const STRUCTURE_BLOCK: usize = 32 << 10;
 /// Of zstd: memory changes between two checkpoints faster than a better level would pay.
 const LEVEL: i32 = 1;
 const BUFFER: usize = 256 << 10;
@@ -76,9 +78,9 @@ impl PackWriter {
         let Some(length) = length.filter(|length| *length as usize <= MAX_OBJECT) else {
             return Err(self.unfit("an object is too large"));
         };
-        let open = match kind {
-            kind::CHUNK => &mut self.content,
-            _ => &mut self.structure,
+        let (open, limit) = match kind {
+            kind::CHUNK => (&mut self.content, CONTENT_BLOCK),
+            _ => (&mut self.structure, STRUCTURE_BLOCK),
         };
         let place = Place {
             block: u32::MAX,
@@ -88,7 +90,7 @@ impl PackWriter {
         };
         open.bytes.extend_from_slice(bytes);
         open.objects.push(digest);
-        let full = open.bytes.len() >= BLOCK;
+        let full = open.bytes.len() >= limit;
         self.objects.insert(digest, place);
         match full {
             true => self.close_block(kind == kind::CHUNK),

@@ -335,3 +335,31 @@ fn processes_upon_another_file_than_at_their_dump_are_told() {
     assert_eq!(changed(&[&directory], Files::Whole), None);
     assert_eq!(changed(&[&absent], Files::Whole), Some("a/none".into()));
 }
+
+#[test]
+fn one_name_and_what_is_below_it_is_laid_out() {
+    let bed = bed();
+    let writer = bed.writer();
+    let pending = writer.begin(TurnNo(1)).unwrap();
+    fs::create_dir(pending.upper_dir()).unwrap();
+    zoo(pending.upper_dir());
+    fs::remove_file(pending.upper_dir().join("sparse")).unwrap();
+    let upper = pending.upper_dir().to_owned();
+    let (made, staging) = pending
+        .commit(facts(), Images::Staged, Files::Whole)
+        .unwrap();
+    let mut tree = made.tree().unwrap().unwrap();
+    for name in ["a", "link", "whiteout", "fifo", "a/file", "nothing"] {
+        let dest = bed.dir.path().join("dest");
+        tree.lay_out(Path::new(name), &dest).unwrap();
+        let (mut found, mut wanted) = (look(&dest), look(&upper.join(name)));
+        // One of its names lies elsewhere in the tree.
+        found.values_mut().for_each(|seen| seen.link = None);
+        wanted.values_mut().for_each(|seen| seen.link = None);
+        assert_eq!(found, wanted, "{name}");
+        crate::tree::remove_tree(&dest).unwrap();
+    }
+    tree.lay_out(Path::new("none"), &upper.join("x"))
+        .unwrap_err();
+    drop(staging);
+}

@@ -1,6 +1,7 @@
 //! What must hold of the store.
 
 mod commit;
+mod cost;
 mod damage;
 mod death;
 mod fixture;

@@ -1,0 +1,175 @@
+//! `crab gc`: space that nothing needs.
+//!
+//! A running sandbox's shim is the one writer of its checkpoints, and collects after its turns; here
+//! such a sandbox is passed over. The turns that a container keeps may be set by its annotations,
+//! which nobody knows here: so none goes unless `--keep` says so, or a limit of the configuration
+//! demands it.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context, bail};
+
+use super::{Scope, log::bytes, print, printable};
+use crate::{
+    sandbox::SandboxId,
+    store::{Freed, Retention, Store, StoreError},
+};
+
+pub(super) fn run(
+    scope: &Scope,
+    word: Option<&str>,
+    keep: Option<u32>,
+    gone: bool,
+) -> anyhow::Result<ExitCode> {
+    let store = scope.store()?;
+    store.tidy()?;
+    let mut sandboxes = match word {
+        Some(word) => vec![scope.find(word)?],
+        None => store.sandboxes()?,
+    };
+    sandboxes.retain(|s| {
+        scope
+            .namespace
+            .as_deref()
+            .is_none_or(|n| n == s.namespace())
+    });
+    let mut known = Known::default();
+    let mut failed = 0;
+    for sandbox in &sandboxes {
+        let is_gone = match gone {
+            true => known.is_gone(sandbox),
+            false => Ok(false),
+        };
+        let done = is_gone.and_then(|is_gone| {
+            match is_gone {
+                true => store.remove(sandbox).map(|freed| (freed, true)),
+                false => collect(scope, &store, sandbox, keep).map(|freed| (freed, false)),
+            }
+            .map_err(anyhow::Error::from)
+        });
+        match done {
+            Ok((freed, removed)) => say(scope, sandbox, &freed, removed)?,
+            Err(e) => {
+                let running = matches!(e.downcast_ref(), Some(StoreError::Locked { .. }));
+                refuse(scope, sandbox, &e, running)?;
+                failed += usize::from(!running);
+            }
+        }
+    }
+    if failed > 0 {
+        bail!("{failed} sandbox(es) could not be collected");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn collect(
+    scope: &Scope,
+    store: &Store,
+    sandbox: &SandboxId,
+    keep: Option<u32>,
+) -> Result<Freed, StoreError> {
+    let writer = store.writer(sandbox)?;
+    let keep = keep.map_or(usize::MAX, |keep| {
+        usize::try_from(keep).unwrap_or(usize::MAX)
+    });
+    let retention = Retention {
+        keep,
+        sandbox_limit: scope.sandbox_limit,
+        store_limit: None,
+    };
+    let mut freed = writer.retain(&retention)?;
+    let limit = scope.store_limit.unwrap_or(u64::MAX);
+    let more = writer.shrink(|| Ok(store.size()?.saturating_sub(limit)))?;
+    freed.turns.extend(more.turns);
+    freed.bytes += more.bytes;
+    Ok(freed)
+}
+
+fn say(scope: &Scope, sandbox: &SandboxId, freed: &Freed, removed: bool) -> anyhow::Result<()> {
+    if scope.json {
+        let object = serde_json::json!({
+            "sandbox": sandbox.id(), "namespace": sandbox.namespace(), "turns": freed.turns,
+            "freed_bytes": freed.bytes, "removed": removed, "skipped": null,
+        });
+        return Ok(print(&object.to_string())?);
+    }
+    let size = bytes(freed.bytes);
+    let turns = freed.turns.len();
+    print(&match removed {
+        true => format!("{sandbox}  removed, {size} freed"),
+        false => format!("{sandbox}  {size} freed, {turns} checkpoint(s) let go"),
+    })?;
+    Ok(())
+}
+
+fn refuse(
+    scope: &Scope,
+    sandbox: &SandboxId,
+    error: &anyhow::Error,
+    running: bool,
+) -> anyhow::Result<()> {
+    let why = match running {
+        true => "its shim is running, and collects by itself after its turns".to_owned(),
+        false => format!("{error:#}"),
+    };
+    if scope.json {
+        let object = serde_json::json!({
+            "sandbox": sandbox.id(), "namespace": sandbox.namespace(), "turns": [],
+            "freed_bytes": 0, "removed": false, "skipped": why,
+        });
+        return Ok(print(&object.to_string())?);
+    }
+    match running {
+        true => print(&format!("{sandbox}  passed over: {why}"))?,
+        false => eprintln!("crab: {sandbox}: {}", printable(&why)),
+    }
+    Ok(())
+}
+
+/// The containers that there are, of each namespace that was asked for.
+#[derive(Default)]
+struct Known(BTreeMap<String, HashSet<String>>);
+
+impl Known {
+    fn is_gone(&mut self, sandbox: &SandboxId) -> anyhow::Result<bool> {
+        let namespace = sandbox.namespace();
+        if !self.0.contains_key(namespace) {
+            let list = containers(namespace)?;
+            self.0.insert(namespace.to_owned(), list);
+        }
+        let list = self.0.get(namespace);
+        Ok(list.is_some_and(|list| !list.contains(sandbox.id())))
+    }
+}
+
+/// The ids of all containers of a namespace. Docker's own list, if they are Docker's: it takes a
+/// stopped container away from containerd.
+fn containers(namespace: &str) -> anyhow::Result<HashSet<String>> {
+    let mut command = match namespace {
+        "moby" => {
+            let mut command = Command::new("docker");
+            command.args(["ps", "--all", "--quiet", "--no-trunc"]);
+            command
+        }
+        namespace => {
+            let mut command = Command::new("ctr");
+            command.args(["--namespace", namespace, "containers", "list", "--quiet"]);
+            command
+        }
+    };
+    let program = command.get_program().to_string_lossy().into_owned();
+    let output = command
+        .output()
+        .with_context(|| format!("cannot run {program}, which knows what is gone"))?;
+    if !output.status.success() {
+        bail!(
+            "{program} does not say which containers there are: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    let text = String::from_utf8(output.stdout)?;
+    Ok(text.split_whitespace().map(str::to_owned).collect())
+}
