@@ -27,6 +27,8 @@ use super::{
 
 /// Paths of one sandbox.
 const MAX_REFERENCES: usize = 32 << 10;
+/// Bytes of all of them together: each checkpoint names them.
+const MAX_BYTES: usize = 4 << 20;
 /// The kernel's ioctl that opens what a unix socket is bound to (`include/uapi/linux/un.h`).
 const SIOCUNIXFILE: libc::c_ulong = 0x8900 + 0xe0;
 const DELETED: &[u8] = b" (deleted)";
@@ -73,6 +75,7 @@ fn unknown(dir: &Dir, file: &str, why: &str) -> ProcessError {
 #[derive(Default)]
 struct References {
     paths: BTreeMap<PathBuf, Option<u32>>,
+    bytes: usize,
     /// The root file system's device as the kernel prints it, once it is known.
     device: Option<String>,
 }
@@ -160,15 +163,19 @@ impl References {
         let Some(relative) = path.strip_prefix(b"/") else {
             return Ok(());
         };
+        let length = relative.len();
         let path = PathBuf::from(OsString::from_vec(relative.to_vec()));
-        let known = self.paths.entry(path).or_insert(mode);
-        *known = known.or(mode);
-        match self.paths.len() > MAX_REFERENCES {
-            true => Err(ProcessError::Limit {
-                what: "files in use",
-                limit: MAX_REFERENCES,
-            }),
-            false => Ok(()),
+        if let Some(known) = self.paths.get_mut(&path) {
+            *known = known.or(mode);
+            return Ok(());
+        }
+        self.bytes += length;
+        self.paths.insert(path, mode);
+        let limit = |what, limit| Err(ProcessError::Limit { what, limit });
+        match () {
+            () if self.paths.len() > MAX_REFERENCES => limit("files in use", MAX_REFERENCES),
+            () if self.bytes > MAX_BYTES => limit("bytes of paths in use", MAX_BYTES),
+            () => Ok(()),
         }
     }
 }
@@ -389,6 +396,22 @@ mod tests {
         assert!(only_root(format!("{both}{other}").as_bytes()).is_err());
         assert!(only_root(tmpfs.as_bytes()).is_err());
         assert!(only_root(b"").is_err());
+    }
+
+    #[test]
+    fn more_than_is_kept_is_an_error_and_twice_the_same_is_once() {
+        let mut all = References::default();
+        for _ in 0..2 {
+            for number in 0..MAX_REFERENCES {
+                all.add(format!("/{number}").into_bytes(), None).unwrap();
+            }
+        }
+        let error = all.add(b"/one more".to_vec(), None).unwrap_err();
+        assert!(error.to_string().contains("files in use"), "{error}");
+        let mut all = References::default();
+        let long = |number: usize| [format!("/{number}").into_bytes(), vec![b'x'; 4000]].concat();
+        let error = (0..MAX_REFERENCES).find_map(|n| all.add(long(n), None).err());
+        assert!(error.unwrap().to_string().contains("bytes of paths"));
     }
 
     #[test]

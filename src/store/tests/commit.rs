@@ -302,6 +302,41 @@ fn a_file_of_an_image_is_read_in_place() {
 }
 
 #[test]
+fn processes_upon_another_file_than_at_their_dump_are_told() {
+    let bed = bed();
+    let writer = bed.writer();
+    let first = bed.checkpoint(&writer, 1);
+    let entry = |path: &str| first.lookup(Path::new(path)).unwrap().unwrap().digest();
+    let reference = |path: &str, entry| Reference {
+        path: path.into(),
+        entry,
+    };
+    let file = reference("a/file", Some(entry("a/file")));
+    let absent = reference("a/none", None);
+    // A directory changes with every name in it.
+    let directory = reference("a", None);
+    let mut turn = 1;
+    let mut changed = |references: &[&Reference], files: Files<'_>| {
+        turn += 1;
+        let pending = writer.begin(TurnNo(turn)).unwrap();
+        fill(&pending);
+        fs::write(pending.upper_dir().join("a/none"), "").unwrap();
+        let facts = Facts {
+            references: references.iter().map(|one| (*one).clone()).collect(),
+            ..facts()
+        };
+        let committed = pending.commit(facts, Images::Staged, files).unwrap().0;
+        committed.changed_reference().unwrap()
+    };
+    let same = Files::Same(&first);
+    assert_eq!(changed(&[&file, &absent, &directory], same), None);
+    // Made anew, it has another mtime.
+    assert_eq!(changed(&[&file], Files::Whole), Some("a/file".into()));
+    assert_eq!(changed(&[&directory], Files::Whole), None);
+    assert_eq!(changed(&[&absent], Files::Whole), Some("a/none".into()));
+}
+
+#[test]
 fn one_name_and_what_is_below_it_is_laid_out() {
     let bed = bed();
     let writer = bed.writer();
