@@ -9,7 +9,7 @@ use ttrpc::{Client, context};
 
 use super::{
     LINK, SHIMS,
-    api::{CheckpointRequest, ControlClient, ListRequest, Sandbox},
+    api::{CheckpointRequest, CheckpointResponse, ControlClient, ListRequest, Sandbox},
     sweep,
 };
 use crate::sandbox::SandboxId;
@@ -74,12 +74,13 @@ pub fn list(run: &Path) -> (Vec<Sandbox>, Vec<ControlError>) {
     (sandboxes, errors)
 }
 
-/// Takes a checkpoint of a running sandbox; returns its line in the journal, as JSON.
+/// Takes a checkpoint of a running sandbox, and proves it, if that is asked for.
 pub fn checkpoint(
     run_dir: &Path,
     sandbox: &SandboxId,
     name: Option<&str>,
-) -> Result<String, ControlError> {
+    prove: bool,
+) -> Result<CheckpointResponse, ControlError> {
     let socket = run_dir.join(LINK);
     if !socket.exists() {
         return Err(ControlError::NotRunning(sandbox.clone()));
@@ -87,10 +88,10 @@ pub fn checkpoint(
     let request = CheckpointRequest {
         id: sandbox.id().to_owned(),
         name: name.unwrap_or_default().to_owned(),
+        prove,
         ..Default::default()
     };
     connect(&socket)?
         .checkpoint(context::with_timeout(SLOW), &request)
-        .map(|response| response.line)
         .map_err(wrong(&socket))
 }

@@ -8,8 +8,11 @@ use super::{
     error::{Kind, Result, ShimError},
     service::Service,
 };
-use crate::control::api::{
-    CheckpointRequest, CheckpointResponse, Control, ListRequest, ListResponse, Sandbox,
+use crate::{
+    control::api::{
+        CheckpointRequest, CheckpointResponse, Control, ListRequest, ListResponse, Sandbox,
+    },
+    coordinator::turns::Proof,
 };
 
 /// Answers the `crab` command.
@@ -19,11 +22,15 @@ impl ControlService {
     fn do_checkpoint(&self, request: &CheckpointRequest) -> Result<CheckpointResponse> {
         let container = self.0.container(&request.id)?;
         let name = Some(request.name.clone()).filter(|n| !n.is_empty());
-        let line = container.checkpoint_now(name)?;
+        let (line, proof) = container.checkpoint_now(name, request.prove)?;
         let line = serde_json::to_string(&line)
             .map_err(|e| ShimError::new(Kind::Failed, e.to_string()))?;
         Ok(CheckpointResponse {
             line,
+            not_proved: match proof {
+                Proof::Failed(why) => why,
+                Proof::Done | Proof::NotAsked => String::new(),
+            },
             ..Default::default()
         })
     }

@@ -21,6 +21,7 @@ pub mod logger;
 pub mod netns;
 pub mod process;
 pub mod proto;
+mod prove;
 pub mod reaper;
 pub mod restore;
 pub mod run_dir;

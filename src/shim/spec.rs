@@ -28,6 +28,15 @@ pub struct Spec {
     root: Option<Root>,
     #[serde(default)]
     linux: Option<Linux>,
+    #[serde(default)]
+    mounts: Vec<Mount>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Mount {
+    destination: PathBuf,
+    #[serde(default)]
+    options: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -107,6 +116,24 @@ impl Spec {
             (_, true) => Some("it shares its IPC namespace with others"),
             _ => None,
         }
+    }
+
+    /// Where files and directories of the host are mounted in the container.
+    pub fn bind_mounts(&self) -> Vec<PathBuf> {
+        let is_bind = |m: &&Mount| m.options.iter().any(|o| o == "bind" || o == "rbind");
+        let binds = self.mounts.iter().filter(is_bind);
+        binds.map(|mount| mount.destination.clone()).collect()
+    }
+
+    /// Whether the container has a network of its own, or one that was made for it.
+    pub fn has_network_namespace(&self) -> bool {
+        self.namespace(LinuxNamespaceType::Network).is_some()
+    }
+
+    /// Whether `config.json` says where its network namespace is.
+    pub fn has_network_path(&self) -> bool {
+        self.namespace(LinuxNamespaceType::Network)
+            .is_some_and(|n| n.path.is_some())
     }
 
     /// Whether the runtime would make a network namespace that the shim may make in its stead.

@@ -9,17 +9,17 @@ use std::{
 use super::{
     container::Container,
     error::{Context, Kind, Result, ShimError},
-    hooks,
+    hooks, prove,
     restore::Source,
 };
 use crate::{
     coordinator::{
         cut,
-        turns::{Settings, Subject, Turns},
+        turns::{Proof, Settings, Subject, Turns},
     },
     inspector::{self, Watch},
     rootfs::Overlay,
-    store::{JournalLine, Store},
+    store::{Checkpoint, JournalLine, Store},
 };
 
 impl Subject for Container {
@@ -67,6 +67,10 @@ impl Subject for Container {
 
     fn frozen_hook(&self) -> std::result::Result<(), String> {
         hooks::run_frozen(self)
+    }
+
+    fn prove(&self, checkpoint: &Checkpoint) -> std::result::Result<(), String> {
+        prove::prove(self, checkpoint)
     }
 }
 
@@ -119,7 +123,11 @@ impl Container {
     }
 
     /// Takes a checkpoint now, as a turn of its own.
-    pub(super) fn checkpoint_now(&self, name: Option<String>) -> Result<JournalLine> {
+    pub(super) fn checkpoint_now(
+        &self,
+        name: Option<String>,
+        prove: bool,
+    ) -> Result<(JournalLine, Proof)> {
         let turns = self.turns.get().ok_or_else(|| {
             let text = format!(
                 "{}: {}",
@@ -129,7 +137,7 @@ impl Container {
             ShimError::new(Kind::FailedPrecondition, text)
         })?;
         turns
-            .checkpoint(name)
+            .checkpoint(name, prove)
             .context(format_args!("{}: checkpoint", self.sandbox))
     }
 
