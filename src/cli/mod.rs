@@ -58,6 +58,10 @@ enum Verb {
         /// Keep the checkpoint under this name
         #[arg(long)]
         name: Option<String>,
+        /// Also try whether it can be restored: beside the running sandbox, which notices nothing,
+        /// and before any process runs
+        #[arg(long)]
+        prove: bool,
     },
     /// Make a stopped container's next start restore a checkpoint instead of booting
     Restore {
@@ -133,7 +137,11 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.verb {
         Verb::Ps => ps::run(&context),
         Verb::Log { sandbox } => log::run(&context, &sandbox),
-        Verb::Checkpoint { sandbox, name } => checkpoint(&context, &sandbox, name.as_deref()),
+        Verb::Checkpoint {
+            sandbox,
+            name,
+            prove,
+        } => checkpoint(&context, &sandbox, name.as_deref(), prove),
         Verb::Restore {
             sandbox,
             cancel,
@@ -214,17 +222,33 @@ fn pick(known: &[SandboxId], word: &str) -> Result<SandboxId, Option<String>> {
     }
 }
 
-fn checkpoint(context: &Scope, word: &str, name: Option<&str>) -> anyhow::Result<ExitCode> {
+fn checkpoint(
+    context: &Scope,
+    word: &str,
+    name: Option<&str>,
+    prove: bool,
+) -> anyhow::Result<ExitCode> {
     if let Some(name) = name {
         crate::sandbox::check("name", name)?;
     }
     let sandbox = context.find(word)?;
-    let line = client::checkpoint(RunDir::of(&sandbox).path(), &sandbox, name)?;
-    if context.json {
-        print(&line)?;
+    let answer = client::checkpoint(RunDir::of(&sandbox).path(), &sandbox, name, prove)?;
+    let proved = answer.not_proved.is_empty();
+    if context.json && prove {
+        let mut line: serde_json::Map<_, _> = serde_json::from_str(&answer.line)?;
+        line.insert("proved".into(), proved.into());
+        print(&serde_json::to_string(&line)?)?;
+    } else if context.json {
+        print(&answer.line)?;
     } else {
-        let line: crate::store::JournalLine = serde_json::from_str(&line)?;
+        let line: crate::store::JournalLine = serde_json::from_str(&answer.line)?;
         print(&log::describe(&line))?;
+    }
+    if !proved {
+        bail!(
+            "{sandbox}: the checkpoint is kept, and not proved: {}",
+            answer.not_proved
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

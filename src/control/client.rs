@@ -9,7 +9,9 @@ use ttrpc::{Client, context};
 
 use super::{
     LINK, SHIMS,
-    api::{CheckpointRequest, ControlClient, ListRequest, RollbackRequest, Sandbox},
+    api::{
+        CheckpointRequest, CheckpointResponse, ControlClient, ListRequest, RollbackRequest, Sandbox,
+    },
     sweep,
 };
 use crate::sandbox::{SandboxId, TurnNo};
@@ -98,20 +100,21 @@ pub fn rollback(run_dir: &Path, sandbox: &SandboxId, turn: TurnNo) -> Result<Str
         .map_err(wrong(&socket))
 }
 
-/// Takes a checkpoint of a running sandbox; returns its line in the journal, as JSON.
+/// Takes a checkpoint of a running sandbox, and proves it, if that is asked for.
 pub fn checkpoint(
     run_dir: &Path,
     sandbox: &SandboxId,
     name: Option<&str>,
-) -> Result<String, ControlError> {
+    prove: bool,
+) -> Result<CheckpointResponse, ControlError> {
     let socket = socket_of(run_dir, sandbox)?;
     let request = CheckpointRequest {
         id: sandbox.id().to_owned(),
         name: name.unwrap_or_default().to_owned(),
+        prove,
         ..Default::default()
     };
     connect(&socket)?
         .checkpoint(context::with_timeout(SLOW), &request)
-        .map(|response| response.line)
         .map_err(wrong(&socket))
 }

@@ -29,7 +29,8 @@ use crate::{
     rootfs::Overlay,
     sandbox::TurnNo,
     store::{
-        Action, JournalLine, Retention, SandboxWriter, StoreError, Sync as Durability, Trigger,
+        Action, Checkpoint, JournalLine, Retention, SandboxWriter, StoreError, Sync as Durability,
+        Trigger,
     },
 };
 
@@ -57,6 +58,19 @@ pub trait Subject: Send + Sync {
     fn frozen_hook(&self) -> Result<(), String>;
     /// Whether there is such a program: it finds the sandbox frozen.
     fn has_frozen_hook(&self) -> bool;
+    /// Restores a checkpoint of it beside it, and throws that away (D9b).
+    fn prove(&self, checkpoint: &Checkpoint) -> Result<(), String>;
+}
+
+/// What is known of whether a checkpoint can be restored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Proof {
+    /// Nobody has asked.
+    NotAsked,
+    /// It has been restored.
+    Done,
+    /// It could not be, or not be tried.
+    Failed(String),
 }
 
 /// How the turns of one sandbox are taken.
@@ -73,11 +87,18 @@ pub struct Settings {
     pub consistent_cut: bool,
 }
 
-type Reply = Sender<Result<JournalLine, String>>;
+type Reply = Sender<Result<(JournalLine, Proof), String>>;
 
 pub(super) enum Job {
-    Boundary { at: Instant, gate: ShutGate },
-    Manual { name: Option<String>, reply: Reply },
+    Boundary {
+        at: Instant,
+        gate: ShutGate,
+    },
+    Manual {
+        name: Option<String>,
+        prove: bool,
+        reply: Reply,
+    },
     Rollback(rollback::Order),
 }
 
@@ -158,11 +179,15 @@ impl Turns {
         self.send(Job::Boundary { at, gate });
     }
 
-    /// Takes a checkpoint now and waits until it is durable.
-    pub fn checkpoint(&self, name: Option<String>) -> Result<JournalLine, String> {
+    /// Takes a checkpoint now and waits until it is durable and, if that is asked for, tried.
+    pub fn checkpoint(
+        &self,
+        name: Option<String>,
+        prove: bool,
+    ) -> Result<(JournalLine, Proof), String> {
         let (reply, answer) = bounded(1);
         let gone = || "the sandbox is going away".to_owned();
-        if !self.send(Job::Manual { name, reply }) {
+        if !self.send(Job::Manual { name, prove, reply }) {
             return Err(gone());
         }
         answer.recv().map_err(|_| gone())?
@@ -206,12 +231,12 @@ impl Worker {
             let Some(subject) = self.subject.upgrade() else {
                 return;
             };
-            let (trigger, begin, mut gate, name, reply) = match job {
+            let (trigger, begin, mut gate, name, prove, reply) = match job {
                 Job::Boundary { at, .. } if self.void_before.is_some_and(|t| at < t) => continue,
-                Job::Boundary { at, gate } => (Trigger::Exec, at, gate, None, None),
-                Job::Manual { name, reply } => {
-                    let now = Instant::now();
-                    (Trigger::Manual, now, ShutGate::NONE, name, Some(reply))
+                Job::Boundary { at, gate } => (Trigger::Exec, at, gate, None, false, None),
+                Job::Manual { name, prove, reply } => {
+                    let (now, reply) = (Instant::now(), Some(reply));
+                    (Trigger::Manual, now, ShutGate::NONE, name, prove, reply)
                 }
                 Job::Rollback(order) => {
                     self.roll_back(&*subject, order);
@@ -220,6 +245,10 @@ impl Worker {
             };
             let taken = self.turn(&*subject, trigger, begin, name.as_deref(), &mut gate);
             drop(gate);
+            let taken = taken.and_then(|line| match prove {
+                true => self.prove(&*subject, line),
+                false => Ok((line, Proof::NotAsked)),
+            });
             if let Err(e) = &taken {
                 log::error!("{}: {e}", self.store.id());
             }
@@ -306,6 +335,30 @@ impl Worker {
             log::warn!("{}: old checkpoints take space: {e}", self.store.id());
         }
         Ok(line)
+    }
+
+    /// Tries whether the turn's checkpoint can be restored, and says so in the journal.
+    fn prove(
+        &self,
+        subject: &dyn Subject,
+        mut line: JournalLine,
+    ) -> Result<(JournalLine, Proof), String> {
+        let checkpoint = self.store.get(line.turn).map_err(text)?;
+        let proof = match subject.prove(&checkpoint) {
+            Ok(()) => Proof::Done,
+            Err(why) => Proof::Failed(why),
+        };
+        let said = match &proof {
+            Proof::Failed(why) => format!("not proved: {why}"),
+            Proof::Done | Proof::NotAsked => "proved by a trial restore".into(),
+        };
+        line.note = Some(match line.note.take() {
+            Some(note) => format!("{note}; {said}"),
+            None => said,
+        });
+        // A later line about a turn takes the place of the earlier one.
+        self.store.append(&line, Durability::Later).map_err(text)?;
+        Ok((line, proof))
     }
 
     /// Opens the gate, and adds to the journal how long somebody waited at it.

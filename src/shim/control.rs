@@ -14,6 +14,7 @@ use crate::{
         CheckpointRequest, CheckpointResponse, Control, ListRequest, ListResponse, RollbackRequest,
         RollbackResponse, Sandbox,
     },
+    coordinator::turns::Proof,
     sandbox::TurnNo,
 };
 
@@ -24,9 +25,13 @@ impl ControlService {
     fn do_checkpoint(&self, request: &CheckpointRequest) -> Result<CheckpointResponse> {
         let container = self.0.container(&request.id)?;
         let name = Some(request.name.clone()).filter(|n| !n.is_empty());
-        let line = container.checkpoint_now(name)?;
+        let (line, proof) = container.checkpoint_now(name, request.prove)?;
         Ok(CheckpointResponse {
             line: json(&line)?,
+            not_proved: match proof {
+                Proof::Failed(why) => why,
+                Proof::Done | Proof::NotAsked => String::new(),
+            },
             ..Default::default()
         })
     }

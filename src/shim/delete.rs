@@ -15,7 +15,7 @@ use super::{
     events::TaskEvent,
     host::Host,
     process::{Process, Step},
-    proto,
+    proto, prove,
     state::{Phase, Request},
 };
 use crate::{config::Config, sandbox::SandboxId};
@@ -138,6 +138,7 @@ pub(super) fn clear(host: &dyn Host, sandbox: &SandboxId, remains: Option<&Remai
         config.systemd_cgroup = remains.systemd_cgroup;
     }
     let runtime = host.runtime(&config, sandbox.namespace(), run_dir.path());
+    prove::remove(host, &*runtime, sandbox, &run_dir);
     if remains.is_some_and(|r| !r.cgroup.is_empty()) {
         // It may have died in a rollback, and a restore goes on without it.
         attempt(sandbox, "end a restore", runtime.end_calls(sandbox.id()));

@@ -25,6 +25,7 @@ pub mod netns;
 pub mod orphans;
 pub mod process;
 pub mod proto;
+mod prove;
 pub mod reaper;
 pub mod restore;
 pub mod rollback;

@@ -147,6 +147,27 @@ impl Spec {
         }
     }
 
+    /// Where files and directories of the host are mounted in the container.
+    pub fn bind_mounts(&self) -> Vec<PathBuf> {
+        let is_bind = |m: &&Mount| {
+            let mut options = m.options.iter().flatten();
+            options.any(|o| o == "bind" || o == "rbind")
+        };
+        let binds = self.mounts.iter().filter(is_bind);
+        binds.map(|mount| mount.destination.clone()).collect()
+    }
+
+    /// Whether the container has a network of its own, or one that was made for it.
+    pub fn has_network_namespace(&self) -> bool {
+        self.namespace(LinuxNamespaceType::Network).is_some()
+    }
+
+    /// Whether `config.json` says where its network namespace is.
+    pub fn has_network_path(&self) -> bool {
+        self.namespace(LinuxNamespaceType::Network)
+            .is_some_and(|n| n.path.is_some())
+    }
+
     /// Whether the runtime would make a network namespace that the shim may make in its stead.
     /// With a user namespace it may not: that must own the network.
     pub fn wants_private_network(&self) -> bool {

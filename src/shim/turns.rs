@@ -11,17 +11,17 @@ use super::{
     artefacts,
     container::Container,
     error::{Context, Kind, Result, ShimError},
-    hooks,
+    hooks, prove,
     restore::Source,
 };
 use crate::{
     coordinator::{
         cut,
-        turns::{Settings, Subject, Turns},
+        turns::{Proof, Settings, Subject, Turns},
     },
     inspector::{self, Watch},
     rootfs::Overlay,
-    store::{JournalLine, Retention, Store},
+    store::{Checkpoint, JournalLine, Retention, Store},
 };
 
 impl Subject for Container {
@@ -76,6 +76,10 @@ impl Subject for Container {
 
     fn has_frozen_hook(&self) -> bool {
         hooks::frozen_exists()
+    }
+
+    fn prove(&self, checkpoint: &Checkpoint) -> std::result::Result<(), String> {
+        prove::prove(self, checkpoint)
     }
 }
 
@@ -138,7 +142,11 @@ impl Container {
     }
 
     /// Takes a checkpoint now, as a turn of its own.
-    pub(super) fn checkpoint_now(&self, name: Option<String>) -> Result<JournalLine> {
+    pub(super) fn checkpoint_now(
+        &self,
+        name: Option<String>,
+        prove: bool,
+    ) -> Result<(JournalLine, Proof)> {
         let turns = self.turns.get().ok_or_else(|| {
             let text = format!(
                 "{}: {}",
@@ -148,7 +156,7 @@ impl Container {
             ShimError::new(Kind::FailedPrecondition, text)
         })?;
         turns
-            .checkpoint(name)
+            .checkpoint(name, prove)
             .context(format_args!("{}: checkpoint", self.sandbox))
     }
 

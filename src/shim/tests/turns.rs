@@ -265,12 +265,14 @@ fn death_during_a_turn_is_told_and_lets_go_of_the_store() {
 #[test]
 fn a_checkpoint_by_hand_is_a_turn_with_a_name() {
     let bed = Bed::protected("");
-    let line = bed.container("c").checkpoint_now(Some("base".into()));
-    let line = line.unwrap();
+    let line = bed
+        .container("c")
+        .checkpoint_now(Some("base".into()), false);
+    let (line, _) = line.unwrap();
     assert_eq!(line.trigger, Trigger::Manual);
     assert_eq!(bed.store().named("base").unwrap(), line.turn);
     bed.pause("c").unwrap();
-    bed.container("c").checkpoint_now(None).unwrap();
+    bed.container("c").checkpoint_now(None, false).unwrap();
     assert!(bed.machine.group("c").is_frozen());
     assert_eq!(bed.status("c", ""), Status::PAUSED);
     bed.resume("c").unwrap();
@@ -305,7 +307,7 @@ fn a_clients_checkpoint_waits_for_the_end_of_the_turns() {
 fn a_live_exec_forbids_a_checkpoint_by_hand() {
     let bed = Bed::protected("");
     let exec = bed.run_exec("c", "e");
-    let refused = bed.container("c").checkpoint_now(None).unwrap_err();
+    let refused = bed.container("c").checkpoint_now(None, false).unwrap_err();
     assert!(refused.message.contains("live execs (e;"), "{refused}");
     bed.end(exec, 0, "exit c/e 0");
     bed.finish();

@@ -1,0 +1,385 @@
+//! A trial restore (D9b): brings a checkpoint up beside the running sandbox and throws it away.
+//!
+//! The trial has a name, a cgroup, a network, pipes and a writable layer of its own, and is frozen
+//! before the first instruction of any process; what is left of it is killed while it stands still.
+//! It shares what belongs to the host (volumes, bind mounts), and nothing ever writes there.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crossbeam_channel::{Receiver, bounded};
+use serde_json::Value;
+
+use super::{
+    container::Container,
+    hold,
+    host::{ControlGroup, Host},
+    io::ConsoleSocket,
+    netns,
+    run_dir::RunDir,
+    spec::{self, Spec},
+};
+use crate::{
+    config::Tcp,
+    coordinator::freeze::Freezable,
+    rootfs::Overlay,
+    runtime::{
+        self, OciRuntime, Stdio,
+        criu_conf::{self, CriuConf},
+        descriptors::{self, RestoreImage},
+        runc,
+    },
+    sandbox::SandboxId,
+    store::{Checkpoint, Store},
+};
+
+/// What its runtime calls a trial, after the sandbox's id. A sandbox has one at a time.
+const SUFFIX: &str = ".crab-trial";
+/// How long what was killed may take to be gone.
+const END_LIMIT: Duration = Duration::from_secs(20);
+
+/// A trial's files of this boot: below the sandbox's own.
+struct Place(PathBuf);
+
+impl Place {
+    fn of(run_dir: &RunDir) -> Self {
+        Self(run_dir.path().join("trial"))
+    }
+
+    fn netns(&self) -> PathBuf {
+        self.0.join("netns")
+    }
+
+    fn rootfs(&self) -> PathBuf {
+        self.0.join("rootfs")
+    }
+
+    fn work(&self) -> PathBuf {
+        self.0.join("criu-work")
+    }
+
+    fn pid_file(&self) -> PathBuf {
+        self.0.join("init.pid")
+    }
+}
+
+fn trial_id(sandbox: &SandboxId) -> String {
+    format!("{}{SUFFIX}", sandbox.id())
+}
+
+/// Restores a checkpoint of the running container and throws it away.
+///
+/// # Errors
+/// Why it could not be restored, or not be tried.
+pub(super) fn prove(container: &Container, checkpoint: &Checkpoint) -> Result<(), String> {
+    let place = Place::of(&container.run_dir);
+    let begun = can_be_tried(container).and_then(|()| {
+        // The rest of one that was interrupted.
+        remove(
+            &*container.host,
+            &*container.runtime,
+            &container.sandbox,
+            &container.run_dir,
+        );
+        fs::create_dir_all(place.rootfs()).map_err(|e| format!("{:?}: {e}", place.0))
+    });
+    let proved = begun.and_then(|()| attempt(container, checkpoint, &place));
+    remove(
+        &*container.host,
+        &*container.runtime,
+        &container.sandbox,
+        &container.run_dir,
+    );
+    proved
+}
+
+/// Whether a trial would be felt by nobody.
+fn can_be_tried(container: &Container) -> Result<(), String> {
+    if !container.spec.has_network_namespace() {
+        return Err(
+            "not tried: the sandbox shares the host's network, where its sockets are in use".into(),
+        );
+    }
+    let volumes = container.spec.bind_mounts();
+    let sockets = fs::read_to_string(format!("/proc/{}/net/unix", container.init.pid()))
+        .map_err(|e| format!("not tried: the sandbox's sockets cannot be listed: {e}"))?;
+    match socket_in(&sockets, &volumes) {
+        Some(path) => Err(format!(
+            "not tried: a socket is bound at {path:?}, in a volume; a restore beside the running \
+             sandbox would bind it anew and take it away from its server"
+        )),
+        None => Ok(()),
+    }
+}
+
+/// A bound socket of `/proc/net/unix` (path in the eighth column) below one of the directories.
+fn socket_in<'a>(sockets: &'a str, directories: &[PathBuf]) -> Option<&'a str> {
+    let paths = sockets
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(7));
+    paths.filter(|path| path.starts_with('/')).find(|path| {
+        directories
+            .iter()
+            .any(|dir| Path::new(path).starts_with(dir))
+    })
+}
+
+fn attempt(container: &Container, checkpoint: &Checkpoint, place: &Place) -> Result<(), String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    // On the checkpoints' file system: images are linked, not copied, and overlays work there.
+    let scratch = Store::open(&container.config.store)
+        .map_err(|e| text(&e))?
+        .sandbox(&container.sandbox)
+        .scratch_dir();
+    let laid = checkpoint.lay_out(&scratch).map_err(|e| text(&e))?;
+    let scratch = tempfile::Builder::new()
+        .prefix("trial-")
+        .tempdir_in(&scratch)
+        .map_err(|e| format!("{scratch:?}: {e}"))?;
+    mount(container, &laid.upper_dir(), scratch.path(), place)?;
+    write_bundle(container, place)?;
+    let image = laid.image_dir();
+    let streams = descriptors::load(&image).map_err(|e| text(&e))?;
+    let pipes = Pipes::new(streams.iter().filter(|s| !s.exec_id.is_empty()))?;
+    let mut linked = descriptors::prepare_restore(
+        &image,
+        &[scratch.path()],
+        pipes.theirs,
+        descriptors::of_this_boot(&image),
+    )
+    .map_err(|e| text(&e))?;
+    restore(container, place, &image, &mut linked)
+}
+
+/// The saved layer is one more lower layer: nothing is copied, and nothing writes into it.
+fn mount(container: &Container, saved: &Path, scratch: &Path, place: &Place) -> Result<(), String> {
+    let overlay = container.host.overlay(&container.rootfs())?;
+    let mut lowerdirs = vec![saved.to_owned()];
+    lowerdirs.extend(overlay.lowerdirs);
+    let trial = Overlay {
+        lowerdirs,
+        upperdir: scratch.join("upper"),
+        workdir: scratch.join("work"),
+        options: overlay.options,
+        mountpoint: None,
+    };
+    for dir in [&trial.upperdir, &trial.workdir] {
+        fs::create_dir(dir).map_err(|e| format!("{dir:?}: {e}"))?;
+    }
+    container.host.mount(&[trial.mount_spec()], &place.rootfs())
+}
+
+/// The container's own configuration, with places of the trial's own, and without hooks: those tell
+/// others of a container.
+fn write_bundle(container: &Container, place: &Place) -> Result<(), String> {
+    let of = |e: &dyn std::fmt::Display| format!("the trial's {}: {e}", spec::CONFIG);
+    let from = container.bundle.join(spec::CONFIG);
+    let bytes = fs::read(&from).map_err(|e| of(&e))?;
+    let mut config: Value = serde_json::from_slice(&bytes).map_err(|e| of(&e))?;
+    if let Some(config) = config.as_object_mut() {
+        config.remove("hooks");
+    }
+    if let Some(root) = config.get_mut("root") {
+        root["path"] = Value::from(place.rootfs().to_string_lossy());
+    }
+    if let Some(path) = config.pointer_mut("/linux/cgroupsPath")
+        && let Some(own) = path.as_str()
+    {
+        *path = Value::from(format!("{own}{SUFFIX}"));
+    }
+    let to = place.0.join(spec::CONFIG);
+    let bytes = serde_json::to_vec(&config).map_err(|e| of(&e))?;
+    fs::write(&to, bytes).map_err(|e| of(&e))?;
+    // The shim may have given it one since the container's own was read.
+    let spec = Spec::load(&place.0).map_err(|e| of(&e))?;
+    if spec.has_network_path() {
+        container
+            .host
+            .create_netns(&place.netns())
+            .map_err(|e| format!("the trial's network namespace: {e}"))?;
+        spec::set_network_path(&place.0, &place.netns()).map_err(|e| of(&e))?;
+    }
+    Ok(())
+}
+
+/// Pipes in the place of those that lead to clients. Nobody reads or writes them.
+struct Pipes {
+    theirs: Vec<(u64, OwnedFd)>,
+    /// Open as long as the trial lives: a pipe without a reader is another state.
+    _ours: Vec<OwnedFd>,
+}
+
+impl Pipes {
+    fn new<'a>(streams: impl Iterator<Item = &'a descriptors::Stream>) -> Result<Self, String> {
+        let mut pipes = Self {
+            theirs: Vec::new(),
+            _ours: Vec::new(),
+        };
+        // The same pipe may be at several descriptors.
+        let mut made: BTreeMap<u64, ()> = BTreeMap::new();
+        for stream in streams {
+            if made.insert(stream.inode, ()).is_none() {
+                let (theirs, ours) = pipe_end(stream.fd)?;
+                pipes.theirs.push((stream.inode, theirs));
+                pipes._ours.push(ours);
+            }
+        }
+        Ok(pipes)
+    }
+}
+
+/// The process's end and ours, of a pipe at its descriptor 0, 1 or 2.
+fn pipe_end(fd: u8) -> Result<(OwnedFd, OwnedFd), String> {
+    let (reader, writer) = std::io::pipe().map_err(|e| format!("a pipe for the trial: {e}"))?;
+    Ok(match fd {
+        0 => (reader.into(), writer.into()),
+        _ => (writer.into(), reader.into()),
+    })
+}
+
+fn restore(
+    container: &Container,
+    place: &Place,
+    image: &Path,
+    linked: &mut RestoreImage,
+) -> Result<(), String> {
+    let id = trial_id(&container.sandbox);
+    let script = hold::write_script(&place.0).map_err(|e| e.to_string())?;
+    let keep_tcp = container.config.tcp == Tcp::Keep || descriptors::has_no_outside_tcp(image);
+    let home = CriuConf::for_restore(!keep_tcp, Some(&script))
+        .write(&place.0.join("criu"))
+        .map_err(|e| e.to_string())?;
+    fs::create_dir_all(place.work()).map_err(|e| e.to_string())?;
+    let (stdio, _kept) = stdio(container, place)?;
+    let watch = container.host.reaper().watch();
+    let extra_fds = linked.take_fds();
+    let restored = container.runtime.restore(runtime::Restore {
+        id: &id,
+        bundle: &place.0,
+        image_path: linked.path(),
+        work_path: &place.work(),
+        pid_file: &place.pid_file(),
+        stdio,
+        extra_fds,
+        tcp_established: keep_tcp,
+        shell_job: container.init.stdio.terminal,
+        file_locks: true,
+        no_pivot_root: container.config.no_pivot_root,
+        home: Some(home),
+    });
+    restored.map_err(|e| {
+        let log = criu_conf::log_tail(&place.work().join("restore.log"));
+        format!("{e}; CRIU's log says:\n{log}")
+    })?;
+    let pid = runc::read_pid(&place.pid_file()).map_err(|e| e.to_string())?;
+    let (tell, ended) = bounded(1);
+    watch.claim(pid, move |_| {
+        // Nobody waits any more: then it is gone anyway.
+        let _ = tell.send(());
+    });
+    end(container, pid, &ended)
+}
+
+/// What the trial's init gets as stdin, stdout and stderr, and what must stay open meanwhile.
+fn stdio(container: &Container, place: &Place) -> Result<(Stdio, Kept), String> {
+    if container.init.stdio.terminal {
+        let socket = ConsoleSocket::new_in(&place.0).map_err(|e| e.to_string())?;
+        let path = socket.path().to_owned();
+        return Ok((Stdio::Console(path), Kept(Vec::new(), Some(socket))));
+    }
+    let [stdin, stdout, stderr] = [pipe_end(0)?, pipe_end(1)?, pipe_end(2)?];
+    let kept = vec![stdin.1, stdout.1, stderr.1];
+    Ok((Stdio::Fds([stdin.0, stdout.0, stderr.0]), Kept(kept, None)))
+}
+
+/// The other ends.
+struct Kept(
+    #[expect(dead_code, reason = "held open")] Vec<OwnedFd>,
+    #[expect(dead_code, reason = "held open")] Option<ConsoleSocket>,
+);
+
+/// Kills a trial that stands still. Every process has its SIGKILL before any is let go, so that
+/// none runs.
+fn end(container: &Container, pid: i32, ended: &Receiver<()>) -> Result<(), String> {
+    let cgroup = container.host.cgroup(pid).map_err(|e| e.to_string())?;
+    kill(&*container.host, &*cgroup)?;
+    ended
+        .recv_timeout(END_LIMIT)
+        .map_err(|_| format!("the trial (host pid {pid}) does not die"))
+}
+
+fn kill(host: &dyn Host, cgroup: &dyn ControlGroup) -> Result<(), String> {
+    let group: &dyn Freezable = cgroup;
+    for pid in group.procs().map_err(|e| e.to_string())? {
+        // One that is gone already needs no signal.
+        if let Ok(target) = host.target(pid) {
+            let _ = target.signal(libc::SIGKILL);
+        }
+    }
+    group.thaw().map_err(|e| e.to_string())
+}
+
+/// Removes all that there may be of a trial. Also after the shim's death.
+pub(super) fn remove(
+    host: &dyn Host,
+    runtime: &dyn OciRuntime,
+    sandbox: &SandboxId,
+    run_dir: &RunDir,
+) {
+    let place = Place::of(run_dir);
+    if !place.0.exists() {
+        return;
+    }
+    let attempt = |step: &str, done: Result<(), String>| {
+        if let Err(e) = done {
+            log::error!("{sandbox}: trial restore: {step}: {e}");
+        }
+    };
+    // A frozen process does not die, and the runtime would wait for it.
+    if let Ok(pid) = runc::read_pid(&place.pid_file())
+        && is_trial(pid, sandbox)
+        && let Ok(cgroup) = host.cgroup(pid)
+    {
+        attempt("kill", kill(host, &*cgroup));
+    }
+    let deleted = runtime.delete(&trial_id(sandbox), true);
+    attempt("delete", deleted.map_err(|e| e.to_string()));
+    attempt("unmount", host.unmount(&place.rootfs()));
+    attempt(
+        "network",
+        netns::remove(&place.netns()).map_err(|e| e.to_string()),
+    );
+    attempt(
+        "clean up",
+        fs::remove_dir_all(&place.0).map_err(|e| e.to_string()),
+    );
+}
+
+/// Whether a pid is still that of the trial: its number may have been given to another process.
+fn is_trial(pid: i32, sandbox: &SandboxId) -> bool {
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    groups.contains(&trial_id(sandbox))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_in_a_volume_is_found() {
+        let sockets = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+            ffff8: 00000002 00000000 00010000 0001 01 58 /run/own\n\
+            ffff8: 00000002 00000000 00010000 0001 01 59 @/data/abstract\n\
+            ffff8: 00000002 00000000 00010000 0001 01 60\n";
+        let volumes = [PathBuf::from("/data")];
+        assert_eq!(socket_in(sockets, &volumes), None);
+        let more = format!("{sockets}ffff8: 00000002 00000000 00010000 0001 01 61 /data/s\n");
+        assert_eq!(socket_in(&more, &volumes), Some("/data/s"));
+        assert_eq!(socket_in(&more, &["/dat".into()]), None);
+    }
+}
