@@ -24,6 +24,7 @@ use super::{
     events::{EventSink, TaskEvent},
     host::{ControlGroup, Host},
     io::ProcessIo,
+    limits::Limits,
     process::{Process, Step},
     proto,
     reaper::Exit,
@@ -128,6 +129,7 @@ pub struct Container {
     pub(super) place: RwLock<Option<Arc<Place>>>,
     pub(super) turns: OnceLock<Arc<Turns>>,
     pub(super) leftovers: Mutex<Vec<Leftover>>,
+    pub(super) limits: Limits,
     /// Removes files that a rollback has replaced.
     pub(super) tidying: Mutex<Option<JoinHandle<()>>>,
     pub(super) inner: Mutex<Inner>,
@@ -263,18 +265,6 @@ impl Container {
         });
         self.enter_phase(Phase::Running, event);
         Ok(())
-    }
-
-    /// Changes its limits; `resources` is OCI `LinuxResources` as JSON.
-    pub fn update(&self, resources: &Any) -> Result<()> {
-        let _alone = self.alone(Request::Update)?;
-        if let Err(e) = serde_json::from_slice::<serde_json::Value>(&resources.value) {
-            let text = format!("{}: update: resources are no JSON: {e}", self.sandbox);
-            return Err(ShimError::new(Kind::InvalidArgument, text));
-        }
-        self.runtime
-            .update(self.sandbox.id(), &resources.value)
-            .context(format_args!("{}: update", self.sandbox))
     }
 
     /// Host pids of all processes, with the exec that each belongs to.

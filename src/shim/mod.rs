@@ -18,6 +18,7 @@ pub mod hooks;
 pub mod host;
 pub mod io;
 mod kill;
+mod limits;
 pub mod logger;
 pub mod netns;
 pub mod process;

@@ -126,6 +126,10 @@ fn go_back(
         scratch: scratch.to_owned(),
     };
     restore::restore(container, &source).map_err(ended)?;
+    // Its processes go on, with less or more than the client wanted.
+    if let Err(e) = container.update_again() {
+        log::error!("{}: {e}", container.sandbox);
+    }
     steps.done(Step::Restore);
     Ok(steps)
 }

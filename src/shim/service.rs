@@ -242,7 +242,7 @@ impl Service {
 
     fn do_update(&self, request: &UpdateTaskRequest) -> Result<()> {
         let container = self.container(&request.id)?;
-        container.update(request.resources.as_ref().unwrap_or_default())
+        container.update(&request.resources.as_ref().unwrap_or_default().value)
     }
 }
 
