@@ -156,13 +156,17 @@ def test_docker_sees_the_same_container(tmp_path):
         container("unpause")
         docker("update", "--memory", "500m", "--memory-swap", "500m", sandbox.name)
         assert sandbox.sh("cat /in") == "in\n"
+        # It was written into the container after the last turn, by docker cp; another turn has saved it.
+        rollback(sandbox, sandbox.turn())
+        limit = next(cgroup / name for name in ("memory.limit_in_bytes", "memory.max") if (cgroup / name).exists())
+        assert int(limit.read_text()) == 500 << 20, "what docker inspect says"
 
-        # What `docker logs -f` has shown since: ticks that go on, and went back three times.
+        # What `docker logs -f` has shown since: ticks that go on, and went back with each rollback.
         seen = []
         def went_back():
             seen.append(logs.stdout.readline())
             numbers = [int(line.split()[1]) for line in seen]
-            return sum(b <= a for a, b in zip(numbers, numbers[1:])) == 3
+            return sum(b <= a for a, b in zip(numbers, numbers[1:])) == 4
         until(went_back, "logs -f goes on")
         logs.kill()
         logs.wait()

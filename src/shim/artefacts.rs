@@ -70,10 +70,16 @@ pub fn put_limits_back(container: &Container, saved: &Path) -> Result<()> {
     };
     let limits: Value = serde_json::from_slice(&bytes)
         .map_err(|e| ShimError::new(Kind::Failed, format!("{step}: {e}")))?;
+    set_limits(container, limits)
+}
+
+/// Sets limits after a restore, which has set those of the specification.
+pub fn set_limits(container: &Container, limits: Value) -> Result<()> {
+    let bytes = limits.to_string();
     container
         .runtime
-        .update(container.sandbox.id(), &bytes)
-        .context(&step)?;
+        .update(container.sandbox.id(), bytes.as_bytes())
+        .context(format_args!("{}: set the limits again", container.sandbox))?;
     *container.limits.lock() = Some(limits);
     Ok(())
 }

@@ -21,6 +21,7 @@ use std::{
 use time::OffsetDateTime;
 
 use super::{
+    artefacts,
     container::{Container, GoingBack, Place},
     create::Remains,
     error::{Context, Kind, Result, ShimError},
@@ -125,7 +126,15 @@ fn go_back(
         laid: Arc::clone(laid),
         scratch: scratch.to_owned(),
     };
+    let limits = container.limits.lock().clone();
     restore::restore(container, &source).map_err(ended)?;
+    // The client sees the same container, with the limits that it has set since. If that fails, its
+    // processes go on, with less or more than the client wanted.
+    if let Some(limits) = limits
+        && let Err(e) = artefacts::set_limits(container, limits)
+    {
+        log::error!("{}: {e}", container.sandbox);
+    }
     steps.done(Step::Restore);
     Ok(steps)
 }

@@ -1,5 +1,7 @@
 //! Rollback in place: what a client sees of it, and what every failure comes to.
 
+use containerd_shim::protos::api::UpdateTaskRequest;
+
 use super::{plan::Verb, *};
 use crate::{
     coordinator::rollback::RolledBack,
@@ -167,8 +169,11 @@ fn live_execs_end_with_137_and_are_no_turn() {
 fn what_does_not_exist_or_is_broken_is_refused_before_anything_is_touched() {
     let bed = Bed::gone_on("");
     bed.container("c").checkpoint_now(None).unwrap();
-    let broken = bed.store().get(TurnNo(2)).unwrap();
-    fs::write(broken.upper_dir().join("file"), "other").unwrap();
+    let pack = bed.store().dir().join("packs/2.pack");
+    let mut bytes = fs::read(&pack).unwrap();
+    // In the first block, behind the header.
+    bytes[20] ^= 1;
+    fs::write(pack, bytes).unwrap();
     let calls = bed.machine.calls();
     for (turn, why) in [(2, "broken"), (7, "no checkpoint of turn 7")] {
         let refused = bed.roll_back(turn).unwrap_err().message;
@@ -474,6 +479,33 @@ fn a_paused_sandbox_comes_back_paused() {
     assert!(!bed.machine.group("c").is_frozen());
     assert_eq!(bed.status("c", ""), Status::RUNNING);
     bed.turn("a");
+    bed.finish();
+}
+
+#[test]
+fn limits_that_the_client_has_changed_stay_changed() {
+    let bed = Bed::gone_on("");
+    let update = |json: &str| {
+        let resources = Any {
+            value: json.as_bytes().to_vec(),
+            ..Default::default()
+        };
+        let request = UpdateTaskRequest {
+            id: "c".into(),
+            resources: Some(resources).into(),
+            ..Default::default()
+        };
+        bed.service.update(&context().1, request)
+    };
+    bed.roll_back(1).unwrap();
+    assert_eq!(bed.machine.count("update"), 0);
+    update(r#"{"memory":{"limit":1,"swap":2}}"#).unwrap();
+    update(r#"{"memory":{"limit":3},"pids":{"limit":4}}"#).unwrap();
+    bed.machine.fail(Verb::Update, "too low");
+    update(r#"{"pids":{"limit":0}}"#).unwrap_err();
+    bed.roll_back(1).unwrap();
+    let all = r#"update c {"memory":{"limit":3,"swap":2},"pids":{"limit":4}}"#;
+    assert_eq!(bed.calls_since("restore"), ["restore c", all]);
     bed.finish();
 }
 
