@@ -128,7 +128,8 @@ mod tests {
     use super::*;
     use crate::store::Effect;
 
-    /// One line a word: `full`, `none`, `failed` (a turn), `asked` (a checkpoint that failed), `-` (lost).
+    /// One line a word: `full`, `none`, `failed` (a turn), `asked` (a checkpoint that failed), `-` (lost),
+    /// `back:1` (a rollback), `refused` and `ended` (rollbacks that were not done).
     fn journal(words: &str) -> Vec<JournalLine> {
         let words = words.split_whitespace().zip(1..);
         let known = words.filter(|(word, _)| *word != "-");
@@ -137,19 +138,24 @@ mod tests {
 
     fn line(word: &str, turn: u64) -> JournalLine {
         let full = word == "full";
+        let back = word.strip_prefix("back:").map(|to| to.parse().unwrap());
+        let digest = |turn: u64| format!("sha256:{turn:064x}").parse().unwrap();
         JournalLine {
             turn: TurnNo(turn),
             trigger: match word {
                 "asked" => Trigger::Manual,
+                "refused" | "ended" => Trigger::Rollback,
+                _ if back.is_some() => Trigger::Rollback,
                 _ => Trigger::Exec,
             },
             effects: match word {
-                "full" | "failed" => vec![Effect::Files],
+                "full" | "failed" | "ended" => vec![Effect::Files],
+                _ if back.is_some() => vec![Effect::Files],
                 _ => Vec::new(),
             },
             action: if full { Action::Full } else { Action::Skip },
             pre_dumps: 0,
-            checkpoint: full.then(|| format!("blake3:{}", "0".repeat(64)).parse().unwrap()),
+            checkpoint: back.or(full.then_some(turn)).map(digest),
             changed_files: 0,
             bytes_captured: 0,
             bytes_written: 0,
@@ -159,7 +165,8 @@ mod tests {
             exposed_us: 0,
             started_at: OffsetDateTime::UNIX_EPOCH,
             ended_at: OffsetDateTime::UNIX_EPOCH,
-            note: matches!(word, "failed" | "asked").then(|| "not protected: disk full".into()),
+            note: matches!(word, "failed" | "asked" | "ended")
+                .then(|| "not protected: disk full".into()),
         }
     }
 
@@ -187,6 +194,14 @@ mod tests {
             ("full - none", &[1], 3, Err("does not say what turn 2 did")),
             ("full none", &[1], 7, Err("no such turn")),
             ("none none", &[], 2, Err("no checkpoint before it")),
+            // A rollback is the turn that it went back to.
+            ("full full back:1", &[1, 2], 3, Ok(1)),
+            ("full full back:1 none none", &[1, 2], 5, Ok(1)),
+            ("full full back:1 back:2 none", &[1, 2], 5, Ok(2)),
+            ("full full back:1 full none", &[1, 2, 4], 5, Ok(4)),
+            ("full full back:1 none", &[2], 4, Err("no longer kept")),
+            ("full none refused none", &[1], 4, Ok(1)),
+            ("full ended none", &[1], 3, Err("disk full")),
             // The line of the checkpoint itself was lost, or is of a life before the journal's.
             ("- none", &[1], 2, Ok(1)),
         ];

@@ -15,7 +15,7 @@ impl Bed {
     fn gone_on(config: &str) -> Self {
         let bed = Self::protected(config);
         bed.machine.make_mortal();
-        bed.container("c").checkpoint_now(None).unwrap();
+        bed.container("c").checkpoint_now(None, false).unwrap();
         bed.write("changed");
         bed
     }
@@ -168,7 +168,7 @@ fn live_execs_end_with_137_and_are_no_turn() {
 #[test]
 fn what_does_not_exist_or_is_broken_is_refused_before_anything_is_touched() {
     let bed = Bed::gone_on("");
-    bed.container("c").checkpoint_now(None).unwrap();
+    bed.container("c").checkpoint_now(None, false).unwrap();
     let pack = bed.store().dir().join("packs/2.pack");
     let mut bytes = fs::read(&pack).unwrap();
     // In the first block, behind the header.
@@ -300,7 +300,12 @@ fn the_streams_end_with_a_sandbox_that_could_not_be_brought_back() {
         request.stdout = fifo.to_str().unwrap().into();
         bed.create_as(request).unwrap();
         bed.start("c", "").unwrap();
-        let turn = bed.container("c").checkpoint_now(None).unwrap().turn;
+        let turn = bed
+            .container("c")
+            .checkpoint_now(None, false)
+            .unwrap()
+            .0
+            .turn;
         bed.machine.fail(verb, "it failed");
         bed.roll_back(turn.0).unwrap_err();
         let deadline = Instant::now() + LIMIT;
@@ -518,7 +523,7 @@ fn a_turn_that_ended_before_and_was_not_taken_yet_is_none() {
     let start = bed.go(|bed| bed.start("c", "b"));
     blocked.wait();
     // Waits for the start of b, and the rollback for it.
-    let checkpoint = bed.go(|bed| bed.container("c").checkpoint_now(None));
+    let checkpoint = bed.go(|bed| bed.container("c").checkpoint_now(None, false));
     assert!(checkpoint.waits());
     let back = bed.go(|bed| bed.roll_back(1));
     assert!(back.waits());
