@@ -9,7 +9,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     fs,
-    path::PathBuf,
 };
 
 use serde::Serialize;
@@ -25,7 +24,7 @@ use super::{
     pack::{Pack, PackWriter, Place},
     sandbox::TEMPORARY,
 };
-use crate::sandbox::{SandboxId, TurnNo};
+use crate::sandbox::TurnNo;
 
 /// Looked through once so many packs are left of checkpoints that are gone,
 const RETIRED_PACKS: u64 = 8;
@@ -37,8 +36,6 @@ const MAX_RETIRED_PACKS: u64 = 40;
 const RETIRED_BYTES: u64 = 32 << 20;
 /// As many kept packs of about one size are made one.
 const MERGED: usize = 4;
-/// How the directory of a sandbox begins that is being deleted.
-const GONE: &str = ".gone-";
 
 /// What is kept of a sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -482,47 +479,6 @@ impl Marker {
                             _ => {}
                         }
                     }
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Store {
-    /// How large all packs are.
-    pub fn size(&self) -> Result<u64, StoreError> {
-        let mut sum = 0u64;
-        for id in self.sandboxes()? {
-            sum = sum.saturating_add(self.sandbox(&id).size()?);
-        }
-        Ok(sum)
-    }
-
-    /// Removes everything about a sandbox, and what an interrupted removal has left. An error if
-    /// somebody writes its checkpoints.
-    pub fn remove(&self, id: &SandboxId) -> Result<Freed, StoreError> {
-        let writer = self.writer(id)?;
-        let freed = Freed {
-            turns: writer.turns()?,
-            bytes: writer.size()?,
-        };
-        let gone = writer.dir().with_file_name(format!("{GONE}{}", id.id()));
-        crate::tree::remove_tree(&gone)?;
-        failpoint("rename a sandbox");
-        fs::rename(writer.dir(), &gone).map_err(files::io("rename", writer.dir()))?;
-        failpoint("delete a sandbox");
-        crate::tree::remove_tree(&gone)?;
-        Ok(freed)
-    }
-
-    /// Removes what interrupted removals have left.
-    pub fn tidy(&self) -> Result<(), StoreError> {
-        for namespace in files::names(&self.root)? {
-            let dir: PathBuf = self.root.join(namespace);
-            for name in files::all_names(&dir)? {
-                if name.starts_with(GONE) {
-                    crate::tree::remove_tree(&dir.join(name))?;
                 }
             }
         }

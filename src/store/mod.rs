@@ -33,6 +33,7 @@ mod error;
 mod failpoint;
 mod files;
 mod gc;
+mod gone;
 mod ingest;
 mod journal;
 mod lay_out;
