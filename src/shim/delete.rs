@@ -134,7 +134,8 @@ pub fn after_death(host: &dyn Host, sandbox: &SandboxId, bundle: &Path) -> Delet
     }
     let pid = crate::runtime::runc::read_pid(&bundle.join("init.pid")).unwrap_or(0);
     let runtime = host.runtime(&config, sandbox.namespace(), run_dir.path());
-    prove::remove(host, &*runtime, sandbox, &run_dir);
+    let states = config.root.join(sandbox.namespace());
+    prove::remove(host, &*runtime, &states, sandbox, &run_dir);
     let deleted = runtime.delete(sandbox.id(), true);
     attempt("delete", deleted.map_err(|e| e.to_string()));
     if let Some(rootfs) = mounted.filter(|r| r.exists()) {
