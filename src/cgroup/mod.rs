@@ -212,6 +212,18 @@ impl Cgroup {
         self.v1.get(controller).map(PathBuf::as_path)
     }
 
+    /// Removes its directories, which must have no processes any more. What is gone already is no
+    /// error.
+    pub fn remove(&self) -> Result<(), CgroupError> {
+        for dir in self.dirs() {
+            match fs::remove_dir(dir) {
+                Err(e) if !gone(&e) => return Err(CgroupError::io("remove", dir, e)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     fn dirs(&self) -> impl Iterator<Item = &Path> {
         self.unified_dir()
             .into_iter()

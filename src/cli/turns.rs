@@ -139,7 +139,7 @@ mod tests {
     fn line(word: &str, turn: u64) -> JournalLine {
         let full = word == "full";
         let back = word.strip_prefix("back:").map(|to| to.parse().unwrap());
-        let digest = |turn: u64| format!("sha256:{turn:064x}").parse().unwrap();
+        let digest = |turn: u64| format!("blake3:{turn:064x}").parse().unwrap();
         JournalLine {
             turn: TurnNo(turn),
             trigger: match word {

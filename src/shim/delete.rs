@@ -138,7 +138,8 @@ pub(super) fn clear(host: &dyn Host, sandbox: &SandboxId, remains: Option<&Remai
         config.systemd_cgroup = remains.systemd_cgroup;
     }
     let runtime = host.runtime(&config, sandbox.namespace(), run_dir.path());
-    prove::remove(host, &*runtime, sandbox, &run_dir);
+    let states = config.root.join(sandbox.namespace());
+    prove::remove(host, &*runtime, &states, sandbox, &run_dir);
     if remains.is_some_and(|r| !r.cgroup.is_empty()) {
         // It may have died in a rollback, and a restore goes on without it.
         attempt(sandbox, "end a restore", runtime.end_calls(sandbox.id()));

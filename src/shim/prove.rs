@@ -9,25 +9,26 @@ use std::{
     fs,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::bounded;
 use serde_json::Value;
 
 use super::{
     container::Container,
     hold,
-    host::{ControlGroup, Host},
+    host::Host,
     io::ConsoleSocket,
-    netns,
     run_dir::RunDir,
     spec::{self, Spec},
 };
 use crate::{
+    cgroup::{Cgroup, Mounts},
     config::Tcp,
     coordinator::freeze::Freezable,
-    rootfs::Overlay,
+    rootfs::{Overlay, parse_mountinfo},
     runtime::{
         self, OciRuntime, Stdio,
         criu_conf::{self, CriuConf},
@@ -42,6 +43,9 @@ use crate::{
 const SUFFIX: &str = ".crab-trial";
 /// How long what was killed may take to be gone.
 const END_LIMIT: Duration = Duration::from_secs(20);
+/// The same, and how long a restore is waited for, after the shim's death, when containerd waits
+/// for five seconds in all.
+const CLEAN_LIMIT: Duration = Duration::from_millis(2000);
 
 /// A trial's files of this boot: below the sandbox's own.
 struct Place(PathBuf);
@@ -63,6 +67,11 @@ impl Place {
         self.0.join("criu-work")
     }
 
+    /// What `/proc/PID/cgroup` says of its processes.
+    fn cgroup(&self) -> PathBuf {
+        self.0.join("cgroup")
+    }
+
     fn pid_file(&self) -> PathBuf {
         self.0.join("init.pid")
     }
@@ -80,21 +89,11 @@ pub(super) fn prove(container: &Container, checkpoint: &Checkpoint) -> Result<()
     let place = Place::of(&container.run_dir);
     let begun = can_be_tried(container).and_then(|()| {
         // The rest of one that was interrupted.
-        remove(
-            &*container.host,
-            &*container.runtime,
-            &container.sandbox,
-            &container.run_dir,
-        );
+        remove_of(container);
         fs::create_dir_all(place.rootfs()).map_err(|e| format!("{:?}: {e}", place.0))
     });
     let proved = begun.and_then(|()| attempt(container, checkpoint, &place));
-    remove(
-        &*container.host,
-        &*container.runtime,
-        &container.sandbox,
-        &container.run_dir,
-    );
+    remove_of(container);
     proved
 }
 
@@ -178,6 +177,10 @@ fn mount(container: &Container, saved: &Path, scratch: &Path, place: &Place) -> 
 /// others of a container.
 fn write_bundle(container: &Container, place: &Place) -> Result<(), String> {
     let of = |e: &dyn std::fmt::Display| format!("the trial's {}: {e}", spec::CONFIG);
+    let groups = fs::read_to_string(format!("/proc/{}/cgroup", container.init.pid()));
+    groups
+        .and_then(|groups| fs::write(place.cgroup(), beside(&groups)))
+        .map_err(|e| format!("the trial's cgroup: {e}"))?;
     let from = container.bundle.join(spec::CONFIG);
     let bytes = fs::read(&from).map_err(|e| of(&e))?;
     let mut config: Value = serde_json::from_slice(&bytes).map_err(|e| of(&e))?;
@@ -282,7 +285,11 @@ fn restore(
         // Nobody waits any more: then it is gone anyway.
         let _ = tell.send(());
     });
-    end(container, pid, &ended)
+    let group = container.host.cgroup(pid).map_err(|e| e.to_string())?;
+    kill(&*container.host, &*group.freezable())?;
+    ended
+        .recv_timeout(END_LIMIT)
+        .map_err(|_| format!("the trial (host pid {pid}) does not die"))
 }
 
 /// What the trial's init gets as stdin, stdout and stderr, and what must stay open meanwhile.
@@ -305,16 +312,7 @@ struct Kept(
 
 /// Kills a trial that stands still. Every process has its SIGKILL before any is let go, so that
 /// none runs.
-fn end(container: &Container, pid: i32, ended: &Receiver<()>) -> Result<(), String> {
-    let cgroup = container.host.cgroup(pid).map_err(|e| e.to_string())?;
-    kill(&*container.host, &*cgroup)?;
-    ended
-        .recv_timeout(END_LIMIT)
-        .map_err(|_| format!("the trial (host pid {pid}) does not die"))
-}
-
-fn kill(host: &dyn Host, cgroup: &dyn ControlGroup) -> Result<(), String> {
-    let group: &dyn Freezable = cgroup;
+fn kill(host: &dyn Host, group: &dyn Freezable) -> Result<(), String> {
     for pid in group.procs().map_err(|e| e.to_string())? {
         // One that is gone already needs no signal.
         if let Ok(target) = host.target(pid) {
@@ -324,10 +322,34 @@ fn kill(host: &dyn Host, cgroup: &dyn ControlGroup) -> Result<(), String> {
     group.thaw().map_err(|e| e.to_string())
 }
 
-/// Removes all that there may be of a trial. Also after the shim's death.
+/// The trial's cgroup, in the words of `/proc/PID/cgroup`: beside that of the sandbox.
+fn beside(proc_cgroup: &str) -> String {
+    let lines = proc_cgroup.lines().filter(|line| !line.ends_with(":/"));
+    let own = lines.map(|line| match line.strip_suffix(".scope") {
+        Some(unit) => format!("{unit}{SUFFIX}.scope\n"),
+        None => format!("{line}{SUFFIX}\n"),
+    });
+    own.collect()
+}
+
+fn remove_of(container: &Container) {
+    let root = container.config.root.join(container.sandbox.namespace());
+    let Container {
+        host,
+        runtime,
+        sandbox,
+        run_dir,
+        ..
+    } = container;
+    remove(&**host, &**runtime, &root, sandbox, run_dir);
+}
+
+/// Removes all that there may be of a trial, also after the shim's death. `root`: the runtime's
+/// directory of states.
 pub(super) fn remove(
     host: &dyn Host,
     runtime: &dyn OciRuntime,
+    root: &Path,
     sandbox: &SandboxId,
     run_dir: &RunDir,
 ) {
@@ -340,35 +362,88 @@ pub(super) fn remove(
             log::error!("{sandbox}: trial restore: {step}: {e}");
         }
     };
+    wait_for_restore(&trial_id(sandbox));
     // A frozen process does not die, and the runtime would wait for it.
-    if let Ok(pid) = runc::read_pid(&place.pid_file())
-        && is_trial(pid, sandbox)
-        && let Ok(cgroup) = host.cgroup(pid)
-    {
-        attempt("kill", kill(host, &*cgroup));
+    let group = fs::read_to_string(place.cgroup()).ok().and_then(|text| {
+        let mounts = Mounts::of_self().ok()?;
+        Cgroup::resolve(0, &text, &mounts).ok()
+    });
+    if let Some(group) = &group {
+        attempt("kill", end_all(host, group));
     }
     let deleted = runtime.delete(&trial_id(sandbox), true);
     attempt("delete", deleted.map_err(|e| e.to_string()));
-    attempt("unmount", host.unmount(&place.rootfs()));
-    attempt(
-        "network",
-        netns::remove(&place.netns()).map_err(|e| e.to_string()),
-    );
-    attempt(
-        "clean up",
-        fs::remove_dir_all(&place.0).map_err(|e| e.to_string()),
-    );
+    // Of a trial that was interrupted the runtime may know nothing.
+    if let Some(group) = &group {
+        attempt("cgroup", group.remove().map_err(|e| e.to_string()));
+    }
+    let state = root.join(trial_id(sandbox));
+    for dir in [&state, &place.0] {
+        attempt("clean up", remove_unmounted(host, dir));
+    }
 }
 
-/// Whether a pid is still that of the trial: its number may have been given to another process.
-fn is_trial(pid: i32, sandbox: &SandboxId) -> bool {
-    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-    groups.contains(&trial_id(sandbox))
+/// A restore that outlives the shim is let come to its end, which is a frozen trial: a CRIU that is
+/// killed leaves mounts behind.
+fn wait_for_restore(id: &str) {
+    let begin = Instant::now();
+    while begin.elapsed() < CLEAN_LIMIT && is_restoring(id) {
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Whether a runtime restores this container.
+fn is_restoring(id: &str) -> bool {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
+        .any(|line| {
+            let mut words = line.split(|byte| *byte == 0);
+            let restores = words.any(|word| word == b"restore");
+            restores && words.any(|word| word == id.as_bytes())
+        })
+}
+
+/// Removes a directory once nothing is mounted below it: what is mounted belongs to others.
+fn remove_unmounted(host: &dyn Host, dir: &Path) -> Result<(), String> {
+    let text = fs::read("/proc/self/mountinfo").map_err(|e| format!("mountinfo: {e}"))?;
+    let points = parse_mountinfo(&text).map(|mount| mount.mountpoint);
+    let mut points: Vec<PathBuf> = points.filter(|point| point.starts_with(dir)).collect();
+    // The last one is on top.
+    points.reverse();
+    for point in points {
+        host.unmount(&point)?;
+    }
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(format!("{dir:?}: {e}")),
+        _ => Ok(()),
+    }
+}
+
+/// Kills what is in the trial's cgroup until there is nothing: CRIU, which forks the processes from
+/// within it, may still be at work.
+fn end_all(host: &dyn Host, group: &Cgroup) -> Result<(), String> {
+    let begin = Instant::now();
+    while group.exists() && !group.procs().map_err(|e| e.to_string())?.is_empty() {
+        kill(host, group)?;
+        if begin.elapsed() > CLEAN_LIMIT {
+            return Err("some of its processes do not die".into());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_trial_has_a_cgroup_beside_the_sandboxs() {
+        let of_init = "5:freezer:/a/c\n4:name=systemd:/\n0::/s.slice/docker-c.scope\n";
+        let wanted = "5:freezer:/a/c.crab-trial\n0::/s.slice/docker-c.crab-trial.scope\n";
+        assert_eq!(beside(of_init), wanted);
+    }
 
     #[test]
     fn a_socket_in_a_volume_is_found() {

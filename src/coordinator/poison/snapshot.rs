@@ -10,6 +10,7 @@ use std::{
 
 use rustix::{
     fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, ResolveFlags, StatxFlags, statx},
+    io::Errno,
     process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
@@ -377,17 +378,16 @@ fn descriptors(
 /// Our own copy of a process's descriptor. `handle` keeps its pidfd for the next one.
 fn duplicate(pid: i32, fd: i32, handle: &mut Option<OwnedFd>) -> Result<OwnedFd, SnapshotError> {
     let path = proc(pid, &format!("fd/{fd}"));
-    if handle.is_none() {
-        let number = Pid::from_raw(pid).ok_or_else(|| at(&path)(io::ErrorKind::NotFound.into()))?;
-        let opened = pidfd_open(number, PidfdFlags::empty()).map_err(|e| at(&path)(e.into()))?;
-        *handle = Some(opened);
-    }
-    match handle {
-        Some(handle) => {
-            pidfd_getfd(&handle, fd, PidfdGetfdFlags::empty()).map_err(|e| at(&path)(e.into()))
-        }
-        None => Err(at(&path)(io::ErrorKind::NotFound.into())),
-    }
+    let opened = match handle.take() {
+        Some(opened) => Ok(opened),
+        None => Pid::from_raw(pid)
+            .ok_or(Errno::SRCH)
+            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty())),
+    };
+    let opened = opened.map_err(|e| at(&path)(e.into()))?;
+    let copy = pidfd_getfd(&opened, fd, PidfdGetfdFlags::empty());
+    *handle = Some(opened);
+    copy.map_err(|e| at(&path)(e.into()))
 }
 
 /// The number of a pseudoterminal, in the `fdinfo` of its master.

@@ -145,7 +145,8 @@ fn what_cannot_come_back_is_named_and_all_else_is_fine() {
 
 #[test]
 fn a_process_in_an_unusual_place_is_named() {
-    let change: &[(&str, fn(&mut Process))] = &[
+    type Change = fn(&mut Process);
+    let change: &[(&str, Change)] = &[
         ("", |_| {}),
         ("is being traced", |p| p.tracer = 9),
         ("user namespace", |p| p.own_users = true),
