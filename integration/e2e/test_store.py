@@ -33,7 +33,7 @@ def test_a_turn_writes_what_it_has_changed(tmp_path):
         sandbox.start()
         assert sandbox.ask("hash") == before
         assert sandbox.sh("tail -c 5 /large") == "more\n"
-        assert not any((store_of(sandbox) / "tmp").iterdir())
+        until(lambda: not any((store_of(sandbox) / "tmp").iterdir()), "nothing is left of the restore, or of the last turn")
 
 
 def test_space_comes_back(tmp_path):
@@ -52,7 +52,7 @@ def test_space_comes_back(tmp_path):
         assert collected["turns"] == [] and not collected["removed"]
         assert sum(pack.stat().st_size for pack in store_of(sandbox).glob("packs/*")) < 4 * 4.5e6
         kept, = gc("--keep", "1", sandbox.name)
-        assert len(kept["turns"]) == 2 and kept["freed_bytes"] > 7e6, kept
+        assert len(kept["turns"]) == 2 and kept["freed_bytes"] > 3.5e6, kept
         assert crab("verify", sandbox.name).out == f"default/{sandbox.name}@{last}  ok\n"
         sandbox.restore()
         sandbox.start()
@@ -73,7 +73,8 @@ def test_a_size_that_is_exceeded_takes_the_oldest(tmp_path):
         packs = store_of(sandbox) / "packs"
         until(lambda: sum(pack.stat().st_size for pack in packs.glob("*")) <= 20e6, "it fits")
         kept = sorted(int(pack.stem) for pack in packs.glob("*.pack"))
-        assert 1 <= len(kept) <= 4 and kept[-1] == last, kept
+        # Two turns have each file: that of the exec, and the checkpoint that was asked for.
+        assert 2 <= len(kept) <= 7 and kept[-1] == last, kept
         assert crab("verify", sandbox.name).rc == 0
 
 

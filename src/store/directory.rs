@@ -58,6 +58,15 @@ pub(super) fn read_page(
 
 /// A directory's pages in order.
 pub(super) fn read_pages(objects: &mut Objects, dir: &DirRef) -> Result<Vec<PageRef>, StoreError> {
+    read_all_pages(objects, dir, &mut |_| {})
+}
+
+/// The same; `node` gets the digest of each node above them.
+fn read_all_pages(
+    objects: &mut Objects,
+    dir: &DirRef,
+    node: &mut dyn FnMut(Digest),
+) -> Result<Vec<PageRef>, StoreError> {
     let mut pages = Vec::new();
     let whole = PageRef {
         first: Vec::new(),
@@ -72,6 +81,7 @@ pub(super) fn read_pages(objects: &mut Objects, dir: &DirRef) -> Result<Vec<Page
         match read_page(objects, &page.dir.root, below)? {
             Page::Leaf(_) => pages.push(page),
             Page::Node(level, refs) => {
+                node(page.dir.root);
                 todo.extend(refs.into_iter().rev().map(|below| (below, Some(level))));
             }
         }
@@ -258,9 +268,16 @@ pub(super) fn edit(
 ) -> Result<DirRef, StoreError> {
     let pages = match base {
         Some(dir) if edits.is_empty() => return Ok(*dir),
-        Some(dir) => read_pages(&mut ingest.objects, dir)?,
+        Some(dir) => {
+            let Ingest { objects, known, .. } = &mut *ingest;
+            read_all_pages(objects, dir, &mut |node| {
+                known.insert(node);
+            })?
+        }
         None => Vec::new(),
     };
+    let digests = pages.iter().map(|page| page.dir.root);
+    ingest.known.extend(digests);
     let mut builder = DirBuilder::default();
     let mut edits = edits.into_iter().peekable();
     for (n, page) in pages.iter().enumerate() {

@@ -1,7 +1,7 @@
 //! From files on the disk to objects in a pack. What some pack of the sandbox has already is not
 //! written again.
 
-use std::os::fd::OwnedFd;
+use std::{collections::HashSet, os::fd::OwnedFd};
 
 use rustix::{
     fs::{FileType, Stat},
@@ -29,6 +29,8 @@ pub(super) struct Ingest {
     /// A tree is being edited: pages that change are new ones, unless an earlier state comes back,
     /// and then they are kept twice. To look for each in all packs would cost more.
     pub(super) pages_are_new: bool,
+    /// Those pages of the earlier tree that were met on the way.
+    pub(super) known: HashSet<Digest>,
 }
 
 impl PutList for Ingest {
@@ -44,6 +46,7 @@ impl Ingest {
             writer,
             buffer: Vec::new(),
             pages_are_new: false,
+            known: HashSet::new(),
         }
     }
 
@@ -59,6 +62,7 @@ impl Ingest {
         let digest = Digest::of_object(kind, bytes);
         let is_new = self.pages_are_new && !matches!(kind, kind::CHUNK | kind::LIST);
         let there = known == Some(digest)
+            || self.known.contains(&digest)
             || self.writer.has(&digest)
             || !is_new && self.objects.has(&digest);
         if !there {

@@ -156,6 +156,7 @@ pub(super) fn delta(
     let root = editor.finish()?;
     let root = put_root(ingest, root);
     ingest.pages_are_new = false;
+    ingest.known.clear();
     root
 }
 

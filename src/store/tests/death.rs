@@ -13,19 +13,15 @@ const POINT: &str = "CRAB_TEST_POINT";
 
 fn checkpoint(writer: &SandboxWriter, turn: u64) {
     let pending = writer.begin(TurnNo(turn)).unwrap();
-    fs::write(
-        pending.image_dir().join("pages-1.img"),
-        noise(turn, 200_000),
-    )
-    .unwrap();
+    fs::write(pending.image_dir().join("pages-1.img"), noise(turn, 40_000)).unwrap();
     fs::create_dir(pending.upper_dir()).unwrap();
-    fs::write(pending.upper_dir().join("own"), noise(turn, 300_000)).unwrap();
+    fs::write(pending.upper_dir().join("own"), noise(turn, 140_000)).unwrap();
     fs::write(
         pending.upper_dir().join("few"),
-        noise(500 + turn / 3, 150_000),
+        noise(500 + turn / 3, 30_000),
     )
     .unwrap();
-    fs::write(pending.upper_dir().join("all"), noise(999, 150_000)).unwrap();
+    fs::write(pending.upper_dir().join("all"), noise(999, 30_000)).unwrap();
     commit(pending, Files::Whole);
 }
 

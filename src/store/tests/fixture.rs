@@ -31,7 +31,11 @@ pub fn look(root: &Path) -> BTreeMap<PathBuf, Seen> {
     let mut first: BTreeMap<u64, PathBuf> = BTreeMap::new();
     let mut todo = vec![PathBuf::new()];
     while let Some(path) = todo.pop() {
-        let full = root.join(&path);
+        // Not `join`, which would add a slash to a root that is no directory.
+        let full = match path.as_os_str().is_empty() {
+            true => root.to_owned(),
+            false => root.join(&path),
+        };
         let meta = fs::symlink_metadata(&full).unwrap();
         let kind = meta.file_type();
         if kind.is_dir() {
