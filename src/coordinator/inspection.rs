@@ -13,14 +13,14 @@
 use std::{path::Path, sync::Arc, time::Instant};
 
 use super::{
-    changed,
+    compare::{basis, compare, copies, outline},
     freeze::Freezable,
     memory_files::{MemoryFiles, Mounts},
     processes::Processes,
     references::References,
 };
 use crate::{
-    inspector::{self, Dirty, Happened, Inode, Watch, process},
+    inspector::{self, Happened, Inode, Watch, process},
     rootfs::{
         Prestaged,
         layer::{Candidate, Comparison, Layer},
@@ -99,19 +99,19 @@ pub(super) struct Inspection {
 }
 
 /// The state of the newest checkpoint.
-struct Known {
-    turn: TurnNo,
-    layer: Layer,
-    dump: Dump,
+pub(super) struct Known {
+    pub(super) turn: TurnNo,
+    pub(super) layer: Layer,
+    pub(super) dump: Dump,
 }
 
 /// The state of the dump that the newest checkpoint has its image from.
-struct Dump {
+pub(super) struct Dump {
     turn: TurnNo,
-    memory_files: MemoryFiles,
-    mounts: Mounts,
-    processes: Option<Processes>,
-    references: Result<References, String>,
+    pub(super) memory_files: MemoryFiles,
+    pub(super) mounts: Mounts,
+    pub(super) processes: Option<Processes>,
+    pub(super) references: Result<References, String>,
     /// It has been seen what ran on after its thaw.
     settled: bool,
 }
@@ -147,7 +147,8 @@ pub(super) struct Still {
     pub(super) look: Look,
 }
 
-enum Outline {
+/// The index of a writable layer.
+pub(super) enum Outline {
     New(Layer),
     Delta(Comparison),
 }
@@ -463,111 +464,4 @@ fn taken(
         processes,
         references,
     })
-}
-
-/// The index of the writable layer, or what to add to the one that there is.
-fn outline(known: Option<&Known>, dirty: &Dirty, scene: &Scene<'_>) -> Result<Outline, String> {
-    if let Some(known) = known
-        && dirty.doubts.is_empty()
-    {
-        let (candidates, scope) = changed::candidates(dirty);
-        // An index that does not fit any more is made anew.
-        if let Ok(delta) = known
-            .layer
-            .compare(scene.upper, &candidates, scope, scene.stop)
-        {
-            return Ok(Outline::Delta(delta));
-        }
-    }
-    let new = Layer::outline(scene.upper, scene.stop);
-    new.map(Outline::New).map_err(|e| e.to_string())
-}
-
-fn copies(
-    watch: &Watch,
-    known: &Known,
-    scene: &Scene<'_>,
-    dest: &Path,
-) -> Result<Prestaged, String> {
-    let pids = scene.cgroup.procs().map_err(|e| e.to_string())?;
-    let unseen = watch.can_change_unseen(&pids).map_err(|e| e.to_string())?;
-    let dirty = watch.look().map_err(|e| e.to_string())?;
-    if let Some(doubt) = dirty.doubts.first() {
-        return Err(doubt.clone());
-    }
-    let (candidates, scope) = changed::candidates(&dirty);
-    let comparison = known
-        .layer
-        .compare(scene.upper, &candidates, scope, scene.stop)
-        .map_err(|e| e.to_string())?;
-    let is_written = |one: Candidate| {
-        let (dev, ino) = (one.dev, one.ino);
-        unseen.contains(&Inode { dev, ino })
-    };
-    Prestaged::copy(scene.upper, dest, &comparison, &is_written, scene.stop)
-        .map_err(|e| e.to_string())
-}
-
-/// What there is to compare with, or why everything counts as changed.
-fn basis<'k>(
-    known: Option<&'k Known>,
-    dirty: &Dirty,
-    latest: Option<TurnNo>,
-) -> Result<(&'k Known, &'k Processes), String> {
-    if !dirty.doubts.is_empty() {
-        return Err(dirty.doubts.join("; "));
-    }
-    let known = known.ok_or("no checkpoint to compare with")?;
-    if latest != Some(known.turn) {
-        return Err("the last checkpoint is not in the store".into());
-    }
-    let processes = known.dump.processes.as_ref();
-    let processes = processes.ok_or("the processes of the last checkpoint are not known")?;
-    Ok((known, processes))
-}
-
-/// What differs from the newest checkpoint; with the comparison of the writable layer, if nothing writes
-/// to it.
-fn compare(
-    known: &Known,
-    processes: &Processes,
-    watch: &Watch,
-    dirty: &Dirty,
-    scene: &Scene<'_>,
-) -> (Look, Option<Comparison>) {
-    let dump = &known.dump;
-    let mut look = Look::default();
-    let files = changed::files(
-        &known.layer,
-        &dump.memory_files,
-        &dump.mounts,
-        dirty,
-        scene,
-        &mut look,
-    );
-    let verdict = Mounts::of(scene.init).map(|now| now == dump.mounts);
-    if !verdict.is_ok_and(|same| same) {
-        look.add(Effect::Mounts);
-    }
-    processes.look(watch, scene, files.orphans, &mut look);
-    look.large = files.comparison.as_ref().is_none_or(Comparison::has_large);
-    if look.effects == [Effect::Files] && !files.elsewhere {
-        look.only_files = match (&files.comparison, &dump.references) {
-            (Some(comparison), Ok(references)) => {
-                let touched = references.touched(&comparison.changes, comparison.linked());
-                if let Some((changed, used)) = touched {
-                    look.tell(format!("{changed:?} changed, and a process uses {used:?}"));
-                }
-                touched.is_none()
-            }
-            (Some(_), Err(e)) => {
-                look.tell(format!(
-                    "it is not known which files the processes use: {e}"
-                ));
-                false
-            }
-            (None, _) => false,
-        };
-    }
-    (look, files.comparison)
 }

@@ -1,6 +1,7 @@
 //! When to act: turn boundaries, the doors of a sandbox, its freezer, and the consistent cut.
 
 mod changed;
+mod compare;
 pub mod cut;
 pub mod doors;
 pub mod freeze;

@@ -4,7 +4,7 @@
 //! dumped: the checkpoint has the image of an earlier one, which is what the processes still are (D7a). It
 //! is looked once more while nothing runs; if it is otherwise then, everything is taken.
 
-use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fs, path::Path, sync::Arc, time::Duration};
 
 use time::OffsetDateTime;
 
@@ -77,33 +77,10 @@ impl Worker {
     ) -> Result<(Checkpoint, Staging), String> {
         let overlay = subject.overlay()?;
         let pending = self.store.begin(order.turn).map_err(text)?;
-        let scratch = subject.scratch();
-        // Not the client's: both may be about to dump.
-        let work = scratch.join("criu-turn-work");
-        fs::create_dir_all(&work).map_err(|e| format!("{work:?}: {e}"))?;
-        let home = CriuConf::for_dump(false)
-            .write(&scratch.join("criu-turn"))
-            .map_err(|e| format!("{scratch:?}: {e}"))?;
-        let args = runtime::Checkpoint {
-            image_path: pending.image_dir().to_owned(),
-            work_path: work.clone(),
-            leave_running: true,
-            // Kept in the image; whether they are closed is decided at the restore.
-            tcp_established: true,
-            file_locks: true,
-            shell_job: subject.has_terminal(),
-            home: Some(home),
-            limit: self.settings.dump_limit,
-            ..Default::default()
-        };
+        let args = dump_args(subject, &pending, self.settings.dump_limit)?;
+        let base = self.base(order)?;
         let dying = || self.doors.is_dying();
         let mut inspection = self.inspection.as_mut();
-        let base = match (&inspection, order.parent) {
-            (Some(inspection), Some(parent)) if inspection.is_about(parent) => {
-                Some(self.store.get(parent).map_err(text)?)
-            }
-            _ => None,
-        };
         if let Some(inspection) = &mut inspection {
             inspection.prepare();
         }
@@ -162,19 +139,24 @@ impl Worker {
             inspection.durable(order.turn, seen, images);
         }
         line.action = Action::Full;
-        let image: u64 = checkpoint
-            .manifest
-            .contents
-            .image
-            .iter()
-            .map(|f| f.data)
-            .sum();
+        let image = &checkpoint.manifest.contents.image;
+        let image: u64 = image.iter().map(|file| file.data).sum();
         line.bytes_captured = image.saturating_add(done.captured.stats.bytes);
         // The checkpoint exists from here on: nothing may make its turn count as unprotected.
-        if let Err(e) = fs::remove_dir_all(&work) {
-            log::warn!("{}: cannot remove {work:?}: {e}", self.store.id());
+        if let Err(e) = fs::remove_dir_all(&args.work_path) {
+            log::warn!("{}: cannot remove CRIU's work: {e}", self.store.id());
         }
         Ok((checkpoint, staging))
+    }
+
+    /// The checkpoint that what is known is about: changes can be held against it.
+    fn base(&self, order: &Order) -> Result<Option<Checkpoint>, String> {
+        match (&self.inspection, order.parent) {
+            (Some(inspection), Some(parent)) if inspection.is_about(parent) => {
+                self.store.get(parent).map(Some).map_err(text)
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Files, beside the image of the newest checkpoint.
@@ -264,6 +246,33 @@ impl Worker {
         line.bytes_captured = captured.stats.bytes;
         Ok(Tried::Done(Box::new((checkpoint, staging))))
     }
+}
+
+/// How a turn's processes are dumped.
+fn dump_args(
+    subject: &dyn Subject,
+    pending: &Pending,
+    limit: Duration,
+) -> Result<runtime::Checkpoint, String> {
+    let scratch = subject.scratch();
+    // Not the client's: both may be about to dump.
+    let work = scratch.join("criu-turn-work");
+    fs::create_dir_all(&work).map_err(|e| format!("{work:?}: {e}"))?;
+    let home = CriuConf::for_dump(false)
+        .write(&scratch.join("criu-turn"))
+        .map_err(|e| format!("{scratch:?}: {e}"))?;
+    Ok(runtime::Checkpoint {
+        image_path: pending.image_dir().to_owned(),
+        work_path: work,
+        leave_running: true,
+        // Kept in the image; whether they are closed is decided at the restore.
+        tcp_established: true,
+        file_locks: true,
+        shell_job: subject.has_terminal(),
+        home: Some(home),
+        limit,
+        ..Default::default()
+    })
 }
 
 /// Copies what is large before anything stands still.

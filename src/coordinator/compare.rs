@@ -1,0 +1,131 @@
+//! Holding a sandbox against its newest checkpoint: its files, and the processes of the dump.
+
+use std::path::Path;
+
+use super::{
+    changed,
+    inspection::{Known, Look, Outline, Scene},
+    memory_files::Mounts,
+    processes::Processes,
+};
+use crate::{
+    inspector::{Dirty, Inode, Watch},
+    rootfs::{
+        Prestaged,
+        layer::{Candidate, Comparison, Layer},
+    },
+    sandbox::TurnNo,
+    store::Effect,
+};
+
+/// The index of the writable layer, or what to add to the one that there is.
+pub(super) fn outline(
+    known: Option<&Known>,
+    dirty: &Dirty,
+    scene: &Scene<'_>,
+) -> Result<Outline, String> {
+    if let Some(known) = known
+        && dirty.doubts.is_empty()
+    {
+        let (candidates, scope) = changed::candidates(dirty);
+        // An index that does not fit any more is made anew.
+        if let Ok(delta) = known
+            .layer
+            .compare(scene.upper, &candidates, scope, scene.stop)
+        {
+            return Ok(Outline::Delta(delta));
+        }
+    }
+    let new = Layer::outline(scene.upper, scene.stop);
+    new.map(Outline::New).map_err(|e| e.to_string())
+}
+
+/// Copies of the large files that differ, made while the sandbox runs.
+pub(super) fn copies(
+    watch: &Watch,
+    known: &Known,
+    scene: &Scene<'_>,
+    dest: &Path,
+) -> Result<Prestaged, String> {
+    let pids = scene.cgroup.procs().map_err(|e| e.to_string())?;
+    let unseen = watch.can_change_unseen(&pids).map_err(|e| e.to_string())?;
+    let dirty = watch.look().map_err(|e| e.to_string())?;
+    if let Some(doubt) = dirty.doubts.first() {
+        return Err(doubt.clone());
+    }
+    let (candidates, scope) = changed::candidates(&dirty);
+    let comparison = known
+        .layer
+        .compare(scene.upper, &candidates, scope, scene.stop)
+        .map_err(|e| e.to_string())?;
+    let is_written = |one: Candidate| {
+        let (dev, ino) = (one.dev, one.ino);
+        unseen.contains(&Inode { dev, ino })
+    };
+    Prestaged::copy(scene.upper, dest, &comparison, &is_written, scene.stop)
+        .map_err(|e| e.to_string())
+}
+
+/// What there is to compare with, or why everything counts as changed.
+pub(super) fn basis<'k>(
+    known: Option<&'k Known>,
+    dirty: &Dirty,
+    latest: Option<TurnNo>,
+) -> Result<(&'k Known, &'k Processes), String> {
+    if !dirty.doubts.is_empty() {
+        return Err(dirty.doubts.join("; "));
+    }
+    let known = known.ok_or("no checkpoint to compare with")?;
+    if latest != Some(known.turn) {
+        return Err("the last checkpoint is not in the store".into());
+    }
+    let processes = known.dump.processes.as_ref();
+    let processes = processes.ok_or("the processes of the last checkpoint are not known")?;
+    Ok((known, processes))
+}
+
+/// What differs from the newest checkpoint; with the comparison of the writable layer, if nothing writes
+/// to it.
+pub(super) fn compare(
+    known: &Known,
+    processes: &Processes,
+    watch: &Watch,
+    dirty: &Dirty,
+    scene: &Scene<'_>,
+) -> (Look, Option<Comparison>) {
+    let dump = &known.dump;
+    let mut look = Look::default();
+    let files = changed::files(
+        &known.layer,
+        &dump.memory_files,
+        &dump.mounts,
+        dirty,
+        scene,
+        &mut look,
+    );
+    let verdict = Mounts::of(scene.init).map(|now| now == dump.mounts);
+    if !verdict.is_ok_and(|same| same) {
+        look.add(Effect::Mounts);
+    }
+    processes.look(watch, scene, files.orphans, &mut look);
+    look.large = files.comparison.as_ref().is_none_or(Comparison::has_large);
+    if look.effects == [Effect::Files] && !files.elsewhere {
+        look.only_files = match (&files.comparison, &dump.references) {
+            (Some(comparison), Ok(references)) => {
+                let touched = references.touched(&comparison.changes, comparison.linked());
+                if let Some((changed, used)) = touched {
+                    look.tell(format!("{changed:?} changed, and a process uses {used:?}"));
+                }
+                touched.is_none()
+            }
+            (Some(_), Err(e)) => {
+                look.tell(format!(
+                    "it is not known which files the processes use: {e}"
+                ));
+                false
+            }
+            (None, _) => false,
+        };
+    }
+    (look, files.comparison)
+}
