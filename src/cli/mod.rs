@@ -162,7 +162,7 @@ impl Scope {
         Store::open(&self.store_root).context("checkpoint store")
     }
 
-    /// A sandbox by its id, prefix, or Docker name: one that runs, or one with checkpoints.
+    /// A sandbox by its id, Docker name, or a prefix of its id: one that runs, or one with checkpoints.
     fn find(&self, word: &str) -> anyhow::Result<SandboxId> {
         let mut known: Vec<SandboxId> = client::list(Path::new(RUN))
             .0
@@ -178,6 +178,13 @@ impl Scope {
             let wanted = self.namespace.as_deref();
             wanted.is_none_or(|n| n == s.namespace())
         });
+        // A name of Docker's may look like the beginning of another one's id.
+        if !known.iter().any(|sandbox| sandbox.id() == word)
+            && let Some(id) = docker::id_of(word)
+            && let Ok(sandbox) = pick(&known, &id)
+        {
+            return Ok(sandbox);
+        }
         match pick(&known, word) {
             Err(None) => {}
             Ok(sandbox) => return Ok(sandbox),
@@ -186,11 +193,6 @@ impl Scope {
                 printable(word),
                 several
             ),
-        }
-        if let Some(id) = docker::id_of(word)
-            && let Ok(sandbox) = pick(&known, &id)
-        {
-            return Ok(sandbox);
         }
         bail!(
             "no sandbox {}: neither running under crab nor in the store {} (crab ps lists those \

@@ -16,7 +16,8 @@ use super::turns::{Job, Subject, Turns, Worker};
 use crate::{
     sandbox::TurnNo,
     store::{
-        Action, Checkpoint, Digest, Effect, JournalLine, Kind, Laid, Sync as Durability, Trigger,
+        Action, Checkpoint, Digest, Effect, JournalLine, Kind, Laid, StoreError,
+        Sync as Durability, Trigger,
     },
 };
 
@@ -249,11 +250,16 @@ impl Worker {
                 "the checkpoint of turn {turn} holds files alone"
             )));
         }
-        let laid = checkpoint.lay_out(&self.store.scratch_dir());
-        let laid = laid.map_err(|e| {
+        let broken = |e: StoreError| {
             Failure::Untouched(format!("the checkpoint of turn {turn} is broken ({e})"))
-        })?;
-        Ok((checkpoint, laid))
+        };
+        if let Some(path) = checkpoint.changed_reference().map_err(broken)? {
+            return Err(Failure::Untouched(format!(
+                "the processes of turn {turn} were dumped earlier, upon another {path:?} than it has"
+            )));
+        }
+        let laid = checkpoint.lay_out(&self.store.scratch_dir());
+        Ok((checkpoint, laid.map_err(broken)?))
     }
 }
 

@@ -155,8 +155,8 @@ impl SandboxStore {
 }
 
 impl SandboxWriter {
-    /// Lets checkpoints go that need not be kept, the oldest first; never the newest one, the armed
-    /// one, or those with a name. Collects what they leave once that is much, or a limit demands it.
+    /// Lets checkpoints go that need not be kept, the oldest first; never the newest one, the one
+    /// that the sandbox goes on from, the armed one, or those with a name. Collects what they leave once that is much, or a limit demands it.
     pub fn retain(&self, retention: &Retention) -> Result<Freed, StoreError> {
         let keep = retention.keep.max(1);
         let mut freed = Freed {
@@ -238,8 +238,10 @@ impl SandboxWriter {
         let mut turns = self.turns()?;
         turns.truncate(turns.len().saturating_sub(keep.max(1)));
         let named = self.names()?;
-        let armed = self.armed()?;
-        turns.retain(|turn| armed != Some(*turn) && !named.values().any(|named| named == turn));
+        let stay = [self.armed()?, *self.guard().head.lock()];
+        turns.retain(|turn| {
+            !stay.contains(&Some(*turn)) && !named.values().any(|named| named == turn)
+        });
         Ok(turns)
     }
 

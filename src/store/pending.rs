@@ -171,6 +171,7 @@ impl Pending {
         failpoint("sync packs");
         files::sync_dir(&self.store.packs_dir())?;
         failpoint("committed");
+        *lock.head.lock() = None;
         let checkpoint = Checkpoint::new(self.store.packs_dir(), manifest, digest, stored);
         Ok((checkpoint, self.staging))
     }

@@ -173,6 +173,9 @@ pub(super) struct Lock {
     pub(super) packs: Mutex<()>,
     /// What was kept of checkpoints that are gone, and not looked through yet.
     pub(super) retired: Mutex<Retired>,
+    /// What the sandbox goes on from, until there is a newer checkpoint: it may have been rolled back
+    /// to one that is not the newest.
+    pub(super) head: Mutex<Option<TurnNo>>,
 }
 
 impl Deref for SandboxWriter {
@@ -227,11 +230,17 @@ impl SandboxWriter {
                 store.id()
             );
         }
+        let head = store.head().unwrap_or_else(|e| {
+            // Whoever needs it is told of the damage then.
+            log::warn!("{}: {e}", store.id());
+            None
+        });
         let lock = Lock {
             file,
             index: Mutex::new(()),
             packs: Mutex::new(()),
             retired: Mutex::new(Retired::of(&store)?),
+            head: Mutex::new(head.map(|checkpoint| checkpoint.turn())),
         };
         Ok(Self {
             store,

@@ -126,3 +126,42 @@ fn a_long_note_is_cut_and_a_line_beyond_measure_refused() {
     writer.append(&many, Sync::Later).unwrap_err();
     assert_eq!(writer.journal().unwrap().lines.len(), 1);
 }
+
+#[test]
+fn a_sandbox_goes_on_from_where_it_was_rolled_back_to_until_the_next_checkpoint() {
+    let bed = bed();
+    let writer = bed.writer();
+    let commit = |writer: &SandboxWriter, turn| {
+        let pending = writer.begin(TurnNo(turn)).unwrap();
+        fill(&pending);
+        let parts = (Images::Staged, Files::Whole);
+        pending.commit(facts(), parts.0, parts.1).unwrap().0
+    };
+    let head = |writer: &SandboxWriter| writer.head().unwrap().map(|its| its.turn().0);
+    assert_eq!(head(&writer), None);
+    let first = commit(&writer, 1);
+    commit(&writer, 2);
+    assert_eq!(head(&writer), Some(2));
+    let rollback = |turn, checkpoint| JournalLine {
+        trigger: Trigger::Rollback,
+        checkpoint,
+        ..line(turn)
+    };
+    // Refused, or not done.
+    writer.append(&rollback(3, None), Sync::Now).unwrap();
+    assert_eq!(head(&writer), Some(2));
+    // The line of turn 1 itself is lost.
+    let done = rollback(4, Some(first.digest));
+    writer.append(&done, Sync::Now).unwrap();
+    assert_eq!(head(&writer), Some(1));
+    // It stays, although another one is newer; also for whoever comes next.
+    drop(writer);
+    let writer = bed.writer();
+    assert_eq!(writer.retain(&Retention::newest(1)).unwrap().turns, []);
+    assert_eq!(head(&writer), Some(1));
+    // Power failed before its line was written.
+    commit(&writer, 5);
+    assert_eq!(head(&writer), Some(5));
+    let gone = writer.retain(&Retention::newest(1)).unwrap().turns;
+    assert_eq!(gone, [TurnNo(1), TurnNo(2)]);
+}
