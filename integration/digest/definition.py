@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 #: The version of this definition. Digests of different versions are not compared.
-VERSION = 1
+VERSION = 2
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
