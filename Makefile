@@ -25,8 +25,9 @@ driver: ## what drives the inspector in its tests
 	@integration/host-tools
 	$(CARGO) build --release --locked --example inspector
 
-bench: build driver ## measured beside containerd's own shim, and what the inspector costs the host
+bench: build driver ## beside containerd's own shim; what turns and rollbacks cost; what the inspector costs the host
 	integration/bench/run
+	integration/testbed/enter -- python3 -B /src/integration/bench/turns.py
 	integration/inspector/cost/run
 
 fuzz: driver ## longer random tests of what reads foreign input, and of the inspector
