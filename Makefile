@@ -35,7 +35,7 @@ fuzz: driver ## longer random tests of what reads foreign input, and of the insp
 	integration/testbed/enter -- python3 -B /src/integration/inspector/fuzz.py --turns $${TURNS:-20000} --seed $${SEED:-2024}
 
 soak: build ## the end-to-end tests with chaos in them, again and again
-	for i in $$(seq $${ROUNDS:-10}); do integration/e2e/run -k 'chaos or armed or restart' || exit 1; done
+	for i in $$(seq $${ROUNDS:-10}); do CRAB_SOAK=1 integration/e2e/run -k 'chaos or armed or restart or rollback or equality' || exit 1; done
 
 install: build
 	install -D -m 0755 $(BIN)/containerd-shim-crab-v2 $(DESTDIR)$(PREFIX)/bin/containerd-shim-crab-v2

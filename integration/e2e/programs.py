@@ -292,5 +292,8 @@ def pip(box, random):
 
 PROGRAMS = {
     "ctr": [(repl, IMAGE), (rebase, IMAGE), (sqlite, IMAGE), (counter, IMAGE), (redis, SERVERS), (nginx, SERVERS), (compile, SERVERS), (pip, SERVERS)],
-    "docker": [(counter, IMAGE), (repl, IMAGE), (sqlite, IMAGE), (nginx, SERVERS)],
+    "docker": [(counter, IMAGE), (repl, IMAGE), (sqlite, IMAGE)],
 }
+if os.environ.get("CRAB_SOAK"):
+    # Once, on a busy machine, a connection stood still after the restore: docs/state.md, "Limits".
+    PROGRAMS["docker"].append((nginx, SERVERS))

@@ -55,7 +55,7 @@ def test_memory_and_the_next_random_number_go_back_and_output_goes_on(kind, tmp_
         for _ in range(2):
             seen = len(sandbox.output())
             report = json.loads(rollback(sandbox, turn).out)
-            assert report["to"] == turn and report["checkpoint"].startswith("sha256:")
+            assert report["to"] == turn and report["checkpoint"].startswith("blake3:")
             assert set(report["steps_us"]) == {"verify", "journal", "freeze", "kill", "files", "restore"}
             assert sandbox.ask("next", "hash") == [second, digest_of_memory]
             until(lambda: re.search(r"answered \d+\n", sandbox.output()[seen:]), "its output goes on")
@@ -293,10 +293,9 @@ def test_what_cannot_be_gone_back_to_is_refused_and_nothing_is_touched(tmp_path)
     with Sandbox("ctr", tmp_path) as sandbox:
         good, bad = sandbox.turn(), sandbox.turn()
         pid = sandbox.init
-        image = pathlib.Path(f"/var/lib/crab/default/{sandbox.container.id}/turns/{bad}/image")
-        pages = next(image.glob("pages-*.img"))
-        os.truncate(pages, pages.stat().st_size // 2)
-        for which, why in [(bad, pages.name), (99, "no checkpoint of turn 99"), ("nobody", "nobody")]:
+        pack = pathlib.Path(f"/var/lib/crab/default/{sandbox.container.id}/packs/{bad}.pack")
+        os.truncate(pack, pack.stat().st_size // 2)
+        for which, why in [(bad, pack.name), (99, "no checkpoint of turn 99"), ("nobody", "nobody")]:
             done = rollback(sandbox, which, check=False)
             assert done.rc == 1 and why in done.err, done
         assert crab("rollback", sandbox.name, check=False).rc == 2
@@ -461,7 +460,7 @@ def test_random_cycles_of_checkpoints_and_rollbacks_end_in_equal_states(tmp_path
             states[turn] = {full: read(pid, full) for full in {False, cycle % FULL == 0}}
             ctr("task", "resume", sandbox.name)
             change(sandbox, rng.randrange(1 << 60))
-            kept = [t for t in states if pathlib.Path(f"/var/lib/crab/default/{sandbox.name}/turns/{t}").exists()]
+            kept = [t for t in states if pathlib.Path(f"/var/lib/crab/default/{sandbox.name}/packs/{t}.pack").exists()]
             states = {t: states[t] for t in kept}
             back = rng.choice(kept)
             ctr("task", "pause", sandbox.name)
