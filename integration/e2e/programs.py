@@ -4,6 +4,8 @@ a checkpoint is taken; behind it the sandbox has come back, and must go on to th
 `random` is seeded: a moment is a point of the work's own progress, so a failure can be had again.
 """
 
+import os
+
 from harness import IMAGE, SERVERS, until
 
 COUNTER = """
