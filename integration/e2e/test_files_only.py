@@ -78,44 +78,44 @@ def test_new_files_come_back_beside_the_processes_of_an_older_dump(tmp_path):
 
 HOLDER = """
 import ctypes, mmap, os, socket, time
-os.makedirs("/work/dir/sub"); os.makedirs("/work/cwd"); os.makedirs("/work/listed")
+os.makedirs("/place/dir/sub"); os.makedirs("/place/cwd"); os.makedirs("/place/listed")
 for name in ("open", "mapped", "neighbour", "dir/sub/open"):
-    open("/work/" + name, "w").write("x" * 100)
-kept = [open("/work/open"), open("/work/dir/sub/open"), os.open("/work/listed", os.O_RDONLY)]
-file = open("/work/mapped", "rb")
+    open("/place/" + name, "w").write("x" * 100)
+kept = [open("/place/open"), open("/place/dir/sub/open"), os.open("/place/listed", os.O_RDONLY)]
+file = open("/place/mapped", "rb")
 kept.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)); file.close()
 library = [line.split()[-1] for line in open("/proc/self/maps") if "/libm.so" in line or "/libc.so" in line][0]
-os.system(f"cp {library} /work/library.so")
-kept.append(os.open("/work/library.so", os.O_RDONLY))
+os.system(f"cp {library} /place/library.so")
+kept.append(os.open("/place/library.so", os.O_RDONLY))
 kept.append(mmap.mmap(kept[-1], 0, access=mmap.ACCESS_READ)); os.close(kept[-2])
-os.system("cp /usr/bin/sleep /work/program && (/work/program 100000 </dev/null >/dev/null 2>&1 &)")
-server = socket.socket(socket.AF_UNIX); server.bind("/work/socket"); server.listen()
-os.chdir("/work/cwd")
+os.system("cp /usr/bin/sleep /place/program && (/place/program 100000 </dev/null >/dev/null 2>&1 &)")
+server = socket.socket(socket.AF_UNIX); server.bind("/place/socket"); server.listen()
+os.chdir("/place/cwd")
 open("/ready", "w").close()
 while True:
     time.sleep(1000)
 """
 #: What is none of the processes' business.
 HARMLESS = {
-    "a file beside": "echo new >>/work/neighbour",
-    "a file in the working directory": "echo new >/work/cwd/file",
-    "a name in an open directory": "mkdir /work/listed/new",
-    "a directory above in the layer": "chmod 711 /work/dir",
+    "a file beside": "echo new >>/place/neighbour",
+    "a file in the working directory": "echo new >/place/cwd/file",
+    "a name in an open directory": "mkdir /place/listed/new",
+    "a directory above in the layer": "chmod 711 /place/dir",
     "a directory above, copied up": "echo >/usr/lib/new",
-    "a name that begins so": "echo >/work/open2; echo >/work/op",
+    "a name that begins so": "echo >/place/open2; echo >/place/op",
 }
 USED = {
-    "open": "echo more >>/work/open",
-    "open, replaced": "echo other >/work/new && mv /work/new /work/open",
-    "mapped": "printf y | dd of=/work/mapped conv=notrunc status=none",
-    "library replaced": "cp /work/library.so /work/new.so && mv /work/new.so /work/library.so",
-    "executed": "chmod 700 /work/program",
+    "open": "echo more >>/place/open",
+    "open, replaced": "echo other >/place/new && mv /place/new /place/open",
+    "mapped": "printf y | dd of=/place/mapped conv=notrunc status=none",
+    "library replaced": "cp /place/library.so /place/new.so && mv /place/new.so /place/library.so",
+    "executed": "chmod 700 /place/program",
     "executed from a lower layer": "touch $(readlink -f /usr/bin/python3)",
-    "parent renamed": "mv /work/dir /work/elsewhere",
-    "working directory": "chmod 700 /work/cwd",
-    "working directory renamed": "mv /work/cwd /work/cwd2",
-    "bound socket": "chmod 600 /work/socket",
-    "bound socket removed": "rm /work/socket",
+    "parent renamed": "mv /place/dir /place/elsewhere",
+    "working directory": "chmod 700 /place/cwd",
+    "working directory renamed": "mv /place/cwd /place/cwd2",
+    "bound socket": "chmod 600 /place/socket",
+    "bound socket removed": "rm /place/socket",
 }
 
 
@@ -131,7 +131,7 @@ def test_a_change_of_what_a_process_stands_upon_is_a_whole_checkpoint(tmp_path):
             print(f"  {what}: {line['note']}")
             assert not is_files(line) and line["checkpoint"], (what, line)
             # And it is over with that.
-            assert is_files(sandbox.turn_of("sh", "-c", "echo >>/work/neighbour")), what
+            assert is_files(sandbox.turn_of("sh", "-c", "echo >>/place/neighbour")), what
 
 
 LOOP = """
