@@ -162,8 +162,7 @@ pub struct SandboxWriter {
 /// The sandbox's flock, and the order among this process's own threads.
 #[derive(Debug)]
 pub(super) struct Lock {
-    /// Open for as long as the lock is held; dropping it is what unlocks.
-    #[cfg_attr(not(test), expect(dead_code, reason = "held, not read"))]
+    /// Open, and locked, for as long as this lives.
     file: File,
     /// Held while names, arming and the set of checkpoints are changed; never while packs are
     /// written.
@@ -176,6 +175,14 @@ pub(super) struct Lock {
     /// What the sandbox goes on from, until there is a newer checkpoint: it may have been rolled back
     /// to one that is not the newest.
     pub(super) head: Mutex<Option<TurnNo>>,
+}
+
+impl Drop for Lock {
+    /// Closing alone would not unlock: a child that another thread is just starting has a copy of
+    /// every descriptor from its fork until its exec, and a flock goes with the last copy.
+    fn drop(&mut self) {
+        let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 impl Deref for SandboxWriter {

@@ -115,6 +115,17 @@ fn one_process_writes_and_the_others_are_told_who() {
 }
 
 #[test]
+fn a_copy_of_the_descriptor_does_not_keep_the_lock() {
+    let bed = bed();
+    let writer = bed.writer();
+    // As in a child between its fork and its exec.
+    let copy = writer.lock_file().try_clone().unwrap();
+    drop(writer);
+    bed.writer();
+    drop(copy);
+}
+
+#[test]
 fn only_what_exists_is_armed_or_named() {
     let bed = bed();
     let writer = bed.writer();
