@@ -3,8 +3,10 @@
 pub mod cgroup;
 pub mod cli;
 pub mod config;
+pub mod content;
 pub mod control;
 pub mod coordinator;
+pub mod digest;
 pub mod inspector;
 pub mod rootfs;
 pub mod runtime;

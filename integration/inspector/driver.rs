@@ -4,6 +4,7 @@
 //! inspector --run DIR --cgroup DIR --rootfs DIR [--upper DIR] [--without PROBE]…
 
 use std::{
+    collections::HashMap,
     env,
     io::{self, BufRead, Write},
     path::{Path, PathBuf},
@@ -14,8 +15,11 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use crab::{
+    digest::Digest,
     inspector::{self, Dirty, Subject, Watch, did_bits},
     rootfs::layer::{Candidate, Change, Comparison, Layer, Scope},
+    sandbox::{SandboxId, TurnNo},
+    store::{Part, Store},
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -93,10 +97,12 @@ fn serve(args: &Args) -> Result<()> {
     };
     let watch = Watch::begin(&args.run, &subject, &load).map_err(anyhow::Error::msg)?;
     say(&json!({ "ready": true, "probes": watch.probes() }));
+    let place = tempfile::tempdir()?;
     let mut driver = Driver {
         args,
         watch,
         layer: None,
+        store: Store::open(&place.path().join("store"))?,
     };
     for line in io::stdin().lock().lines() {
         let order: Order = serde_json::from_str(&line?).context("not an order")?;
@@ -119,6 +125,7 @@ struct Driver<'a> {
     watch: Watch,
     /// The writable layer as of the last `capture`.
     layer: Option<Layer>,
+    store: Store,
 }
 
 impl Driver<'_> {
@@ -205,7 +212,15 @@ impl Driver<'_> {
         Ok(json!({ "doubt": doubt, "changes": changes.unwrap_or_default() }))
     }
 
-    /// As around a checkpoint. The layer stands still, so the digests are read out of itself.
+    /// What a capture of the layer tells of its contents.
+    fn contents(&self) -> Result<HashMap<(u64, u64), Digest>> {
+        let writer = self.store.writer(&SandboxId::new("inspector", "driver")?)?;
+        let mut pending = writer.begin(TurnNo(1))?;
+        let captured = pending.capture(self.upper()?, Part::Whole, &|| false)?;
+        Ok(captured.contents)
+    }
+
+    /// As around a checkpoint, while the layer stands still.
     fn capture(&mut self, order: &Order) -> Result<Value> {
         self.watch.prepare()?;
         let dirty = self.watch.cut(&self.pids(order)?)?;
@@ -213,7 +228,10 @@ impl Driver<'_> {
         match self.compare(&dirty)?.zip(self.layer.as_mut()) {
             Some((comparison, layer)) => {
                 layer.apply(comparison)?;
-                layer.learn(self.args.upper.as_deref().context("no --upper")?, &|| false)?;
+                let contents = self.contents()?;
+                if let Some(layer) = &mut self.layer {
+                    layer.learn(&contents);
+                }
             }
             None => self.layer = Some(Layer::read(self.upper()?, &|| false)?),
         }

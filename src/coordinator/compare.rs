@@ -4,18 +4,15 @@ use std::path::Path;
 
 use super::{
     changed,
-    inspection::{Known, Look, Outline, Scene},
+    inspection::{Known, Look, Outline, Scene, ToRead},
     memory_files::Mounts,
     processes::Processes,
 };
 use crate::{
-    inspector::{Dirty, Inode, Watch},
-    rootfs::{
-        Prestaged,
-        layer::{Candidate, Comparison, Layer},
-    },
+    inspector::{Dirty, Watch},
+    rootfs::layer::{Comparison, Layer},
     sandbox::TurnNo,
-    store::Effect,
+    store::{Ahead, Effect},
 };
 
 /// The index of the writable layer, or what to add to the one that there is.
@@ -40,30 +37,28 @@ pub(super) fn outline(
     new.map(Outline::New).map_err(|e| e.to_string())
 }
 
-/// Copies of the large files that differ, made while the sandbox runs.
-pub(super) fn copies(
+/// What is better read before the freeze: the large files that differ, or all if it is not known which
+/// do.
+pub(super) fn ahead(
     watch: &Watch,
-    known: &Known,
+    known: Option<&Known>,
     scene: &Scene<'_>,
-    dest: &Path,
-) -> Result<Prestaged, String> {
+) -> Result<ToRead, String> {
     let pids = scene.cgroup.procs().map_err(|e| e.to_string())?;
     let unseen = watch.can_change_unseen(&pids).map_err(|e| e.to_string())?;
     let dirty = watch.look().map_err(|e| e.to_string())?;
-    if let Some(doubt) = dirty.doubts.first() {
-        return Err(doubt.clone());
-    }
-    let (candidates, scope) = changed::candidates(&dirty);
-    let comparison = known
-        .layer
-        .compare(scene.upper, &candidates, scope, scene.stop)
-        .map_err(|e| e.to_string())?;
-    let is_written = |one: Candidate| {
-        let (dev, ino) = (one.dev, one.ino);
-        unseen.contains(&Inode { dev, ino })
+    let which = match known.filter(|_| dirty.doubts.is_empty()) {
+        None => Ahead::All,
+        Some(known) => {
+            let (candidates, scope) = changed::candidates(&dirty);
+            let comparison = known
+                .layer
+                .compare(scene.upper, &candidates, scope, scene.stop)
+                .map_err(|e| e.to_string())?;
+            Ahead::Files(comparison.large().map(Path::to_owned).collect())
+        }
     };
-    Prestaged::copy(scene.upper, dest, &comparison, &is_written, scene.stop)
-        .map_err(|e| e.to_string())
+    Ok(ToRead { which, unseen })
 }
 
 /// What there is to compare with, or why everything counts as changed.
@@ -108,7 +103,8 @@ pub(super) fn compare(
         look.add(Effect::Mounts);
     }
     processes.look(watch, scene, files.orphans, &mut look);
-    look.large = files.comparison.as_ref().is_none_or(Comparison::has_large);
+    let has_large = |comparison: &Comparison| comparison.large().next().is_some();
+    look.large = files.comparison.as_ref().is_none_or(has_large);
     if look.effects == [Effect::Files] && !files.elsewhere {
         look.only_files = match (&files.comparison, &dump.references) {
             (Some(comparison), Ok(references)) => {

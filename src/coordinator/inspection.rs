@@ -1,19 +1,19 @@
 //! What a turn changed: the kernel names candidates, comparison with the last checkpoint decides (D6).
 //!
 //! Around one checkpoint: [`Inspection::look`] says whether to act, and how; [`Inspection::prepare`] and
-//! [`Inspection::prestage`] before the freeze. In it, for a full one, [`Inspection::frozen`] after the
+//! [`Inspection::ahead`] before the freeze. In it, for a full one, [`Inspection::frozen`] after the
 //! dump; for one of files alone [`Inspection::still`], which looks once more. [`Inspection::durable`] or
 //! [`Inspection::files_durable`] once nothing can take the checkpoint away again, and
-//! [`Inspection::learn`] when nobody waits any more. If anything fails in between, what was known before
+//! [`Inspection::settle`] when nobody waits any more. If anything fails in between, what was known before
 //! counts on, and what cannot be known any more counts as changed.
 //!
 //! Files are held against the newest checkpoint, processes against the dump that it has its image from,
 //! which may be an older one (D7a).
 
-use std::{path::Path, sync::Arc, time::Instant};
+use std::{collections::HashSet, path::Path, sync::Arc, time::Instant};
 
 use super::{
-    compare::{basis, compare, copies, outline},
+    compare::{ahead, basis, compare, outline},
     freeze::Freezable,
     memory_files::{MemoryFiles, Mounts},
     processes::Processes,
@@ -21,12 +21,9 @@ use super::{
 };
 use crate::{
     inspector::{self, Happened, Inode, Watch, process},
-    rootfs::{
-        Prestaged,
-        layer::{Candidate, Comparison, Layer},
-    },
+    rootfs::layer::{Candidate, Comparison, Layer},
     sandbox::TurnNo,
-    store::{Checkpoint, Effect, Reference},
+    store::{Ahead, Captured, Checkpoint, Effect, Reference},
 };
 
 /// The sandbox, as far as it is looked at.
@@ -147,6 +144,29 @@ pub(super) struct Still {
     pub(super) look: Look,
 }
 
+/// What is read before the freeze.
+pub(super) struct ToRead {
+    pub(super) which: Ahead,
+    /// Inodes that can change without a sign.
+    pub(super) unseen: HashSet<Inode>,
+}
+
+/// What may have been written since it was read.
+pub(super) enum Written {
+    /// Nobody can tell.
+    Anything,
+    These(HashSet<Inode>),
+}
+
+impl Written {
+    pub(super) fn has(&self, dev: u64, ino: u64) -> bool {
+        match self {
+            Self::Anything => true,
+            Self::These(inodes) => inodes.contains(&Inode { dev, ino }),
+        }
+    }
+}
+
 /// The index of a writable layer.
 pub(super) enum Outline {
     New(Layer),
@@ -199,36 +219,27 @@ impl Inspection {
         }
     }
 
-    /// After [`Inspection::prepare`]: copies the large files that have changed, for a capture into `dest`.
-    pub(super) fn prestage(&self, scene: &Scene<'_>, dest: &Path) -> Prestaged {
-        let (Ok(watch), Some(known)) = (&self.watch, &self.known) else {
-            return Prestaged::default();
-        };
-        copies(watch, known, scene, dest).unwrap_or_else(|e| {
+    /// After [`Inspection::prepare`]: what to read before the freeze; None if nobody could tell whether
+    /// it has changed since.
+    pub(super) fn ahead(&self, scene: &Scene<'_>) -> Option<ToRead> {
+        let watch = self.watch.as_ref().ok()?;
+        ahead(watch, self.known.as_ref(), scene)
             // They change, perhaps. Then the capture does it.
-            log::debug!("no large files are copied before the freeze: {e}");
-            Prestaged::default()
-        })
+            .inspect_err(|e| log::debug!("nothing is read before the freeze: {e}"))
+            .ok()
     }
 
-    /// In the freeze, after [`Inspection::frozen`] or [`Inspection::still`]: drops copies of what may have
-    /// been written since they were made.
-    pub(super) fn distrust(&self, prestaged: &mut Prestaged) {
-        if prestaged.is_empty() {
-            return;
-        }
+    /// In the freeze, after [`Inspection::frozen`] or [`Inspection::still`]: what may have been written
+    /// since [`Inspection::prepare`].
+    pub(super) fn written(&self) -> Written {
         let since = self.watch.as_ref().ok().map(Watch::since_prepared);
-        let Some(Ok(since)) = since else {
-            return prestaged.distrust(|_| true);
-        };
-        // A child may have a mapping that its parent no longer had when it was asked.
-        if !since.doubts.is_empty() || since.happened.has(Happened::FORK) {
-            return prestaged.distrust(|_| true);
+        match since {
+            // A child may have a mapping that its parent no longer had when it was asked.
+            Some(Ok(since)) if since.doubts.is_empty() && !since.happened.has(Happened::FORK) => {
+                Written::These(since.inodes.into_keys().collect())
+            }
+            _ => Written::Anything,
         }
-        prestaged.distrust(|one| {
-            let (dev, ino) = (one.dev, one.ino);
-            since.inodes.contains_key(&Inode { dev, ino })
-        });
     }
 
     /// While nothing runs: looks once more, and this is what the checkpoint of files alone holds.
@@ -296,6 +307,7 @@ impl Inspection {
         &mut self,
         turn: TurnNo,
         taken: Option<Taken>,
+        captured: &Captured,
         images: Arc<dyn process::Images>,
     ) {
         let Some(taken) = taken else {
@@ -319,7 +331,8 @@ impl Inspection {
                 (Outline::Delta(_), None) => Err("nothing to compare with".into()),
             });
         match layer {
-            Ok(layer) => {
+            Ok(mut layer) => {
+                layer.learn(&captured.contents);
                 let dump = Dump {
                     turn,
                     memory_files: taken.memory_files,
@@ -343,6 +356,7 @@ impl Inspection {
         &mut self,
         turn: TurnNo,
         still: Still,
+        captured: &Captured,
         images: Arc<dyn process::Images>,
     ) {
         let (Ok(watch), Some(mut known)) = (&mut self.watch, self.known.take()) else {
@@ -356,6 +370,7 @@ impl Inspection {
         match applied {
             Ok(()) => {
                 known.turn = turn;
+                known.layer.learn(&captured.contents);
                 known.dump.settled = true;
                 known.dump.processes = known.dump.processes.map(|its| its.at(images));
                 self.known = Some(known);
@@ -384,9 +399,8 @@ impl Inspection {
         self.known.as_ref().map(|known| known.dump.turn)
     }
 
-    /// What can wait until the gate is open: digests out of the copy of the writable layer, and how the
-    /// processes settled after the thaw.
-    pub(super) fn learn(&mut self, scene: &Scene<'_>, copy: &Path) {
+    /// What can wait until the gate is open: how the processes settled after the thaw.
+    pub(super) fn settle(&mut self, scene: &Scene<'_>) {
         let (Some(known), Ok(watch)) = (&mut self.known, &self.watch) else {
             return;
         };
@@ -400,9 +414,6 @@ impl Inspection {
             processes.settle(watch, scene);
         }
         known.dump.settled = true;
-        if let Err(e) = known.layer.learn(copy, scene.stop) {
-            log::warn!("not all files can be compared: {e}");
-        }
     }
 
     /// The sandbox was taken back: it is watched where it is now, and nothing is known of it.

@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 
 use super::{
     doors::Doors,
-    inspection::{Inspection, Look, Still, Taken},
+    inspection::{Inspection, Look, Still, Taken, ToRead},
     references::References,
     stand_still::stand_still,
     stored_images::StoredImages,
@@ -18,14 +18,14 @@ use super::{
 };
 use crate::{
     config::Gate,
-    rootfs::{self, CaptureStats, LayerChanges, Prestaged, layer::Comparison},
+    inspector::Inode,
+    rootfs::layer::Comparison,
     runtime::{self, criu_conf::CriuConf, descriptors::Stream},
     sandbox::TurnNo,
     store::{
-        self, Action, Checkpoint, Facts, Files, Host, Images, JournalLine, Kind, Pending, Staging,
-        StdioPipe,
+        Action, Captured, Checkpoint, Facts, Files, Host, Images, JournalLine, Kind, LayerChanges,
+        Part, Pending, Staging, StdioPipe,
     },
-    tree::remove_tree,
 };
 
 /// What is to be taken.
@@ -76,47 +76,42 @@ impl Worker {
         line: &mut JournalLine,
     ) -> Result<(Checkpoint, Staging), String> {
         let overlay = subject.overlay()?;
-        let pending = self.store.begin(order.turn).map_err(text)?;
+        let upper = &overlay.upperdir;
+        let mut pending = self.store.begin(order.turn).map_err(text)?;
+        pending.prepare().map_err(text)?;
         let args = dump_args(subject, &pending, self.settings.dump_limit)?;
+        let image = pending.image_dir().to_owned();
         let base = self.base(order)?;
-        let dying = || self.doors.is_dying();
+        let doors = &self.doors;
         let mut inspection = self.inspection.as_mut();
         if let Some(inspection) = &mut inspection {
             inspection.prepare();
-        }
-        let mut prestaged = match &inspection {
-            Some(inspection) if order.large => {
-                prestage(subject, &self.doors, inspection, &pending)?
+            if order.large {
+                read_ahead(subject, doors, inspection, &mut pending, base.as_ref())?;
             }
-            _ => Prestaged::default(),
-        };
+        }
         let (mut seen, mut artefacts) = (None, BTreeMap::new());
         let done = subject.parts()?.cut(&args, || {
-            // Before the copy is made: whoever is outside of the sandbox is not frozen, and what
-            // he changes meanwhile must not be known without being in the copy.
+            // Before it is captured: whoever is outside of the sandbox is not frozen, and what he
+            // changes meanwhile must not be known without being in the capture.
             if let Some(inspection) = &mut inspection {
-                seen = scene(subject, &self.doors, |scene| {
-                    inspection.frozen(scene, pending.image_dir())
-                })?;
-                inspection.distrust(&mut prestaged);
+                seen = scene(subject, doors, |scene| inspection.frozen(scene, &image))?;
+                distrust(inspection, &mut pending);
             }
-            let changes = seen.as_ref().and_then(Taken::changes);
-            let changes = changes.filter(|_| base.is_some());
-            let upper = &overlay.upperdir;
-            let captured = capture(upper, pending.upper_dir(), changes, &mut prestaged, &dying)?;
+            let comparison = seen.as_ref().and_then(Taken::changes);
+            let captured = capture(&mut pending, upper, base.as_ref().zip(comparison), doors)?;
             artefacts = subject.artefacts()?;
             subject.frozen_hook()?;
             Ok(captured)
         });
         let done = done.map_err(text)?;
-        drop(prestaged);
         if self.settings.gate == Gate::Async {
             line.exposed_us = micros(gate.open());
         }
         line.freeze_us = micros(done.frozen);
         let captured = &done.captured;
         let changes = seen.as_ref().and_then(Taken::changes);
-        line.changed_files = changes.map_or(captured.stats.entries(), |its| its.len() as u64);
+        line.changed_files = changes.map_or(captured.names, |its| its.len() as u64);
         let references = seen.as_ref().and_then(Taken::references);
         let facts = Facts {
             parent: order.parent,
@@ -131,17 +126,18 @@ impl Worker {
             notes: Vec::new(),
         };
         keep(&pending, &artefacts)?;
-        let files = files(base.as_ref(), captured);
-        let (checkpoint, staging) = pending.commit(facts, Images::Staged, files).map_err(text)?;
+        let (checkpoint, staging) = pending
+            .commit(facts, Images::Staged, Files::Captured)
+            .map_err(text)?;
         self.artefacts = Some(artefacts);
         if let Some(inspection) = inspection {
             let images = Arc::new(StoredImages(checkpoint.clone()));
-            inspection.durable(order.turn, seen, images);
+            inspection.durable(order.turn, seen, captured, images);
         }
         line.action = Action::Full;
         let image = &checkpoint.manifest.contents.image;
         let image: u64 = image.iter().map(|file| file.data).sum();
-        line.bytes_captured = image.saturating_add(done.captured.stats.bytes);
+        line.bytes_captured = image.saturating_add(captured.bytes);
         // The checkpoint exists from here on: nothing may make its turn count as unprotected.
         if let Err(e) = fs::remove_dir_all(&args.work_path) {
             log::warn!("{}: cannot remove CRIU's work: {e}", self.store.id());
@@ -175,17 +171,15 @@ impl Worker {
         };
         let overlay = subject.overlay()?;
         let before = self.store.get(parent).map_err(text)?;
-        let pending = self.store.begin(order.turn).map_err(text)?;
+        let mut pending = self.store.begin(order.turn).map_err(text)?;
+        pending.prepare().map_err(text)?;
         inspection.prepare();
         let doors = &self.doors;
-        let mut prestaged = match order.large {
-            true => prestage(subject, doors, inspection, &pending)?,
-            false => Prestaged::default(),
-        };
+        if order.large {
+            read_ahead(subject, doors, inspection, &mut pending, Some(&before))?;
+        }
         let mut artefacts = BTreeMap::new();
         let mut take = || -> Result<Result<(Still, Captured), Look>, String> {
-            // Of a try in which somebody ran.
-            remove_tree(pending.upper_dir()).map_err(text)?;
             let seen = scene(subject, doors, |scene| {
                 inspection.still(scene, Some(parent))
             })?;
@@ -193,11 +187,9 @@ impl Worker {
                 Ok(still) => still,
                 Err(look) => return Ok(Err(look)),
             };
-            inspection.distrust(&mut prestaged);
-            let dying = || doors.is_dying();
-            let changes = Some(&still.comparison);
-            let upper = &overlay.upperdir;
-            let captured = capture(upper, pending.upper_dir(), changes, &mut prestaged, &dying)?;
+            distrust(inspection, &mut pending);
+            let changes = Some((&before, &still.comparison));
+            let captured = capture(&mut pending, &overlay.upperdir, changes, doors)?;
             artefacts = subject.artefacts()?;
             subject.frozen_hook()?;
             Ok(Ok((still, captured)))
@@ -211,7 +203,6 @@ impl Worker {
             Ok(taken) => taken,
             Err(look) => return Ok(Tried::Not(look)),
         };
-        drop(prestaged);
         if self.settings.gate == Gate::Async {
             line.exposed_us = micros(gate.open());
         }
@@ -233,17 +224,13 @@ impl Worker {
         };
         keep(&pending, &artefacts)?;
         let (checkpoint, staging) = pending
-            .commit(
-                facts,
-                Images::Same(&before),
-                files(Some(&before), &captured),
-            )
+            .commit(facts, Images::Same(&before), Files::Captured)
             .map_err(text)?;
         self.artefacts = Some(artefacts);
         let images = Arc::new(StoredImages(checkpoint.clone()));
-        inspection.files_durable(order.turn, still, images);
+        inspection.files_durable(order.turn, still, &captured, images);
         line.action = Action::Files;
-        line.bytes_captured = captured.stats.bytes;
+        line.bytes_captured = captured.bytes;
         Ok(Tried::Done(Box::new((checkpoint, staging))))
     }
 }
@@ -275,55 +262,49 @@ fn dump_args(
     })
 }
 
-/// Copies what is large before anything stands still.
-fn prestage(
+/// Reads what is large, or everything if it is not known what has changed, before anything stands still.
+fn read_ahead(
     subject: &dyn Subject,
     doors: &Doors,
     inspection: &Inspection,
-    pending: &Pending,
-) -> Result<Prestaged, String> {
-    scene(subject, doors, |scene| {
-        inspection.prestage(scene, pending.upper_dir())
-    })
+    pending: &mut Pending,
+    before: Option<&Checkpoint>,
+) -> Result<(), String> {
+    let read = scene(subject, doors, |scene| {
+        let Some(ToRead { which, unseen }) = inspection.ahead(scene) else {
+            return Ok(());
+        };
+        let is_written = |dev, ino| unseen.contains(&Inode { dev, ino });
+        pending.read_ahead(scene.upper, &which, before, &is_written, scene.stop)
+    })?;
+    read.map_err(text)
 }
 
-/// What was copied of a writable layer.
-struct Captured {
-    /// All of it, or (Some) what makes it out of that of the checkpoint before.
-    changes: Option<store::LayerChanges>,
-    stats: CaptureStats,
-}
-
-/// Copies a writable layer: what differs, if that is known, or all of it.
-fn capture(
-    upper: &Path,
-    dest: &Path,
-    comparison: Option<&Comparison>,
-    prestaged: &mut Prestaged,
-    stop: &dyn Fn() -> bool,
-) -> Result<Captured, String> {
-    let Some(comparison) = comparison else {
-        let stats = rootfs::capture_with(upper, dest, prestaged, stop).map_err(text)?;
-        return Ok(Captured {
-            changes: None,
-            stats,
-        });
-    };
-    let (changes, stats) =
-        rootfs::capture_changes(upper, dest, comparison, prestaged, stop).map_err(text)?;
-    let LayerChanges { removed, staged } = changes;
-    Ok(Captured {
-        changes: Some(store::LayerChanges { removed, staged }),
-        stats,
-    })
-}
-
-/// The same for the store.
-fn files<'a>(base: Option<&'a Checkpoint>, captured: &'a Captured) -> Files<'a> {
-    match (base, &captured.changes) {
-        (Some(base), Some(changes)) => Files::Delta { base, changes },
-        _ => Files::Whole,
+/// In the freeze: what was read ahead and may have been written since is read again.
+fn distrust(inspection: &Inspection, pending: &mut Pending) {
+    if pending.ahead() > 0 {
+        let written = inspection.written();
+        pending.distrust(|dev, ino| written.has(dev, ino));
     }
+}
+
+/// Captures a writable layer: what differs from a checkpoint, if that is known, or all of it.
+fn capture(
+    pending: &mut Pending,
+    upper: &Path,
+    known: Option<(&Checkpoint, &Comparison)>,
+    doors: &Doors,
+) -> Result<Captured, String> {
+    let changes = known.map(|(_, comparison)| LayerChanges {
+        removed: comparison.removed(),
+        changed: comparison.changed(),
+    });
+    let part = match (known, &changes) {
+        (Some((base, _)), Some(changes)) => Part::Changes { base, changes },
+        _ => Part::Whole,
+    };
+    let captured = pending.capture(upper, part, &|| doors.is_dying());
+    captured.map_err(text)
 }
 
 /// Adds what is kept of the host's files.

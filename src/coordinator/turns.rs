@@ -326,7 +326,7 @@ impl Worker {
         }
         if let Some(inspection) = &mut self.inspection {
             scene(subject, &self.doors, |scene| {
-                inspection.learn(scene, staging.upper_dir());
+                inspection.settle(scene);
             })?;
         }
         drop(staging);

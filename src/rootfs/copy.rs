@@ -17,7 +17,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{contents::Contents, prestaged::Prestaged};
+use super::contents::Contents;
 use crate::tree::{
     self, DirStack, Expect, FileId, Found, TreeError, Visitor, failed, proc_path, remove_tree,
 };
@@ -56,18 +56,8 @@ pub fn capture(
     dest: &Path,
     stop: &dyn Fn() -> bool,
 ) -> Result<CaptureStats, TreeError> {
-    capture_with(upper, dest, &mut Prestaged::default(), stop)
-}
-
-/// The same; large files are taken from `prestaged` as far as they are there.
-pub fn capture_with(
-    upper: &Path,
-    dest: &Path,
-    prestaged: &mut Prestaged,
-    stop: &dyn Fn() -> bool,
-) -> Result<CaptureStats, TreeError> {
     let source = tree::open_root(upper)?;
-    let mut copier = Copier::into(dest, prestaged, stop)?;
+    let mut copier = Copier::into(dest, stop)?;
     tree::walk(source, upper, Expect::Unchanged, stop, &mut copier)?;
     copier.finish()
 }
@@ -95,12 +85,11 @@ fn make_root(dest: &Path) -> Result<OwnedFd, TreeError> {
 }
 
 /// Makes copies of what it visits.
-pub(super) struct Copier<'s> {
-    pub(super) dest: DirStack,
+struct Copier<'s> {
+    dest: DirStack,
     /// The destination's root, until the walk enters the source's.
     root: Option<OwnedFd>,
     links: Links,
-    prestaged: &'s mut Prestaged,
     stats: CaptureStats,
     contents: Contents<'s>,
 }
@@ -157,27 +146,17 @@ impl Visitor for Copier<'_> {
 
 impl<'s> Copier<'s> {
     /// `dest` is made, or is an empty directory.
-    pub(super) fn into(
-        dest: &Path,
-        prestaged: &'s mut Prestaged,
-        stop: &'s dyn Fn() -> bool,
-    ) -> Result<Self, TreeError> {
+    fn into(dest: &Path, stop: &'s dyn Fn() -> bool) -> Result<Self, TreeError> {
         Ok(Self {
             dest: DirStack::default(),
             root: Some(make_root(dest)?),
             links: Links::beside(dest),
-            prestaged,
             stats: CaptureStats::default(),
             contents: Contents::new(stop),
         })
     }
 
-    /// Leaves a directory that merely led to what was copied.
-    pub(super) fn passed(&mut self, dir: &Found<'_>) -> Result<(), TreeError> {
-        self.dest.pop().map(drop).map_err(dir.err("copy"))
-    }
-
-    pub(super) fn finish(mut self) -> Result<CaptureStats, TreeError> {
+    fn finish(mut self) -> Result<CaptureStats, TreeError> {
         self.links.finish()?;
         Ok(self.stats)
     }
@@ -190,15 +169,8 @@ impl<'s> Copier<'s> {
 
     fn file(&mut self, found: &Found<'_>) -> Result<(), TreeError> {
         let parent = self.dest.top().map_err(found.err("copy"))?;
-        let (copy, bytes) = match self.prestaged.give(found, parent)? {
-            Some(given) => given,
-            None => {
-                let copy = new_file(parent, found.name).map_err(found.err("copy"))?;
-                let bytes = self.contents.copy(found, &copy)?;
-                (copy, bytes)
-            }
-        };
-        self.stats.bytes += bytes;
+        let copy = new_file(parent, found.name).map_err(found.err("copy"))?;
+        self.stats.bytes += self.contents.copy(found, &copy)?;
         set_attributes(found, copy.as_fd())?;
         self.stats.files += 1;
         Ok(())
@@ -206,7 +178,7 @@ impl<'s> Copier<'s> {
 }
 
 /// Makes a file for a copy.
-pub(super) fn new_file(dir: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
+fn new_file(dir: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)
 }

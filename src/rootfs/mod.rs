@@ -1,4 +1,4 @@
-//! The files of a sandbox: where its writable layer is, how it is mounted, how it is copied, and
+//! The files of a sandbox: where its writable layer is, how it is mounted, what of it has changed, and
 //! how a copy is put back.
 //!
 //! The writable layer of a mounted overlay is read, never edited: the kernel keeps showing what it
@@ -6,22 +6,18 @@
 
 mod contents;
 mod copy;
-mod delta;
 pub mod layer;
 mod mount;
 mod overlay;
-mod prestaged;
 mod put_back;
 
 #[cfg(test)]
 mod tests;
 
-pub use copy::{CaptureStats, capture, capture_with};
-pub use delta::{LayerChanges, capture_changes};
+pub use copy::{CaptureStats, capture};
 pub use mount::{MountError, MountSpec, mount_all, unmount, unmount_below, unmount_busy_is_error};
 pub(crate) use overlay::parse_mountinfo;
 pub use overlay::{NoOverlay, Overlay};
-pub use prestaged::Prestaged;
 pub use put_back::{PutBackError, Replaced, put_back, remount_with};
 
 /// How names begin of what crab leaves beside an upper directory when it is interrupted.

@@ -10,13 +10,12 @@ use super::{
     Digest,
     codec::{Bad, Input, put_short},
 };
+pub use crate::content::Content;
 
 /// The kinds of objects, part of each one's digest.
 pub(super) mod kind {
-    /// A piece of a file's content.
-    pub const CHUNK: u8 = 1;
-    /// Digests of chunks, or of such lists.
-    pub const LIST: u8 = 2;
+    pub(in crate::store) use crate::content::{CHUNK, LIST};
+
     /// A page of a directory: entries.
     pub const LEAF: u8 = 3;
     /// References to pages, or to such nodes.
@@ -70,26 +69,6 @@ pub enum Node {
     Fifo,
     /// A unix socket's name.
     Socket,
-}
-
-/// A file's content.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Content {
-    /// In bytes.
-    pub size: u64,
-    /// Of these, how many are in chunks that are not all zeros.
-    pub data: u64,
-    /// Of its chunk or list. All zeros if there is nothing but zeros in it.
-    pub root: Digest,
-}
-
-impl Content {
-    /// No bytes.
-    pub(super) const EMPTY: Self = Self {
-        size: 0,
-        data: 0,
-        root: Digest::ZEROS,
-    };
 }
 
 /// A directory's names.

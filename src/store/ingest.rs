@@ -1,25 +1,21 @@
 //! From files on the disk to objects in a pack. What some pack of the sandbox has already is not
 //! written again.
 
-use std::{collections::HashSet, os::fd::OwnedFd};
+use std::collections::{HashMap, HashSet};
 
-use rustix::{
-    fs::{FileType, Stat},
-    io::Errno,
-};
+use rustix::fs::{FileType, Stat};
 
 use super::{
     Digest, StoreError,
-    content::{Cut, ListBuilder, Lookup, PutList, chunks},
+    content::{Cut, Lookup},
     entry::{Content, Node, TreeEntry, kind},
     objects::Objects,
     pack::PackWriter,
 };
-use crate::tree::{Found, ShownPath, TreeError, next_data, wide};
-
-/// Files are read in pieces of this size.
-const PIECE: usize = 256 << 10;
-static ZEROS: [u8; super::content::FILE_CHUNK as usize] = [0; super::content::FILE_CHUNK as usize];
+use crate::{
+    content::{Reader, Sink},
+    tree::{FileId, Found, wide},
+};
 
 /// The packs that there are, and the one that is being written.
 pub(super) struct Ingest {
@@ -31,12 +27,6 @@ pub(super) struct Ingest {
     pub(super) pages_are_new: bool,
     /// Those pages of the earlier tree that were met on the way.
     pub(super) known: HashSet<Digest>,
-}
-
-impl PutList for Ingest {
-    fn put_list(&mut self, bytes: &[u8]) -> Result<Digest, StoreError> {
-        self.put(kind::LIST, bytes, None)
-    }
 }
 
 impl Ingest {
@@ -71,164 +61,46 @@ impl Ingest {
         Ok(digest)
     }
 
-    /// Everything about an inode but its name and what a directory holds. `before`: what the name
-    /// stood for in the checkpoint before.
-    pub(super) fn entry(
-        &mut self,
-        found: &Found<'_>,
-        before: Option<&TreeEntry>,
-    ) -> Result<TreeEntry, StoreError> {
-        let stat = found.stat;
-        let node = match found.kind() {
-            FileType::RegularFile => {
-                let before = match before.map(|entry| &entry.node) {
-                    Some(Node::File(content)) => Some(Cut::file(*content)),
-                    _ => None,
-                };
-                let chunk = super::content::FILE_CHUNK;
-                Node::File(self.file(found, chunk, before)?)
-            }
-            FileType::Symlink => {
-                let target = rustix::fs::readlinkat(found.fd, c"", Vec::new())
-                    .map_err(found.err("read the link"))?;
-                Node::Symlink(target.into_bytes())
-            }
-            FileType::CharacterDevice => Node::CharDevice(stat.st_rdev),
-            FileType::BlockDevice => Node::BlockDevice(stat.st_rdev),
-            FileType::Fifo => Node::Fifo,
-            FileType::Socket => Node::Socket,
-            kind => {
-                return Err(StoreError::Unfit {
-                    path: found.path.to_owned(),
-                    reason: format!("it is a {kind:?}"),
-                });
-            }
-        };
-        attributes(found, node)
-    }
-
-    /// A regular file's content.
+    /// A regular file's content, cut into chunks of this size. `before`: what it was in the
+    /// checkpoint before.
     pub(super) fn file(
         &mut self,
         found: &Found<'_>,
         chunk: u32,
         before: Option<Cut>,
+        stop: &dyn Fn() -> bool,
     ) -> Result<Content, StoreError> {
-        let size = found.stat.st_size.unsigned_abs();
-        if size == 0 {
-            return Ok(Content::EMPTY);
-        }
-        let file = found.open_file()?;
-        let mut content = Building {
-            cut: Cut {
-                content: Content {
-                    size,
-                    ..Content::EMPTY
-                },
-                chunk,
-            },
-            lists: ListBuilder::default(),
-            before: before.filter(|cut| cut.chunk == chunk).map(Lookup::new),
-            next: 0,
-        };
         let mut buffer = std::mem::take(&mut self.buffer);
-        buffer.resize(PIECE, 0);
-        let read = self.read(found, &file, &mut content, &mut buffer);
+        let mut parts = Parts {
+            before: before.filter(|cut| cut.chunk == chunk).map(Lookup::new),
+            ingest: self,
+        };
+        let content = Reader::new(&mut buffer, stop).read(found, chunk, &mut parts);
         self.buffer = buffer;
-        read?;
-        let Building {
-            mut cut,
-            mut lists,
-            next,
-            ..
-        } = content;
-        lists.push_zeros(self, chunks(size, chunk) - next)?;
-        cut.content.root = lists.finish(self)?;
-        Ok(cut.content)
-    }
-
-    fn read(
-        &mut self,
-        found: &Found<'_>,
-        file: &OwnedFd,
-        content: &mut Building,
-        buffer: &mut [u8],
-    ) -> Result<(), StoreError> {
-        let (size, chunk) = (content.cut.content.size, u64::from(content.cut.chunk));
-        let dense = is_dense(found.stat);
-        let mut at = 0;
-        while at < size {
-            let (start, end) = match dense {
-                true => (at, size),
-                false => match next_data(file, at, size).map_err(found.err("seek in"))? {
-                    Some(data) => data,
-                    None => break,
-                },
-            };
-            let mut from = start - start % chunk;
-            let end = end.next_multiple_of(chunk).min(size);
-            while from < end {
-                let wanted = usize::try_from(end - from).unwrap_or(PIECE).min(PIECE);
-                let piece = &mut buffer[..wanted];
-                fill(file, piece, from).map_err(|e| match e {
-                    Errno::NODATA => found.changed("size"),
-                    e => found.err("read")(e),
-                })?;
-                for bytes in piece.chunks(usize::try_from(chunk).unwrap_or(PIECE)) {
-                    content.add(self, from / chunk, bytes)?;
-                    from += bytes.len() as u64;
-                }
-            }
-            at = end;
-        }
-        Ok(())
+        content
     }
 }
 
-/// A content whose chunks come in order.
-struct Building {
-    cut: Cut,
-    lists: ListBuilder,
+/// The parts of one file's content, on their way into a pack.
+struct Parts<'i> {
+    ingest: &'i mut Ingest,
     before: Option<Lookup>,
-    /// The chunk after the last one that came.
-    next: u64,
 }
 
-impl Building {
-    fn add(&mut self, ingest: &mut Ingest, number: u64, bytes: &[u8]) -> Result<(), StoreError> {
-        let zeros = *bytes == ZEROS[..bytes.len()];
-        if zeros || number < self.next {
-            return Ok(());
-        }
-        self.lists.push_zeros(ingest, number - self.next)?;
+impl Sink for Parts<'_> {
+    type Error = StoreError;
+
+    fn chunk(&mut self, number: u64, bytes: &[u8]) -> Result<Digest, StoreError> {
         let known = match &mut self.before {
-            Some(before) => before.digest(&mut ingest.objects, number).ok(),
+            Some(before) => before.digest(&mut self.ingest.objects, number).ok(),
             None => None,
         };
-        let digest = ingest.put(kind::CHUNK, bytes, known)?;
-        self.lists.push(ingest, digest)?;
-        self.cut.content.data += bytes.len() as u64;
-        self.next = number + 1;
-        Ok(())
+        self.ingest.put(kind::CHUNK, bytes, known)
     }
-}
 
-/// A file without holes: to ask where they are would cost more than to read it.
-fn is_dense(stat: &Stat) -> bool {
-    stat.st_blocks.unsigned_abs() * 512 >= stat.st_size.unsigned_abs()
-}
-
-/// Reads all of a buffer; `NODATA` if the file is shorter.
-fn fill(file: &OwnedFd, mut buffer: &mut [u8], mut at: u64) -> Result<(), Errno> {
-    while !buffer.is_empty() {
-        let n = rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut *buffer, at))?;
-        if n == 0 {
-            return Err(Errno::NODATA);
-        }
-        buffer = &mut buffer[n..];
-        at += n as u64;
+    fn list(&mut self, bytes: &[u8]) -> Result<Digest, StoreError> {
+        self.ingest.put(kind::LIST, bytes, None)
     }
-    Ok(())
 }
 
 /// The attributes of an inode around what it holds.
@@ -262,62 +134,31 @@ pub(super) fn unfit(path: &std::path::Path, reason: impl Into<String>) -> StoreE
     }
 }
 
-/// Names of a staged inode that are still to come, by inode.
+/// Inodes with several names of which one has been met.
 #[derive(Default)]
-pub(super) struct Links {
-    groups: std::collections::HashMap<crate::tree::FileId, Group>,
-}
-
-struct Group {
-    id: Digest,
-    entry: TreeEntry,
-    left: u64,
-    first: ShownPath,
-}
+pub(super) struct Links(HashMap<FileId, TreeEntry>);
 
 impl Links {
     /// The entry of an inode that has been read under another name.
-    pub(super) fn again(&mut self, found: &Found<'_>) -> Option<TreeEntry> {
-        let id = crate::tree::FileId::from(found.stat);
-        let group = self.groups.get_mut(&id)?;
-        group.left = group.left.saturating_sub(1);
-        let entry = TreeEntry {
+    pub(super) fn again(&self, found: &Found<'_>) -> Option<TreeEntry> {
+        let entry = self.0.get(&FileId::from(found.stat))?;
+        Some(TreeEntry {
             name: found.name.to_bytes().to_vec(),
-            ..group.entry.clone()
-        };
-        if group.left == 0 {
-            self.groups.remove(&id);
-        }
-        Some(entry)
+            ..entry.clone()
+        })
     }
 
     /// Remembers an inode with several names, and gives its entry its link.
     pub(super) fn first(&mut self, found: &Found<'_>, path: &[u8], entry: &mut TreeEntry) {
-        let names = wide(found.stat.st_nlink);
-        if names < 2 {
+        // Overlay makes many whiteouts links of one inode, which means nothing.
+        if wide(found.stat.st_nlink) < 2 || is_whiteout(found.stat) {
             return;
         }
-        let id = link_id(path);
-        entry.link = Some(id);
-        let group = Group {
-            id,
-            entry: entry.clone(),
-            left: names - 1,
-            first: ShownPath::new(found.path),
-        };
-        self.groups
-            .insert(crate::tree::FileId::from(found.stat), group);
+        entry.link = Some(link_id(path));
+        self.0.insert(FileId::from(found.stat), entry.clone());
     }
+}
 
-    /// All names must have come: a link's digest covers them.
-    pub(super) fn finish(&self) -> Result<(), StoreError> {
-        match self.groups.values().min_by_key(|group| group.id) {
-            None => Ok(()),
-            Some(group) => Err(TreeError::Changed {
-                path: group.first.clone(),
-                what: "it has names that are not in the copy",
-            }
-            .into()),
-        }
-    }
+fn is_whiteout(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
 }

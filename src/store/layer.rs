@@ -1,4 +1,4 @@
-//! From a staged copy of a writable layer to a tree: whole, or as changes to an earlier one.
+//! From a writable layer to a tree: whole, or as changes to an earlier one.
 
 use std::{
     ffi::CString,
@@ -13,11 +13,12 @@ use rustix::{fs::FileType, io::Errno};
 
 use super::{
     Digest, StoreError,
+    capture::Taking,
     directory::{self, DirBuilder, edit},
     entry::{DirRef, Node, TreeEntry, kind},
     ingest::{Ingest, Links, attributes, unfit},
 };
-use crate::tree::{self, DirStack, Expect, FileId, Found, TreeError, Visitor, failed};
+use crate::tree::{self, DirStack, Expect, FileId, Found, ShownPath, TreeError, Visitor, failed};
 
 /// What of a writable layer differs from an earlier checkpoint. Paths are relative to the layer's
 /// root (`""` or `"."` is the root itself), in byte order of their names.
@@ -25,10 +26,10 @@ use crate::tree::{self, DirStack, Expect, FileId, Found, TreeError, Visitor, fai
 pub struct LayerChanges {
     /// Gone, with all below them.
     pub removed: Vec<PathBuf>,
-    /// The staged copy has something at this path that replaces the earlier entry; of a directory
-    /// that was one before, its attributes alone. All names of an inode with several are here if
-    /// any of them is.
-    pub staged: Vec<PathBuf>,
+    /// What is at this path, of this kind, replaces the earlier entry; of a directory that was one
+    /// before, its attributes alone. One that is new, or was something else, lists all its names, too.
+    /// All names of an inode with several are here if any of them is.
+    pub changed: Vec<(PathBuf, FileType)>,
 }
 
 /// Keeps a tree's root.
@@ -40,10 +41,14 @@ fn put_root(ingest: &mut Ingest, mut root: TreeEntry) -> Result<(Digest, TreeEnt
     Ok((ingest.put(kind::ROOT, &bytes, None)?, root))
 }
 
-/// Keeps all of a staged layer.
-pub(super) fn whole(ingest: &mut Ingest, upper: &Path) -> Result<(Digest, TreeEntry), StoreError> {
+/// Keeps all of a layer.
+pub(super) fn whole(
+    taking: &mut Taking<'_>,
+    upper: &Path,
+) -> Result<(Digest, TreeEntry), StoreError> {
+    let stop = taking.stop;
     let mut reader = Whole {
-        ingest,
+        taking,
         dirs: Vec::new(),
         links: Links::default(),
         root: None,
@@ -51,24 +56,18 @@ pub(super) fn whole(ingest: &mut Ingest, upper: &Path) -> Result<(Digest, TreeEn
         failed: None,
     };
     let root = tree::open_root(upper)?;
-    let walked = tree::walk(root, upper, Expect::Unchanged, &|| false, &mut reader);
-    let Whole {
-        links,
-        root,
-        failed,
-        ..
-    } = reader;
+    let walked = tree::walk(root, upper, Expect::Unchanged, stop, &mut reader);
+    let Whole { root, failed, .. } = reader;
     if let Some(e) = failed {
         return Err(e);
     }
     walked?;
-    links.finish()?;
     let root = root.ok_or_else(|| unfit(upper, "it has no root"))?;
-    put_root(ingest, root)
+    put_root(taking.ingest, root)
 }
 
-struct Whole<'a> {
-    ingest: &'a mut Ingest,
+struct Whole<'a, 'c> {
+    taking: &'a mut Taking<'c>,
     dirs: Vec<DirBuilder>,
     links: Links,
     root: Option<TreeEntry>,
@@ -77,10 +76,11 @@ struct Whole<'a> {
     failed: Option<StoreError>,
 }
 
-impl Whole<'_> {
+impl Whole<'_, '_> {
     fn add(&mut self, entry: TreeEntry) -> Result<(), StoreError> {
+        self.taking.count();
         match self.dirs.last_mut() {
-            Some(dir) => dir.add(self.ingest, &entry),
+            Some(dir) => dir.add(self.taking.ingest, &entry),
             None => {
                 self.root = Some(entry);
                 Ok(())
@@ -92,7 +92,7 @@ impl Whole<'_> {
         if let Some(entry) = self.links.again(found) {
             return self.add(entry);
         }
-        let mut entry = self.ingest.entry(found, None)?;
+        let mut entry = self.taking.entry(found, None)?;
         let path = found.path.as_os_str().as_bytes();
         let relative = path.get(self.prefix..).unwrap_or_default();
         self.links.first(found, relative, &mut entry);
@@ -101,7 +101,7 @@ impl Whole<'_> {
 
     fn close(&mut self, dir: &Found<'_>) -> Result<(), StoreError> {
         let builder = self.dirs.pop().unwrap_or_default();
-        let content = builder.finish(self.ingest)?;
+        let content = builder.finish(self.taking.ingest)?;
         self.add(attributes(dir, Node::Directory(content))?)
     }
 
@@ -114,7 +114,7 @@ impl Whole<'_> {
     }
 }
 
-impl Visitor for Whole<'_> {
+impl Visitor for Whole<'_, '_> {
     fn enter(&mut self, _: &Found<'_>) -> Result<(), TreeError> {
         self.dirs.push(DirBuilder::default());
         Ok(())
@@ -133,36 +133,51 @@ impl Visitor for Whole<'_> {
 
 /// Keeps what differs from the tree `base`.
 pub(super) fn delta(
-    ingest: &mut Ingest,
+    taking: &mut Taking<'_>,
     base: &Digest,
     upper: &Path,
     changes: &LayerChanges,
 ) -> Result<(Digest, TreeEntry), StoreError> {
-    let mut all: Vec<Change<'_>> = Vec::new();
-    for (paths, is_removed) in [(&changes.removed, true), (&changes.staged, false)] {
-        all.extend(paths.iter().map(|path| Change {
+    let removed = changes.removed.iter().map(|path| (path, None));
+    let changed = changes
+        .changed
+        .iter()
+        .map(|(path, kind)| (path, Some(*kind)));
+    let mut all: Vec<Change<'_>> = removed
+        .chain(changed)
+        .map(|(path, now)| Change {
             path: normal(path),
-            is_removed,
-        }));
-    }
+            now,
+        })
+        .collect();
     // By names from the root on, as a walk would come to them; what is removed goes first.
-    all.sort_by(|a, b| (a.path, !a.is_removed).cmp(&(b.path, !b.is_removed)));
-    let root = directory::read_root(&mut ingest.objects, base)?;
-    ingest.pages_are_new = true;
-    let mut editor = Editor::new(ingest, upper, root)?;
-    for change in &all {
+    all.sort_by(|a, b| (a.path, a.now.is_some()).cmp(&(b.path, b.now.is_some())));
+    let root = directory::read_root(&mut taking.ingest.objects, base)?;
+    taking.ingest.pages_are_new = true;
+    let edited = edited(taking, upper, root, &all);
+    let root = edited.and_then(|root| put_root(taking.ingest, root));
+    taking.ingest.pages_are_new = false;
+    taking.ingest.known.clear();
+    root
+}
+
+fn edited(
+    taking: &mut Taking<'_>,
+    upper: &Path,
+    root: TreeEntry,
+    all: &[Change<'_>],
+) -> Result<TreeEntry, StoreError> {
+    let mut editor = Editor::new(taking, upper, root)?;
+    for change in all {
         editor.apply(change)?;
     }
-    let root = editor.finish()?;
-    let root = put_root(ingest, root);
-    ingest.pages_are_new = false;
-    ingest.known.clear();
-    root
+    editor.finish()
 }
 
 struct Change<'a> {
     path: &'a Path,
-    is_removed: bool,
+    /// What is there; None if it is gone.
+    now: Option<FileType>,
 }
 
 fn normal(path: &Path) -> &Path {
@@ -170,12 +185,12 @@ fn normal(path: &Path) -> &Path {
 }
 
 /// The way from the root to the directory that is being edited.
-struct Editor<'a> {
-    ingest: &'a mut Ingest,
+struct Editor<'a, 'c> {
+    taking: &'a mut Taking<'c>,
     upper: &'a Path,
     dirs: Vec<Dir>,
     path: PathBuf,
-    staged: Staged,
+    way: Way,
     links: Links,
 }
 
@@ -188,12 +203,16 @@ struct Dir {
     edits: Vec<(Vec<u8>, Option<TreeEntry>)>,
 }
 
-impl<'a> Editor<'a> {
-    fn new(ingest: &'a mut Ingest, upper: &'a Path, root: TreeEntry) -> Result<Self, StoreError> {
-        let staged = Staged::open(upper)?;
+impl<'a, 'c> Editor<'a, 'c> {
+    fn new(
+        taking: &'a mut Taking<'c>,
+        upper: &'a Path,
+        root: TreeEntry,
+    ) -> Result<Self, StoreError> {
+        let way = Way::open(upper)?;
         let base = root.dir();
         Ok(Self {
-            ingest,
+            taking,
             upper,
             dirs: vec![Dir {
                 entry: root,
@@ -201,7 +220,7 @@ impl<'a> Editor<'a> {
                 edits: Vec::new(),
             }],
             path: PathBuf::new(),
-            staged,
+            way,
             links: Links::default(),
         })
     }
@@ -216,28 +235,29 @@ impl<'a> Editor<'a> {
             return Err(unfit(&shown, "its path leads out of the layer"));
         }
         let Some(parent) = change.path.parent() else {
-            return match change.is_removed {
-                true => Err(unfit(&shown, "the root cannot be removed")),
-                false => self.root(),
+            return match change.now {
+                None => Err(unfit(&shown, "the root cannot be removed")),
+                Some(_) => self.root(),
             };
         };
         let there = self.go_to(parent)?;
         let name = change.path.file_name().unwrap_or_default();
-        match change.is_removed {
+        match change.now {
             // It went with something above it.
-            true if !there => Ok(()),
-            false if !there => Err(unfit(
+            None if !there => Ok(()),
+            Some(_) if !there => Err(unfit(
                 &shown,
-                "its directory is none in the checkpoint before, and is not staged",
+                "its directory is none in the checkpoint before, and is not said to have changed",
             )),
-            true => self.edit(name.as_bytes().to_vec(), None),
-            false => self.stage(name.as_bytes(), &shown),
+            None => self.edit(name.as_bytes().to_vec(), None),
+            Some(kind) => self.take(name.as_bytes(), kind, &shown),
         }
     }
 
     /// The root's own attributes.
     fn root(&mut self) -> Result<(), StoreError> {
-        let fd = self.staged.top(self.upper)?;
+        self.taking.count();
+        let fd = self.way.top(self.upper)?;
         let stat = rustix::fs::fstat(fd).map_err(failed("stat", self.upper))?;
         let found = found_at(fd, c"", &stat, self.upper);
         let entry = attributes(&found, Node::Fifo)?;
@@ -253,7 +273,7 @@ impl<'a> Editor<'a> {
             return Ok(());
         };
         match dir.edits.last_mut() {
-            // Removed, and staged anew.
+            // Removed, and made anew.
             Some(last) if last.0 == name => last.1 = entry,
             Some(last) if last.0 > name => {
                 return Err(unfit(&self.path, "its changes are out of order"));
@@ -270,26 +290,34 @@ impl<'a> Editor<'a> {
         };
         match (dir.edits.last(), &dir.base) {
             (Some((last, now)), _) if last == name => Ok(now.clone()),
-            (_, Some(base)) => directory::find(&mut self.ingest.objects, base, name),
+            (_, Some(base)) => directory::find(&mut self.taking.ingest.objects, base, name),
             (_, None) => Ok(None),
         }
     }
 
-    fn stage(&mut self, name: &[u8], shown: &Path) -> Result<(), StoreError> {
+    fn take(&mut self, name: &[u8], kind: FileType, shown: &Path) -> Result<(), StoreError> {
+        if (self.taking.stop)() {
+            let path = ShownPath::new(shown);
+            return Err(TreeError::Stopped { path }.into());
+        }
+        self.taking.count();
         let before = self.before(name)?;
         let c_name = CString::new(name).map_err(|_| unfit(shown, "its name"))?;
-        let parent = self.staged.top(shown)?;
-        let fd = tree::look_at(parent, &c_name).map_err(failed("open", shown))?;
+        let parent = self.way.top(shown)?;
+        let fd = tree::look_at(parent, &c_name).map_err(|e| moved(shown, "open", e))?;
         let stat = rustix::fs::fstat(&fd).map_err(failed("stat", shown))?;
         let found = found_at(fd.as_fd(), &c_name, &stat, shown);
-        if found.kind() == FileType::Directory {
+        if found.kind() != kind {
+            return Err(found.changed("it is something else").into());
+        }
+        if kind == FileType::Directory {
             let entry = attributes(&found, Node::Fifo)?;
             return self.push(name, entry, before.and_then(|before| before.dir()));
         }
         let entry = match self.links.again(&found) {
             Some(entry) => entry,
             None => {
-                let mut entry = self.ingest.entry(&found, before.as_ref())?;
+                let mut entry = self.taking.entry(&found, before.as_ref())?;
                 let relative = self.path.join(std::ffi::OsStr::from_bytes(name));
                 self.links
                     .first(&found, relative.as_os_str().as_bytes(), &mut entry);
@@ -307,7 +335,7 @@ impl<'a> Editor<'a> {
         base: Option<DirRef>,
     ) -> Result<(), StoreError> {
         self.path.push(std::ffi::OsStr::from_bytes(name));
-        self.staged.push(name, &self.upper.join(&self.path))?;
+        self.way.push(name, &self.upper.join(&self.path))?;
         self.dirs.push(Dir {
             entry,
             base,
@@ -345,11 +373,11 @@ impl<'a> Editor<'a> {
         else {
             return Err(unfit(&self.path, "it lies outside of the layer"));
         };
-        entry.node = Node::Directory(edit(self.ingest, base.as_ref(), edits)?);
+        entry.node = Node::Directory(edit(self.taking.ingest, base.as_ref(), edits)?);
         if !self.dirs.is_empty() {
             self.edit(entry.name.clone(), Some(entry.clone()))?;
             let shown = self.upper.join(&self.path);
-            self.staged.pop(&shown)?;
+            self.way.pop(&shown)?;
             self.path.pop();
         }
         Ok(entry)
@@ -359,7 +387,6 @@ impl<'a> Editor<'a> {
         while self.dirs.len() > 1 {
             self.pop()?;
         }
-        self.links.finish()?;
         self.pop()
     }
 }
@@ -380,74 +407,48 @@ fn found_at<'a>(
     }
 }
 
-/// The staged copy along the way. It need not have directories below which nothing is staged.
-struct Staged {
-    dirs: DirStack,
-    /// How many of the deepest levels are not there.
-    absent: usize,
-    /// There is no staged copy at all.
-    is_empty: bool,
+/// What the comparison has found is not there any more.
+fn moved(shown: &Path, step: &'static str, errno: Errno) -> TreeError {
+    match errno {
+        Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::STALE => TreeError::Changed {
+            path: ShownPath::new(shown),
+            what: "it was moved",
+        },
+        errno => failed(step, shown)(errno),
+    }
 }
 
-impl Staged {
+/// The directories of the layer on the way down to the one that is being edited.
+struct Way(DirStack);
+
+impl Way {
     fn open(upper: &Path) -> Result<Self, StoreError> {
-        let mut staged = Self {
-            dirs: DirStack::default(),
-            absent: 0,
-            is_empty: false,
-        };
-        match tree::open_root(upper) {
-            Ok(root) => staged.enter(root, upper)?,
-            Err(TreeError::Io {
-                source: Errno::NOENT,
-                ..
-            }) => staged.is_empty = true,
-            Err(e) => return Err(e.into()),
-        }
-        Ok(staged)
+        let mut way = Self(DirStack::default());
+        way.enter(tree::open_root(upper)?, upper)?;
+        Ok(way)
     }
 
     fn enter(&mut self, dir: OwnedFd, shown: &Path) -> Result<(), TreeError> {
         let stat = rustix::fs::fstat(&dir).map_err(failed("stat", shown))?;
-        self.dirs.push(dir, FileId::from(&stat));
+        self.0.push(dir, FileId::from(&stat));
         Ok(())
     }
 
-    fn top(&self, shown: &Path) -> Result<BorrowedFd<'_>, StoreError> {
-        match self.absent > 0 || self.is_empty {
-            true => Err(unfit(shown, "it is named as staged, and is not there")),
-            false => Ok(self.dirs.top().map_err(failed("reach", shown))?),
-        }
+    fn top(&self, shown: &Path) -> Result<BorrowedFd<'_>, TreeError> {
+        self.0.top().map_err(failed("reach", shown))
     }
 
     fn push(&mut self, name: &[u8], shown: &Path) -> Result<(), StoreError> {
-        if self.absent > 0 || self.is_empty {
-            self.absent += 1;
-            return Ok(());
-        }
         let name = CString::new(name).map_err(|_| unfit(shown, "its name"))?;
-        let top = self.dirs.top().map_err(failed("reach", shown))?;
-        let dir = match tree::look_at(top, &name) {
-            Ok(dir) => dir,
-            Err(Errno::NOENT) => {
-                self.absent = 1;
-                return Ok(());
-            }
-            Err(e) => return Err(failed("open", shown)(e).into()),
-        };
-        match tree::open_dir(&dir) {
-            Ok(dir) => Ok(self.enter(dir, shown)?),
-            Err(e) => Err(failed("open", shown)(e).into()),
-        }
+        let dir = tree::look_at(self.top(shown)?, &name)
+            .and_then(|dir| tree::open_dir(&dir))
+            .map_err(|e| moved(shown, "enter", e))?;
+        Ok(self.enter(dir, shown)?)
     }
 
-    fn pop(&mut self, shown: &Path) -> Result<(), StoreError> {
-        match self.absent {
-            0 => {
-                self.dirs.pop().map_err(failed("leave", shown))?;
-            }
-            _ => self.absent -= 1,
-        }
+    fn pop(&mut self, shown: &Path) -> Result<(), TreeError> {
+        let left = self.0.pop().map_err(|e| moved(shown, "leave", e))?;
+        drop(left);
         Ok(())
     }
 }

@@ -14,10 +14,12 @@ use time::OffsetDateTime;
 use super::{
     Digest, FORMAT, StoreError,
     content::{self, Cut},
-    digest::{hex, unhex},
     entry::Content,
 };
-use crate::sandbox::{SandboxId, TurnNo};
+use crate::{
+    digest::{hex, unhex},
+    sandbox::{SandboxId, TurnNo},
+};
 
 /// Larger manifests are refused, to write and to read.
 pub(super) const MAX_MANIFEST: u64 = 64 << 20;

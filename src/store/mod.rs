@@ -19,14 +19,14 @@
 //! A checkpoint exists from the rename of its pack on, which is fsynced before; the fsync of
 //! `packs/` that follows is the commit.
 //!
-//! Downwards: [`SandboxWriter`] → [`Pending`] → `layer` → `directory`, `ingest` → `pack`; and back:
+//! Downwards: [`SandboxWriter`] → [`Pending`] → `capture` → `layer` → `directory`, `ingest` → `pack`; and back:
 //! [`Checkpoint`] → `lay_out`, `tree_view`, `stored_file` → `objects` → `pack`.
 
 mod arm;
+mod capture;
 mod checkpoint;
 mod codec;
 mod content;
-mod digest;
 mod directory;
 mod entry;
 mod error;
@@ -57,8 +57,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use capture::{Ahead, Captured, Part};
 pub use checkpoint::Checkpoint;
-pub use digest::Digest;
 pub use entry::{Content, DirRef, Node, TreeEntry};
 pub use error::StoreError;
 pub use gc::{Freed, Retention};
@@ -75,6 +75,7 @@ pub use stored_file::StoredFile;
 pub use tree_view::{Difference, Tree};
 pub use verify::Fault;
 
+pub use crate::digest::Digest;
 use crate::sandbox::SandboxId;
 
 /// Where checkpoints are kept unless the configuration says otherwise.

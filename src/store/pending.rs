@@ -11,13 +11,13 @@ use rustix::{
 };
 
 use super::{
-    Checkpoint, Contents, Digest, FORMAT, Facts, FileEntry, LayerChanges, Manifest, SandboxStore,
-    StoreError, TreeSummary,
+    Checkpoint, Contents, Digest, FORMAT, Facts, FileEntry, Manifest, SandboxStore, StoreError,
+    TreeEntry, TreeSummary,
+    capture::{Ahead, Captured, Filling, Part, ReadAhead, Temporary},
     content::{Cut, FILE_CHUNK, PAGE_CHUNK},
     failpoint::failpoint,
     files,
     ingest::Ingest,
-    layer,
     objects::Objects,
     pack::PackWriter,
     sandbox::{Lock, TEMPORARY},
@@ -30,19 +30,12 @@ use crate::{
 /// Where the writable layer of a checkpoint comes from.
 #[derive(Debug, Clone, Copy)]
 pub enum Files<'a> {
-    /// None was captured.
+    /// It has none.
     None,
-    /// The staged copy is all of it.
-    Whole,
+    /// It was captured.
+    Captured,
     /// It is that of an earlier checkpoint.
     Same(&'a Checkpoint),
-    /// It is that of an earlier checkpoint, but for what is staged and what is gone.
-    Delta {
-        /// The earlier one.
-        base: &'a Checkpoint,
-        /// What differs.
-        changes: &'a LayerChanges,
-    },
 }
 
 /// Where the processes of a checkpoint come from.
@@ -62,15 +55,7 @@ pub struct Staging {
     dir: PathBuf,
     image: PathBuf,
     bundle: PathBuf,
-    upper: PathBuf,
     _lock: Arc<Lock>,
-}
-
-impl Staging {
-    /// Where the copy of the writable layer is.
-    pub fn upper_dir(&self) -> &Path {
-        &self.upper
-    }
 }
 
 impl Drop for Staging {
@@ -81,13 +66,14 @@ impl Drop for Staging {
     }
 }
 
-/// A checkpoint that is being made: directories to fill, of which [`Self::commit`] makes a pack.
-#[derive(Debug)]
+/// A checkpoint that is being made: directories to fill, a writable layer to capture, of which
+/// [`Self::commit`] makes a pack.
 pub struct Pending {
     store: SandboxStore,
     turn: TurnNo,
     staging: Staging,
     lock: Arc<Lock>,
+    filling: Option<Filling>,
 }
 
 impl Pending {
@@ -110,7 +96,6 @@ impl Pending {
         let staging = Staging {
             image: dir.join("image"),
             bundle: dir.join("bundle"),
-            upper: dir.join("upper"),
             dir,
             _lock: Arc::clone(&lock),
         };
@@ -121,6 +106,7 @@ impl Pending {
             turn,
             staging,
             lock,
+            filling: None,
         })
     }
 
@@ -139,41 +125,136 @@ impl Pending {
         &self.staging.bundle
     }
 
-    /// Where the copy of the writable layer goes. Not made: `rootfs::capture` does.
-    pub fn upper_dir(&self) -> &Path {
-        &self.staging.upper
+    /// Begins the pack, so that nothing of that has to be waited for in a freeze: opens the others,
+    /// and keeps [collection](SandboxWriter::collect) away from them for as long as this lives.
+    pub fn prepare(&mut self) -> Result<(), StoreError> {
+        self.filling().map(drop)
+    }
+
+    /// After [`Self::prepare`]: reads files of the layer at `upper` before anything stands still. One
+    /// that changes meanwhile is left to the capture, and so are those of which `is_written` (by device
+    /// and inode) says that they can change without a sign.
+    pub fn read_ahead(
+        &mut self,
+        upper: &Path,
+        which: &Ahead,
+        before: Option<&Checkpoint>,
+        is_written: &dyn Fn(u64, u64) -> bool,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), StoreError> {
+        // For the order of what is looked up alone.
+        let before = before.and_then(|before| before.tree().ok()?);
+        self.filling()?
+            .read_ahead(upper, which, before, is_written, stop)
+    }
+
+    /// Of how many files there is something that was read ahead.
+    pub fn ahead(&self) -> usize {
+        self.filling.as_ref().map_or(0, |it| it.ahead.len())
+    }
+
+    /// Drops what was read ahead of inodes, by device and number, that may have been written since.
+    pub fn distrust(&mut self, is_written: impl Fn(u64, u64) -> bool) {
+        if let Some(filling) = &mut self.filling {
+            filling.ahead.distrust(is_written);
+        }
+    }
+
+    /// Reads the writable layer at `upper` into the pack, while nothing writes to it; what is noticed of
+    /// that is an error. May be called again; only the last call counts.
+    pub fn capture(
+        &mut self,
+        upper: &Path,
+        part: Part<'_>,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<Captured, StoreError> {
+        if let Part::Changes { base, .. } = part {
+            self.refuse_absent(base)?;
+        }
+        self.filling()?.capture(upper, part, stop)
+    }
+
+    fn filling(&mut self) -> Result<&mut Filling, StoreError> {
+        let filling = match self.filling.take() {
+            Some(filling) => filling,
+            None => self.begin()?,
+        };
+        Ok(self.filling.insert(filling))
+    }
+
+    fn begin(&self) -> Result<Filling, StoreError> {
+        let packs = self.lock.packs.lock_arc();
+        let name = format!("{TEMPORARY}{}.pack", self.turn);
+        let temporary = self.store.packs_dir().join(name);
+        let objects = Objects::open(&self.store.packs_dir())?;
+        files::remove(&temporary)?;
+        let writer = PackWriter::create(&temporary)?;
+        Ok(Filling {
+            file: Temporary(temporary),
+            ingest: Ingest::new(objects, writer),
+            ahead: ReadAhead::default(),
+            layer: None,
+            _packs: packs,
+        })
     }
 
     /// Puts whatever the sandbox's packs do not have yet into a new one and that in its place. When
     /// this returns, the checkpoint survives a power failure. What was staged stays until the
     /// second thing returned is dropped.
     pub fn commit(
-        self,
+        mut self,
         facts: Facts,
         images: Images<'_>,
         files: Files<'_>,
     ) -> Result<(Checkpoint, Staging), StoreError> {
-        // Nothing that this checkpoint is about to refer to may go meanwhile.
-        let lock = Arc::clone(&self.lock);
-        let _packs = lock.packs.lock();
-        let path = self.store.pack_path(self.turn);
-        let name = format!("{TEMPORARY}{}.pack", self.turn);
-        let temporary = self.store.packs_dir().join(name);
-        let written = self.write(&temporary, facts, images, files);
-        let placed = written.and_then(|written| {
-            self.place(&temporary, &path)?;
-            Ok(written)
-        });
-        let (manifest, digest, stored) = placed.inspect_err(|_| {
-            // The next writer does it otherwise.
-            let _ = files::remove(&temporary);
-        })?;
+        if let Images::Same(of) = images {
+            self.refuse_absent(of)?;
+        }
+        if let Files::Same(of) = files {
+            self.refuse_absent(of)?;
+        }
+        self.filling()?;
+        let Some(filling) = self.filling.take() else {
+            return Err(self.unfit("no pack was begun"));
+        };
+        let Filling {
+            file,
+            mut ingest,
+            layer,
+            _packs,
+            ..
+        } = filling;
+        let contents = self.contents(&mut ingest, &facts, images, (files, layer))?;
+        let manifest = self.manifest(facts, contents);
+        let json = manifest.to_json(&file.0)?;
+        let stored = ingest.writer.finish(Some(&json))?;
+        self.place(&file.0, &self.store.pack_path(self.turn))?;
         failpoint("sync packs");
         files::sync_dir(&self.store.packs_dir())?;
         failpoint("committed");
-        *lock.head.lock() = None;
+        *self.lock.head.lock() = None;
+        let digest = Digest::of(&json);
         let checkpoint = Checkpoint::new(self.store.packs_dir(), manifest, digest, stored);
         Ok((checkpoint, self.staging))
+    }
+
+    fn manifest(&self, facts: Facts, contents: Contents) -> Manifest {
+        Manifest {
+            format: FORMAT,
+            namespace: self.store.id().namespace().to_owned(),
+            id: self.store.id().id().to_owned(),
+            turn: self.turn,
+            origin: None,
+            facts,
+            contents,
+        }
+    }
+
+    fn unfit(&self, reason: &str) -> StoreError {
+        StoreError::Unfit {
+            path: self.store.pack_path(self.turn),
+            reason: reason.into(),
+        }
     }
 
     fn place(&self, temporary: &Path, path: &Path) -> Result<(), StoreError> {
@@ -189,53 +270,14 @@ impl Pending {
         })
     }
 
-    fn write(
-        &self,
-        temporary: &Path,
-        facts: Facts,
-        images: Images<'_>,
-        files: Files<'_>,
-    ) -> Result<(Manifest, Digest, u64), StoreError> {
-        self.refuse_absent(images, files)?;
-        let objects = Objects::open(&self.store.packs_dir())?;
-        files::remove(temporary)?;
-        let mut ingest = Ingest::new(objects, PackWriter::create(temporary)?);
-        let parent = facts.parent.map(|parent| self.store.get(parent));
-        // For the order of what is looked up alone.
-        let parent = parent.and_then(Result::ok);
-        let contents = self.contents(&mut ingest, parent.as_ref(), images, files)?;
-        let manifest = Manifest {
-            format: FORMAT,
-            namespace: self.store.id().namespace().to_owned(),
-            id: self.store.id().id().to_owned(),
-            turn: self.turn,
-            origin: None,
-            facts,
-            contents,
-        };
-        let json = manifest.to_json(temporary)?;
-        let stored = ingest.writer.finish(Some(&json))?;
-        Ok((manifest, Digest::of(&json), stored))
-    }
-
     /// What is said to be as in a checkpoint must be in this sandbox's store.
-    fn refuse_absent(&self, images: Images<'_>, files: Files<'_>) -> Result<(), StoreError> {
-        let image = match images {
-            Images::Same(of) => Some(of),
-            Images::Staged => None,
-        };
-        let layer = match files {
-            Files::Same(of) | Files::Delta { base: of, .. } => Some(of),
-            Files::None | Files::Whole => None,
-        };
-        for checkpoint in image.into_iter().chain(layer) {
-            let path = self.store.pack_path(checkpoint.turn());
-            if checkpoint.is_elsewhere(&self.store.packs_dir()) || !path.exists() {
-                return Err(StoreError::NoTurn {
-                    sandbox: self.store.id().clone(),
-                    turn: checkpoint.turn(),
-                });
-            }
+    fn refuse_absent(&self, checkpoint: &Checkpoint) -> Result<(), StoreError> {
+        let path = self.store.pack_path(checkpoint.turn());
+        if checkpoint.is_elsewhere(&self.store.packs_dir()) || !path.exists() {
+            return Err(StoreError::NoTurn {
+                sandbox: self.store.id().clone(),
+                turn: checkpoint.turn(),
+            });
         }
         Ok(())
     }
@@ -243,11 +285,14 @@ impl Pending {
     fn contents(
         &self,
         ingest: &mut Ingest,
-        parent: Option<&Checkpoint>,
+        facts: &Facts,
         images: Images<'_>,
-        files: Files<'_>,
+        (files, layer): (Files<'_>, Option<(Digest, TreeEntry)>),
     ) -> Result<Contents, StoreError> {
+        // For the order of what is looked up alone.
+        let parent = facts.parent.and_then(|turn| self.store.get(turn).ok());
         let before = |list: fn(&Contents) -> &[FileEntry]| {
+            let parent = parent.as_ref();
             parent.map_or(&[][..], |parent| list(&parent.manifest.contents))
         };
         let image = match images {
@@ -258,14 +303,9 @@ impl Pending {
         let upper = match files {
             Files::None => None,
             Files::Same(of) => of.manifest.contents.upper.clone(),
-            Files::Whole => Some(layer::whole(ingest, &self.staging.upper)?.into()),
-            Files::Delta { base, changes } => {
-                let upper = base.manifest.contents.upper.as_ref();
-                let root = upper.ok_or_else(|| StoreError::Unfit {
-                    path: self.staging.upper.clone(),
-                    reason: format!("turn {} has no files to build upon", base.turn()),
-                })?;
-                Some(layer::delta(ingest, &root.digest, &self.staging.upper, changes)?.into())
+            Files::Captured => {
+                let layer = layer.ok_or_else(|| self.unfit("no writable layer was captured"))?;
+                Some(layer.into())
             }
         };
         let size = image.iter().chain(&bundle).map(|f| f.data).sum::<u64>();
@@ -279,8 +319,8 @@ impl Pending {
     }
 }
 
-impl From<(Digest, super::TreeEntry)> for TreeSummary {
-    fn from((digest, root): (Digest, super::TreeEntry)) -> Self {
+impl From<(Digest, TreeEntry)> for TreeSummary {
+    fn from((digest, root): (Digest, TreeEntry)) -> Self {
         Self {
             digest,
             entries: root.entries(),
@@ -337,7 +377,8 @@ impl Keeper<'_> {
         };
         let before = self.before.iter().find(|file| file.path == path);
         let chunk = chunk_of(path);
-        let content = self.ingest.file(found, chunk, before.map(FileEntry::cut))?;
+        let before = before.map(FileEntry::cut);
+        let content = self.ingest.file(found, chunk, before, &|| false)?;
         let cut = Cut { content, chunk };
         self.list.push(FileEntry {
             path: path.to_owned(),

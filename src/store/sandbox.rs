@@ -167,9 +167,11 @@ pub(super) struct Lock {
     /// Held while names, arming and the set of checkpoints are changed; never while packs are
     /// written.
     pub(super) index: Mutex<()>,
-    /// Held while a pack is written or collected: what a new pack is about to refer to must not go.
+    /// Held while a pack is written or collected: what a new pack is about to refer to must not go. A
+    /// checkpoint holds it from before the freeze on, across the dump (D17 notwithstanding): nobody but
+    /// collection waits for it.
     /// Taken before `index`.
-    pub(super) packs: Mutex<()>,
+    pub(super) packs: Arc<Mutex<()>>,
     /// What was kept of checkpoints that are gone, and not looked through yet.
     pub(super) retired: Mutex<Retired>,
     /// What the sandbox goes on from, until there is a newer checkpoint: it may have been rolled back
@@ -245,7 +247,7 @@ impl SandboxWriter {
         let lock = Lock {
             file,
             index: Mutex::new(()),
-            packs: Mutex::new(()),
+            packs: Arc::default(),
             retired: Mutex::new(Retired::of(&store)?),
             head: Mutex::new(head.map(|checkpoint| checkpoint.turn())),
         };

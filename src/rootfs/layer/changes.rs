@@ -9,7 +9,9 @@ use std::{
 use rustix::fs::FileType;
 
 use super::delta::Delta;
-use crate::rootfs::prestaged::LARGE;
+
+/// Smaller files are read in the freeze: 4 MiB take a few milliseconds.
+pub const LARGE: u64 = 4 << 20;
 
 /// An inode that may have changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -55,12 +57,14 @@ impl Comparison {
         self.changes.is_empty()
     }
 
-    /// Whether a file differs that is better copied before the freeze.
-    pub fn has_large(&self) -> bool {
+    /// The files that differ and are better read before the freeze.
+    pub fn large(&self) -> impl Iterator<Item = &Path> {
         let is_large = |now: Now| {
             now.size > LARGE && FileType::from_raw_mode(now.mode) == FileType::RegularFile
         };
-        self.changes.iter().filter_map(|c| c.now).any(is_large)
+        let large = move |change: &&Change| change.now.is_some_and(is_large);
+        let large = self.changes.iter().filter(large);
+        large.map(|change| plain_path(&change.path))
     }
 
     /// How many names differ.
@@ -74,21 +78,23 @@ impl Comparison {
         self.linked.iter().map(|(path, _)| path.as_path())
     }
 
-    /// The names that are to be copied, in no particular order.
-    pub(in crate::rootfs) fn staged(&self) -> Vec<Staged<'_>> {
+    /// The names that are to be captured, and what was found there, in byte order; the layer's root is
+    /// the empty path. Of a directory that was a directory it is the attributes alone: the names in it
+    /// have paths of their own here. One that is new, or was something else, lists all its names, too.
+    /// All names of an inode are here, or none.
+    pub fn changed(&self) -> Vec<(PathBuf, FileType)> {
         let changed = self.changes.iter().filter_map(|change| {
-            Some(Staged {
-                path: plain_path(&change.path),
-                kind: FileType::from_raw_mode(change.now?.mode),
-            })
+            let kind = FileType::from_raw_mode(change.now?.mode);
+            Some((plain_path(&change.path).to_owned(), kind))
         });
-        let linked = self.linked.iter();
-        let linked = linked.map(|(path, kind)| Staged { path, kind: *kind });
-        changed.chain(linked).collect()
+        let mut all: Vec<_> = changed.chain(self.linked.iter().cloned()).collect();
+        all.sort_unstable_by(|(a, _), (b, _)| a.as_os_str().cmp(b.as_os_str()));
+        all
     }
 
-    /// The names that are gone; not those below one of them, nor below what is no directory any more.
-    pub(in crate::rootfs) fn removed(&self) -> Vec<PathBuf> {
+    /// The names that are gone, in byte order; not those below one of them, nor below what is no
+    /// directory any more.
+    pub fn removed(&self) -> Vec<PathBuf> {
         let gone = |change: &&Change| matches!(change.what, What::Removed | What::Kind);
         let gone: HashSet<&Path> = self.changes.iter().filter(gone).map(|c| &*c.path).collect();
         let removed = self.changes.iter().filter(|c| c.what == What::Removed);
@@ -107,15 +113,6 @@ impl Comparison {
     pub fn count(&self, matches: impl Fn(What) -> bool) -> usize {
         self.changes.iter().filter(|c| matches(c.what)).count()
     }
-}
-
-/// A name of which a copy is to be made.
-#[derive(Debug, Clone, Copy)]
-pub(in crate::rootfs) struct Staged<'c> {
-    /// Relative to the layer; empty for its root.
-    pub(in crate::rootfs) path: &'c Path,
-    /// What was found there.
-    pub(in crate::rootfs) kind: FileType,
 }
 
 /// One name that differs.

@@ -21,12 +21,15 @@ use super::{
     changes::{Candidate, Change, Comparison, Now, Scope, What, shown_path},
     content::{Reader, unchanged},
     delta::{Delta, Insert, Place},
-    facts::{Digest, Facts, Kind, Verdict, View},
+    facts::{Facts, Kind, Verdict, View},
     index::{Id, Layer},
     listing::{self, Listed},
     read::indexable,
 };
-use crate::tree::{self, Found, ShownPath, TreeError, failed, wide};
+use crate::{
+    digest::Digest,
+    tree::{self, Found, ShownPath, TreeError, failed, wide},
+};
 
 impl Layer {
     /// What differs in `upper` from the index, which stays as it is.
@@ -136,7 +139,7 @@ impl<'a> Look<'a> {
             }
             let path = layer.path(id);
             let shown = self.shown(&path);
-            let there = listing::reach(&self.root, &path, &shown)?;
+            let there = tree::reach(&self.root, &path, &shown)?;
             let Some((fd, stat)) = there.filter(|(_, stat)| wide(stat.st_ino) == ino) else {
                 self.misplaced(id, &shown)?;
                 continue;
@@ -171,7 +174,7 @@ impl<'a> Look<'a> {
         }
         let path = self.layer.path(id);
         let shown = self.shown(&path);
-        let there = listing::reach(&self.root, &path, &shown)?;
+        let there = tree::reach(&self.root, &path, &shown)?;
         let ino = self.layer.ino(id);
         match there.filter(|(_, stat)| wide(stat.st_ino) == ino) {
             None => self.misplaced(id, &shown),
@@ -190,7 +193,7 @@ impl<'a> Look<'a> {
         let layer = self.layer;
         for dir in std::iter::successors(layer.parent(id), |id| layer.parent(*id)) {
             let path = layer.path(dir);
-            let there = listing::reach(&self.root, &path, &self.shown(&path))?;
+            let there = tree::reach(&self.root, &path, &self.shown(&path))?;
             if there.is_some_and(|(_, stat)| wide(stat.st_ino) == layer.ino(dir)) {
                 self.relist(dir)?;
                 break;

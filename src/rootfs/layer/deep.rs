@@ -17,7 +17,6 @@ use super::{
     content::unchanged,
     delta::Place,
     index::Id,
-    listing,
 };
 use crate::tree::{self, Expect, Found, TreeError, Visitor, failed};
 
@@ -56,7 +55,7 @@ impl<'a> Look<'a> {
         };
         let shown = self.shown(above);
         let missing = || failed("open", &shown)(Errno::NOENT);
-        let dir = listing::reach(&self.root, above, &shown)?.ok_or_else(missing)?;
+        let dir = tree::reach(&self.root, above, &shown)?.ok_or_else(missing)?;
         let name = CString::new(name.as_bytes()).map_err(|_| missing())?;
         let parent = self.layer.parent(id).unwrap_or(Id::ROOT);
         self.deep(Place::Known(parent), dir.0.as_fd(), &name, path, Some(id))

@@ -1,13 +1,12 @@
 //! What of an inode is part of a state (docs/state.md).
 
 use rustix::fs::FileType;
-use sha2::{Digest as _, Sha256};
 
 use super::changes::{Attributes, What};
-use crate::tree::{Found, TreeError, wide};
-
-/// A SHA-256.
-pub(super) type Digest = [u8; 32];
+use crate::{
+    digest::Digest,
+    tree::{Found, TreeError, wide},
+};
 
 /// What a tree is part of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,7 +104,7 @@ impl Facts {
         if kind == FileType::Symlink {
             let target = rustix::fs::readlinkat(found.fd, c"", Vec::new())
                 .map_err(found.err("read the link"))?;
-            facts.content = Some(Sha256::digest(target.as_bytes()).into());
+            facts.content = Some(Digest::of(target.as_bytes()));
         }
         Ok(facts)
     }
@@ -180,12 +179,12 @@ fn xattrs(found: &Found<'_>, view: View) -> Result<Option<Digest>, TreeError> {
     if all.is_empty() {
         return Ok(None);
     }
-    let mut digest = Sha256::new();
+    let mut bytes = Vec::new();
     for (name, value) in all {
         for part in [name.to_bytes(), &value] {
-            digest.update((part.len() as u64).to_le_bytes());
-            digest.update(part);
+            bytes.extend((part.len() as u64).to_le_bytes());
+            bytes.extend(part);
         }
     }
-    Ok(Some(digest.finalize().into()))
+    Ok(Some(Digest::of(&bytes)))
 }

@@ -11,12 +11,12 @@ use rustix::{
     fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Stat},
     io::Errno,
 };
-use sha2::{Digest as _, Sha256};
 
 use super::{
     content::Reader,
-    facts::{Digest, Facts, View},
+    facts::{Facts, View},
 };
+use crate::digest::Digest;
 use crate::tree::{self, Expect, Found, ShownPath, TreeError, Visitor, failed, wide};
 
 /// The state of a tmpfs, by the definition in `docs/state.md`: its names, attributes, contents, and
@@ -59,7 +59,7 @@ impl Fingerprint {
             });
         }
         let mut printer = Printer {
-            digest: Sha256::new(),
+            digest: blake3::Hasher::new(),
             reader: Reader::new(stop),
             links: HashMap::new(),
             left: limits,
@@ -68,7 +68,9 @@ impl Fingerprint {
         match tree::walk(dir, &shown, Expect::Unchanged, stop, &mut printer) {
             Err(TreeError::Stopped { .. }) if printer.beyond => Ok(None),
             Err(e) => Err(e),
-            Ok(()) => Ok(Some(Self(printer.digest.finalize().into()))),
+            Ok(()) => Ok(Some(Self(Digest::from_bytes(
+                printer.digest.finalize().into(),
+            )))),
         }
     }
 }
@@ -82,7 +84,7 @@ fn open_mount(root: &Path, mount_point: &Path) -> Result<OwnedFd, Errno> {
 }
 
 struct Printer<'s> {
-    digest: Sha256,
+    digest: blake3::Hasher,
     reader: Reader<'s>,
     /// In which order inodes with several names were met.
     links: HashMap<u64, u64>,
@@ -112,15 +114,15 @@ impl Printer<'_> {
             content,
             xattrs,
         } = facts;
-        self.digest.update([0]);
-        self.digest.update(size.to_le_bytes());
-        self.digest.update(mtime.0.to_le_bytes());
-        self.digest.update(uid.to_le_bytes());
-        self.digest.update(gid.to_le_bytes());
-        self.digest.update(mode.to_le_bytes());
+        self.digest.update(&[0]);
+        self.digest.update(&size.to_le_bytes());
+        self.digest.update(&mtime.0.to_le_bytes());
+        self.digest.update(&uid.to_le_bytes());
+        self.digest.update(&gid.to_le_bytes());
+        self.digest.update(&mode.to_le_bytes());
         for part in [content, xattrs] {
-            self.digest.update([u8::from(part.is_some())]);
-            self.digest.update(part.unwrap_or_default());
+            self.digest.update(&[u8::from(part.is_some())]);
+            self.digest.update(part.unwrap_or(Digest::ZEROS).bytes());
         }
         Ok(())
     }
@@ -130,9 +132,9 @@ impl Printer<'_> {
             Some(left) => self.left.entries = left,
             None => return Err(self.too_large(path)),
         }
-        self.digest.update((depth as u64).to_le_bytes());
+        self.digest.update(&(depth as u64).to_le_bytes());
         self.digest
-            .update((name.count_bytes() as u64).to_le_bytes());
+            .update(&(name.count_bytes() as u64).to_le_bytes());
         self.digest.update(name.to_bytes());
         Ok(())
     }
@@ -144,8 +146,8 @@ impl Printer<'_> {
         if first == next {
             return false;
         }
-        self.digest.update([1]);
-        self.digest.update(first.to_le_bytes());
+        self.digest.update(&[1]);
+        self.digest.update(&first.to_le_bytes());
         true
     }
 
@@ -183,7 +185,7 @@ impl Visitor for Printer<'_> {
 
     fn mount(&mut self, depth: usize, name: &CStr, path: &Path) -> Result<(), TreeError> {
         self.name(depth, name, path)?;
-        self.digest.update([2]);
+        self.digest.update(&[2]);
         Ok(())
     }
 }

@@ -11,8 +11,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::facts::{self, Digest, Facts, Kind};
-use crate::tree::{ShownPath, TreeError};
+use super::facts::{self, Facts, Kind};
+use crate::{
+    digest::Digest,
+    tree::{ShownPath, TreeError},
+};
 
 /// Number of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -229,7 +232,7 @@ impl Layer {
             ino: 0,
             size: 0,
             seconds: 0,
-            content: Digest::default(),
+            content: Digest::ZEROS,
             nanos: 0,
             uid: 0,
             gid: 0,
@@ -266,7 +269,7 @@ impl Layer {
         record.size = facts.size;
         (record.seconds, record.nanos) = facts.mtime;
         (record.uid, record.gid, record.mode) = (facts.uid, facts.gid, facts.mode);
-        record.content = facts.content.unwrap_or_default();
+        record.content = facts.content.unwrap_or(Digest::ZEROS);
         record.flags = 0;
         if facts.content.is_some() {
             record.flags |= HAS_CONTENT;

@@ -1,4 +1,4 @@
-//! Reaching a name of a layer by its path, and listing names without a look at their inodes.
+//! Listing names without a look at their inodes.
 
 use std::{
     collections::HashSet,
@@ -11,58 +11,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::{
-    fs::{FileType, OFlags, RawDir, ResolveFlags, Stat},
-    io::Errno,
-};
+use rustix::fs::{FileType, RawDir};
 
 use crate::tree::{self, DirStack, FileId, ShownPath, TreeError, failed, look_at};
 
-/// The kernel takes paths of up to 4,095 bytes.
-const PATH: usize = 4000;
 /// The same bounds as those of a walk.
 const MAX_NAMES: usize = 512 << 20;
 const MAX_DEPTH: usize = 16 << 10;
-
-/// Looks at what is at a path below `root`, through no link and no mount. None if nothing is.
-pub(in crate::rootfs) fn reach(
-    root: &OwnedFd,
-    relative: &Path,
-    shown: &Path,
-) -> Result<Option<(OwnedFd, Stat)>, TreeError> {
-    let fd = match open_below(root, relative.as_os_str().as_bytes()) {
-        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
-        fd => fd.map_err(failed("open", shown))?,
-    };
-    let stat = rustix::fs::fstat(&fd).map_err(failed("stat", shown))?;
-    Ok(Some((fd, stat)))
-}
-
-fn open_below(root: &OwnedFd, mut path: &[u8]) -> Result<OwnedFd, Errno> {
-    let open = |dir: BorrowedFd<'_>, path: &[u8]| {
-        let path = CString::new(path).map_err(|_| Errno::INVAL)?;
-        tree::open_within(
-            dir,
-            path.as_c_str(),
-            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-            ResolveFlags::BENEATH
-                | ResolveFlags::NO_SYMLINKS
-                | ResolveFlags::NO_MAGICLINKS
-                | ResolveFlags::NO_XDEV,
-        )
-    };
-    if path.is_empty() {
-        path = b".";
-    }
-    let mut at: Option<OwnedFd> = None;
-    while path.len() > PATH {
-        let cut = path[..PATH].iter().rposition(|b| *b == b'/');
-        let cut = cut.ok_or(Errno::NAMETOOLONG)?;
-        at = Some(open(at.as_ref().unwrap_or(root).as_fd(), &path[..cut])?);
-        path = &path[cut + 1..];
-    }
-    open(at.as_ref().unwrap_or(root).as_fd(), path)
-}
 
 /// One name as its directory tells it.
 pub(super) struct Listed {

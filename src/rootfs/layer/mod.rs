@@ -13,8 +13,8 @@
 //!
 //! The order of calls around one capture: `compare` while the sandbox is frozen, then
 //! [`Layer::apply`] once the capture is durable (also of an empty comparison, if the candidates are
-//! then forgotten: the index has to learn new inode numbers), then [`Layer::learn`] from the copy,
-//! for the digests that the comparison did not need.
+//! then forgotten: the index has to learn new inode numbers) and [`Layer::learn`] of the digests that
+//! the comparison did not need and the capture knows.
 
 mod apply;
 mod changes;
@@ -34,8 +34,6 @@ mod read;
 mod tests;
 
 pub use apply::ApplyError;
-pub(super) use changes::Staged;
-pub use changes::{Attributes, Candidate, Change, Comparison, Now, Scope, What};
+pub use changes::{Attributes, Candidate, Change, Comparison, LARGE, Now, Scope, What};
 pub use fingerprint::{Fingerprint, Limits};
 pub use index::Layer;
-pub(super) use listing::reach;

@@ -6,10 +6,13 @@ use rustix::io::Errno;
 
 use super::{
     content::Reader,
-    facts::{Digest, Facts, Kind, View},
+    facts::{Facts, Kind, View},
     index::{Id, Layer},
 };
-use crate::tree::{self, Expect, Found, TreeError, Visitor, failed, wide};
+use crate::{
+    digest::Digest,
+    tree::{self, Expect, Found, TreeError, Visitor, failed, wide},
+};
 
 impl Layer {
     /// The index of an upper directory, with the digests of all contents.

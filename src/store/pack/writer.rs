@@ -25,6 +25,8 @@ const STRUCTURE_BLOCK: usize = 32 << 10;
 /// Of zstd: memory changes between two checkpoints faster than a better level would pay.
 const LEVEL: i32 = 1;
 const BUFFER: usize = 256 << 10;
+/// So many bytes of closed blocks may wait to be compressed: most of what a sandbox is frozen for fits.
+const WAITING: usize = 16 << 20;
 
 /// A pack that is being written, under a name that is not its own yet.
 pub struct PackWriter {
@@ -36,6 +38,10 @@ pub struct PackWriter {
     /// Contents and what describes them are kept apart: whoever reads trees reads nothing else.
     content: Open,
     structure: Open,
+    /// Closed blocks that are not compressed yet: that can be done when nothing stands still for it.
+    waiting: Vec<Open>,
+    /// Bytes of these.
+    waiting_bytes: usize,
     compressor: zstd::bulk::Compressor<'static>,
     header: [u8; format::HEADER],
 }
@@ -62,6 +68,8 @@ impl PackWriter {
             objects: HashMap::new(),
             content: Open::default(),
             structure: Open::default(),
+            waiting: Vec::new(),
+            waiting_bytes: 0,
             compressor: zstd::bulk::Compressor::new(LEVEL).map_err(files::io("compress", path))?,
             header,
         })
@@ -106,14 +114,32 @@ impl PackWriter {
         if open.objects.is_empty() {
             return Ok(());
         }
+        self.waiting_bytes += open.bytes.len();
+        self.waiting.push(open);
+        match self.waiting_bytes > WAITING {
+            true => self.write_through(),
+            false => Ok(()),
+        }
+    }
+
+    /// Compresses and writes the blocks that are closed.
+    pub fn write_through(&mut self) -> Result<(), StoreError> {
+        self.waiting_bytes = 0;
+        for block in std::mem::take(&mut self.waiting) {
+            self.write_block(&block)?;
+        }
+        Ok(())
+    }
+
+    fn write_block(&mut self, closed: &Open) -> Result<(), StoreError> {
         let number = u32::try_from(self.blocks.len()).map_err(|_| self.unfit("too many blocks"))?;
         let compressed = self
             .compressor
-            .compress(&open.bytes)
+            .compress(&closed.bytes)
             .map_err(files::io("compress", &self.path))?;
-        let stored = match compressed.len() < open.bytes.len() {
+        let stored = match compressed.len() < closed.bytes.len() {
             true => &compressed,
-            false => &open.bytes,
+            false => &closed.bytes,
         };
         failpoint("write a block");
         self.out
@@ -123,26 +149,16 @@ impl PackWriter {
         self.blocks.push(Block {
             at: self.at,
             stored: length(stored),
-            raw: length(&open.bytes),
+            raw: length(&closed.bytes),
             check: Block::check_of(stored),
         });
         self.at += stored.len() as u64;
-        for digest in &open.objects {
+        for digest in &closed.objects {
             if let Some(place) = self.objects.get_mut(digest) {
                 place.block = number;
             }
         }
-        self.reuse(is_content, open);
         Ok(())
-    }
-
-    fn reuse(&mut self, is_content: bool, mut open: Open) {
-        open.bytes.clear();
-        open.objects.clear();
-        match is_content {
-            true => self.content = open,
-            false => self.structure = open,
-        }
     }
 
     /// Writes the rest and makes all of it durable; returns the file's size. The name is the
@@ -150,6 +166,7 @@ impl PackWriter {
     pub fn finish(mut self, manifest: Option<&[u8]>) -> Result<u64, StoreError> {
         self.close_block(true)?;
         self.close_block(false)?;
+        self.write_through()?;
         let mut table = Vec::with_capacity(self.blocks.len() * format::BLOCK_RECORD);
         for block in &self.blocks {
             block.encode(&mut table);

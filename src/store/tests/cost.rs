@@ -36,36 +36,36 @@ fn ten_small_files_in_a_small_and_a_large_layer() {
         let bed = bed();
         let writer = bed.writer();
         let pending = writer.begin(TurnNo(1)).unwrap();
-        let upper = pending.upper_dir().to_owned();
+        let upper = pending.upper_dir();
         for n in 0..count {
             let dir = upper.join(format!("d{}/e{}", n / 5000, n / 50));
             fs::create_dir_all(&dir).unwrap();
             fs::write(dir.join(format!("f{n}")), format!("number {n}")).unwrap();
         }
-        let whole = || commit(pending, Files::Whole);
+        let whole = || commit(pending, Part::Whole);
         let mut base = measure(&format!("whole, {count} files"), whole);
         for turn in 2..32 {
             let pending = writer.begin(TurnNo(turn)).unwrap();
-            let mut staged = Vec::new();
+            let mut changed = Vec::new();
             for k in 0..10 {
                 let n = (turn * 7919 + k * 613) % count;
                 let path: PathBuf = format!("d{}/e{}/f{n}", n / 5000, n / 50).into();
                 let full = pending.upper_dir().join(&path);
                 fs::create_dir_all(full.parent().unwrap()).unwrap();
                 fs::write(full, format!("turn {turn} number {n}")).unwrap();
-                staged.push(path);
+                changed.push((path, rustix::fs::FileType::RegularFile));
             }
-            staged.sort();
+            changed.sort_by(|(a, _), (b, _)| a.cmp(b));
             let changes = LayerChanges {
                 removed: Vec::new(),
-                staged,
+                changed,
             };
-            let files = Files::Delta {
+            let part = Part::Changes {
                 base: &base,
                 changes: &changes,
             };
             let what = format!("ten files of {count}, turn {turn}");
-            base = measure(&what, || commit(pending, files));
+            base = measure(&what, || commit(pending, part));
             println!("    {} bytes", base.stored);
             measure("    retain", || {
                 writer.retain(&Retention::newest(10)).unwrap()
@@ -89,8 +89,10 @@ fn a_hundred_megabytes_of_memory_of_which_a_hundredth_changes() {
             pages[page * 4096..][..8].copy_from_slice(&noise(turn * 77, 8));
         }
         fs::write(pending.image_dir().join("pages-1.img"), &pages).unwrap();
-        let files = Files::None;
-        let made = measure("100 MiB of pages", || commit(pending, files));
+        let parts = (facts(), Images::Staged, Files::None);
+        let made = measure("100 MiB of pages", || {
+            pending.commit(parts.0, parts.1, parts.2).unwrap().0
+        });
         println!("    {} bytes", made.stored);
         let laid = measure("lay out", || made.lay_out(&writer.scratch_dir()).unwrap());
         drop(laid);

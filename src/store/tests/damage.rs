@@ -26,7 +26,7 @@ fn store() -> (Bed, SandboxWriter) {
         fs::write(upper.join("a/b/file"), noise(2, 70_000)).unwrap();
         fs::write(upper.join("text"), "word ".repeat(20_000)).unwrap();
         fs::write(upper.join("own"), noise(100 + turn, 3000)).unwrap();
-        commit(pending, Files::Whole);
+        commit(pending, Part::Whole);
     }
     writer.retain(&Retention::newest(3)).unwrap();
     (bed, writer)
@@ -169,7 +169,7 @@ fn a_damaged_pack_does_not_hinder_the_next_checkpoint() {
     }
     let pending = writer.begin(TurnNo(9)).unwrap();
     fill(&pending);
-    commit(pending, Files::Whole);
+    commit(pending, Part::Whole);
     assert_eq!(writer.verify(TurnNo(9)).unwrap(), []);
 }
 
@@ -223,9 +223,7 @@ fn a_full_disk_fails_a_commit_and_a_read_only_one_can_be_read() {
         fs::create_dir(pending.upper_dir()).unwrap();
         // Staged as much as fits, so that nothing is left for the pack.
         let _ = fs::copy(&outside, pending.upper_dir().join("large"));
-        let error = pending
-            .commit(facts(), Images::Staged, Files::Whole)
-            .unwrap_err();
+        let error = try_commit(pending, Images::Staged, Part::Whole).unwrap_err();
         assert!(error.to_string().contains("No space left"), "{error}");
         assert_eq!(numbers(writer.turns().unwrap()), [1]);
         assert_eq!(writer.verify(TurnNo(1)).unwrap(), []);
@@ -313,7 +311,7 @@ proptest! {
 
     #[test]
     fn digests_and_hexadecimal_round_trip(bytes in proptest::collection::vec(any::<u8>(), 0..50)) {
-        prop_assert_eq!(digest::unhex(&digest::hex(&bytes)), Some(bytes.clone()));
+        prop_assert_eq!(crate::digest::unhex(&crate::digest::hex(&bytes)), Some(bytes.clone()));
         let digest = Digest::of(&bytes);
         prop_assert_eq!(digest.to_string().parse::<Digest>().unwrap(), digest);
     }

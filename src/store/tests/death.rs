@@ -22,7 +22,7 @@ fn checkpoint(writer: &SandboxWriter, turn: u64) {
     )
     .unwrap();
     fs::write(pending.upper_dir().join("all"), noise(999, 30_000)).unwrap();
-    commit(pending, Files::Whole);
+    commit(pending, Part::Whole);
 }
 
 /// A deed, and whether a turn is there before and after it.
@@ -51,13 +51,13 @@ const DEEDS: &[Deed] = &[
             fs::write(pending.upper_dir().join("own"), "new").unwrap();
             let changes = LayerChanges {
                 removed: vec!["few".into()],
-                staged: vec!["own".into()],
+                changed: vec![("own".into(), rustix::fs::FileType::RegularFile)],
             };
-            let files = Files::Delta {
+            let part = Part::Changes {
                 base: &base,
                 changes: &changes,
             };
-            pending.commit(facts(), Images::Same(&base), files).unwrap();
+            try_commit(pending, Images::Same(&base), part).unwrap();
         },
         always: &[6, 7, 8],
         maybe: &[9],

@@ -27,11 +27,11 @@ fn the_newest_the_named_and_the_armed_are_kept() {
 fn turn(writer: &SandboxWriter, number: u64) -> Checkpoint {
     let pending = writer.begin(TurnNo(number)).unwrap();
     let upper = pending.upper_dir();
-    fs::create_dir(upper).unwrap();
+    fs::create_dir(&upper).unwrap();
     fs::write(upper.join("own"), noise(number, 100_000)).unwrap();
     fs::write(upper.join("tenth"), noise(1000 + number / 10, 100_000)).unwrap();
     fs::write(upper.join("first"), noise(9999, 100_000)).unwrap();
-    commit(pending, Files::Whole)
+    commit(pending, Part::Whole)
 }
 
 #[test]

@@ -134,8 +134,7 @@ fn a_sandbox_goes_on_from_where_it_was_rolled_back_to_until_the_next_checkpoint(
     let commit = |writer: &SandboxWriter, turn| {
         let pending = writer.begin(TurnNo(turn)).unwrap();
         fill(&pending);
-        let parts = (Images::Staged, Files::Whole);
-        pending.commit(facts(), parts.0, parts.1).unwrap().0
+        try_commit(pending, Images::Staged, Part::Whole).unwrap().0
     };
     let head = |writer: &SandboxWriter| writer.head().unwrap().map(|its| its.turn().0);
     assert_eq!(head(&writer), None);

@@ -84,12 +84,32 @@ impl Bed {
     fn checkpoint(&self, writer: &SandboxWriter, turn: u64) -> Checkpoint {
         let pending = writer.begin(TurnNo(turn)).unwrap();
         fill(&pending);
-        commit(pending, Files::Whole)
+        commit(pending, Part::Whole)
     }
 }
 
-fn commit(pending: Pending, files: Files<'_>) -> Checkpoint {
-    pending.commit(facts(), Images::Staged, files).unwrap().0
+/// The writable layer of a checkpoint that is being made lies beside what is staged.
+trait UpperDir {
+    fn upper_dir(&self) -> PathBuf;
+}
+
+impl UpperDir for Pending {
+    fn upper_dir(&self) -> PathBuf {
+        self.image_dir().with_file_name("upper")
+    }
+}
+
+fn commit(pending: Pending, part: Part<'_>) -> Checkpoint {
+    try_commit(pending, Images::Staged, part).unwrap().0
+}
+
+fn try_commit(
+    mut pending: Pending,
+    images: Images<'_>,
+    part: Part<'_>,
+) -> Result<(Checkpoint, Staging), StoreError> {
+    pending.capture(&pending.upper_dir(), part, &|| false)?;
+    pending.commit(facts(), images, Files::Captured)
 }
 
 fn numbers(turns: Vec<TurnNo>) -> Vec<u64> {

@@ -7,6 +7,8 @@ use std::{
 
 use proptest::prelude::*;
 
+use rustix::fs::FileType;
+
 use super::{fixture::*, *};
 use crate::rootfs;
 
@@ -112,7 +114,16 @@ fn changes(a: &BTreeMap<PathBuf, Seen>, b: &BTreeMap<PathBuf, Seen>) -> LayerCha
         .filter(|(path, _)| differs(path))
         .filter_map(|(_, seen)| seen.link.clone())
         .collect();
-    let staged = b
+    let kinds = |seen: &Seen| match seen.kind {
+        "directory" => FileType::Directory,
+        "symlink" => FileType::Symlink,
+        "file" => FileType::RegularFile,
+        "fifo" => FileType::Fifo,
+        "socket" => FileType::Socket,
+        "char" => FileType::CharacterDevice,
+        _ => FileType::BlockDevice,
+    };
+    let changed = b
         .iter()
         .filter(|(path, seen)| {
             differs(path)
@@ -121,14 +132,14 @@ fn changes(a: &BTreeMap<PathBuf, Seen>, b: &BTreeMap<PathBuf, Seen>) -> LayerCha
                     .as_ref()
                     .is_some_and(|link| touched.contains(link))
         })
-        .map(|(path, _)| path.clone());
+        .map(|(path, seen)| (path.clone(), kinds(seen)));
     LayerChanges {
         removed: a
             .keys()
             .filter(|path| !b.contains_key(*path))
             .cloned()
             .collect(),
-        staged: staged.collect(),
+        changed: changed.collect(),
     }
 }
 
@@ -136,25 +147,22 @@ fn capture(from: &Path, to: &Path) {
     rootfs::capture(from, to, &|| false).unwrap();
 }
 
-/// Takes whatever is not staged out of a staged copy, so that the store cannot look at it.
+/// Takes whatever has not changed out of a copy of the layer, so that the store cannot look at it.
 fn strip(upper: &Path, all: &BTreeMap<PathBuf, Seen>, changes: &LayerChanges) {
     for (path, seen) in all.iter().rev() {
-        if changes.staged.contains(path) {
+        if changes.changed.iter().any(|(changed, _)| changed == path) {
             continue;
         }
         let full = upper.join(path);
         match seen.kind {
-            "directory" if fs::read_dir(&full).unwrap().next().is_none() => {
-                let _ = fs::remove_dir(&full);
-            }
             "directory" => {
                 fs::set_permissions(&full, fs::Permissions::from_mode(0o123)).unwrap();
             }
             _ => fs::remove_file(&full).unwrap(),
         }
     }
-    // The removals have changed the times of directories that are staged.
-    for path in &changes.staged {
+    // The removals have changed the times of directories that are captured.
+    for (path, _) in &changes.changed {
         let seen = &all[path];
         if seen.kind == "directory" {
             let time = std::time::UNIX_EPOCH
@@ -223,20 +231,20 @@ proptest! {
         first.iter().for_each(|op| run(&live, op));
         let before = look(&live);
         let pending = writer.begin(TurnNo(1)).unwrap();
-        capture(&live, pending.upper_dir());
-        let base = commit(pending, Files::Whole);
+        capture(&live, &pending.upper_dir());
+        let base = commit(pending, Part::Whole);
 
         then.iter().for_each(|op| run(&live, op));
         let after = look(&live);
         let changes = changes(&before, &after);
         let pending = writer.begin(TurnNo(2)).unwrap();
-        capture(&live, pending.upper_dir());
-        strip(pending.upper_dir(), &after, &changes);
-        let delta = commit(pending, Files::Delta { base: &base, changes: &changes });
+        capture(&live, &pending.upper_dir());
+        strip(&pending.upper_dir(), &after, &changes);
+        let delta = commit(pending, Part::Changes { base: &base, changes: &changes });
 
         let pending = writer.begin(TurnNo(3)).unwrap();
-        capture(&live, pending.upper_dir());
-        let whole = commit(pending, Files::Whole);
+        capture(&live, &pending.upper_dir());
+        let whole = commit(pending, Part::Whole);
         prop_assert_eq!(&delta.manifest.contents.upper, &whole.manifest.contents.upper);
         let laid = delta.lay_out(&writer.scratch_dir()).unwrap();
         let back = look(&laid.upper_dir());
@@ -261,8 +269,8 @@ fn one_name_of_many_changes_one_page() {
     }
     let mut before = look(&live);
     let pending = writer.begin(TurnNo(1)).unwrap();
-    capture(&live, pending.upper_dir());
-    let mut base = commit(pending, Files::Whole);
+    capture(&live, &pending.upper_dir());
+    let mut base = commit(pending, Part::Whole);
     // In the middle, before the first, behind the last, several, one that goes, most of them.
     let rounds: [&[u64]; 6] = [&[1001], &[0], &[2001, 2003], &[5, 7, 1501], &[1001], &[]];
     for (turn, round) in (2..).zip(rounds) {
@@ -277,19 +285,19 @@ fn one_name_of_many_changes_one_page() {
         let after = look(&live);
         let changes = changes(&before, &after);
         let pending = writer.begin(TurnNo(turn)).unwrap();
-        capture(&live, pending.upper_dir());
-        strip(pending.upper_dir(), &after, &changes);
+        capture(&live, &pending.upper_dir());
+        strip(&pending.upper_dir(), &after, &changes);
         let delta = commit(
             pending,
-            Files::Delta {
+            Part::Changes {
                 base: &base,
                 changes: &changes,
             },
         );
         assert!(delta.stored < 20_000, "{} bytes", delta.stored);
         let pending = writer.begin(TurnNo(turn + 100)).unwrap();
-        capture(&live, pending.upper_dir());
-        let whole = commit(pending, Files::Whole);
+        capture(&live, &pending.upper_dir());
+        let whole = commit(pending, Part::Whole);
         assert_eq!(delta.manifest.contents.upper, whole.manifest.contents.upper);
         assert!(whole.stored < 2_000, "all of it is there: {}", whole.stored);
         assert_eq!(found_diff(&base, &delta), expected_diff(&before, &after));
@@ -308,22 +316,25 @@ fn one_name_of_many_changes_one_page() {
     }
 }
 
+/// Makes so many directories in each other.
+fn deep(upper: &Path, depth: u64) {
+    fs::create_dir(upper).unwrap();
+    let mut dir = crate::tree::open_root(upper).unwrap();
+    for _ in 0..depth {
+        rustix::fs::mkdirat(&dir, "d", rustix::fs::Mode::RWXU).unwrap();
+        let fd = crate::tree::look_at(std::os::fd::AsFd::as_fd(&dir), c"d").unwrap();
+        dir = crate::tree::open_dir(&fd).unwrap();
+    }
+}
+
 #[test]
 fn a_deep_tree_comes_back() {
     let bed = bed();
     let writer = bed.writer();
     let pending = writer.begin(TurnNo(1)).unwrap();
     let depth = 3000;
-    let mut dir = {
-        fs::create_dir(pending.upper_dir()).unwrap();
-        crate::tree::open_root(pending.upper_dir()).unwrap()
-    };
-    for _ in 0..depth {
-        rustix::fs::mkdirat(&dir, "d", rustix::fs::Mode::RWXU).unwrap();
-        let fd = crate::tree::look_at(std::os::fd::AsFd::as_fd(&dir), c"d").unwrap();
-        dir = crate::tree::open_dir(&fd).unwrap();
-    }
-    let made = commit(pending, Files::Whole);
+    deep(&pending.upper_dir(), depth);
+    let made = commit(pending, Part::Whole);
     assert_eq!(
         made.manifest.contents.upper.as_ref().unwrap().entries,
         depth + 1
@@ -333,12 +344,13 @@ fn a_deep_tree_comes_back() {
     laid.remove().unwrap();
     let changes = LayerChanges {
         removed: vec![(0..depth).map(|_| "d").collect()],
-        staged: Vec::new(),
+        changed: Vec::new(),
     };
     let pending = writer.begin(TurnNo(2)).unwrap();
+    deep(&pending.upper_dir(), depth - 1);
     let less = commit(
         pending,
-        Files::Delta {
+        Part::Changes {
             base: &made,
             changes: &changes,
         },
@@ -351,26 +363,27 @@ fn changes_that_make_no_sense_are_refused() {
     let bed = bed();
     let writer = bed.writer();
     let base = bed.checkpoint(&writer, 1);
-    let refused = |staged: &[&str]| {
+    let refused = |changed: &[&str]| {
+        let file = |path: &&str| (PathBuf::from(path), FileType::RegularFile);
         let changes = LayerChanges {
             removed: Vec::new(),
-            staged: staged.iter().map(PathBuf::from).collect(),
+            changed: changed.iter().map(file).collect(),
         };
         let pending = writer.begin(TurnNo(2)).unwrap();
         fill(&pending);
-        let files = Files::Delta {
+        let part = Part::Changes {
             base: &base,
             changes: &changes,
         };
-        pending
-            .commit(facts(), Images::Staged, files)
+        try_commit(pending, Images::Staged, part)
             .unwrap_err()
             .to_string()
     };
     for path in ["../x", "/etc", "a/../../x"] {
         assert!(refused(&[path]).contains("leads out"), "{path}");
     }
-    assert!(refused(&["nowhere/x"]).contains("not staged"));
-    assert!(refused(&["a/none"]).contains("No such file"));
+    assert!(refused(&["nowhere/x"]).contains("not said to have changed"));
+    assert!(refused(&["a/none"]).contains("it was moved"));
+    assert!(refused(&["a"]).contains("something else"));
     assert_eq!(numbers(writer.turns().unwrap()), [1]);
 }

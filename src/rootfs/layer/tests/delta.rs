@@ -1,144 +1,114 @@
-//! What a capture of changes alone stages, put upon a copy of the layer as it was, has to give the layer
-//! as it is. Put there by code of the test's own, compared by its snapshots.
+//! What a capture of changes alone takes, put upon the checkpoint before, has to give the layer as it
+//! is: by the snapshots of the test's own.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    os::unix::fs::{PermissionsExt, lchown, symlink},
-};
-
-use rustix::fs::XattrFlags;
+use std::{cell::RefCell, collections::BTreeSet, os::unix::fs::symlink};
 
 use super::{fixture::*, *};
 use crate::{
-    rootfs::{LayerChanges, Prestaged, capture, capture_changes},
-    tree::{TreeError, remove_tree},
+    sandbox::{SandboxId, TurnNo},
+    store::{
+        Ahead, Captured, Checkpoint, Facts, Files, Host, Images, Kind, LayerChanges, Part, Pending,
+        SandboxWriter, Store, StoreError,
+    },
+    tree::TreeError,
 };
 
-/// A copy of a layer that follows it by captures of its changes.
+/// Checkpoints of a layer, each made of the one before and what differs.
 pub(super) struct Replica {
-    dir: PathBuf,
-    staging: PathBuf,
+    writer: SandboxWriter,
+    newest: RefCell<Checkpoint>,
 }
 
 impl Replica {
     pub(super) fn of(bed: &Bed) -> Self {
-        let dir = bed.dir.path().join("replica");
-        capture(&bed.upper(), &dir, &never).unwrap();
-        Self {
-            dir,
-            staging: bed.dir.path().join("staging"),
-        }
+        let writer = writer(bed);
+        let mut pending = writer.begin(TurnNo(1)).unwrap();
+        pending.capture(&bed.upper(), Part::Whole, &never).unwrap();
+        let newest = RefCell::new(commit(pending));
+        Self { writer, newest }
+    }
+
+    fn begin(&self) -> Pending {
+        let turn = self.newest.borrow().turn().0 + 1;
+        self.writer.begin(TurnNo(turn)).unwrap()
     }
 
     pub(super) fn follow(&self, bed: &Bed, comparison: &Comparison) -> LayerChanges {
-        self.follow_with(bed, comparison, &mut Prestaged::default())
+        self.follow_with(bed, comparison, self.begin()).0
     }
 
     fn follow_with(
         &self,
         bed: &Bed,
         comparison: &Comparison,
-        prestaged: &mut Prestaged,
-    ) -> LayerChanges {
-        let upper = bed.upper();
-        let (changes, _) =
-            capture_changes(&upper, &self.staging, comparison, prestaged, &never).unwrap();
-        self.check(&changes, comparison);
-        self.apply(&changes);
+        mut pending: Pending,
+    ) -> (LayerChanges, Captured) {
+        let changes = changes(comparison);
+        check(&changes, comparison);
+        let base = self.newest.borrow().clone();
+        let part = Part::Changes {
+            base: &base,
+            changes: &changes,
+        };
+        let captured = pending.capture(&bed.upper(), part, &never).unwrap();
+        assert_eq!(captured.names, changes.changed.len() as u64);
+        let made = commit(pending);
+        let laid = made.lay_out(&bed.beside()).unwrap();
         assert_eq!(
-            Snapshot::of(&self.dir).differences(&Snapshot::of(&upper)),
+            Snapshot::of(&laid.upper_dir()).differences(&Snapshot::of(&bed.upper())),
             [],
             "{changes:?}"
         );
-        remove_tree(&self.staging).unwrap();
-        changes
-    }
-
-    /// Nothing but what was said lies in the staging directory, below what leads there.
-    fn check(&self, changes: &LayerChanges, comparison: &Comparison) {
-        let sorted = |paths: &[PathBuf]| paths.is_sorted_by(|a, b| a.as_os_str() < b.as_os_str());
-        assert!(sorted(&changes.removed) && sorted(&changes.staged));
-        let mut expected = BTreeSet::from([PathBuf::new()]);
-        for path in &changes.staged {
-            expected.extend(path.ancestors().map(Path::to_owned));
-        }
-        assert_eq!(names(&self.staging), expected);
-        let entries = comparison.changes.iter().filter(|c| c.now.is_some());
-        let linked = comparison.linked.iter().map(|(path, _)| path);
-        let own: BTreeSet<PathBuf> = entries.map(|c| &c.path).chain(linked).cloned().collect();
-        let shown = |path: &PathBuf| match path.as_os_str().is_empty() {
-            true => PathBuf::from("."),
-            false => path.clone(),
-        };
-        assert_eq!(
-            changes.staged.iter().map(shown).collect::<BTreeSet<_>>(),
-            own
-        );
-    }
-
-    fn apply(&self, changes: &LayerChanges) {
-        for path in &changes.removed {
-            let at = self.dir.join(path);
-            assert!(fs::symlink_metadata(&at).is_ok(), "{path:?}");
-            remove_tree(&at).unwrap();
-        }
-        let mut staged: Vec<_> = changes.staged.iter().collect();
-        staged.sort_by_key(|path| path.components().count());
-        for path in staged {
-            let (from, to) = (self.staging.join(path), self.dir.join(path));
-            let is_dir = |path: &Path| fs::symlink_metadata(path).is_ok_and(|m| m.is_dir());
-            if !is_dir(&from) {
-                remove_tree(&to).unwrap();
-                fs::hard_link(&from, &to).unwrap();
-                continue;
-            }
-            if !is_dir(&to) {
-                remove_tree(&to).unwrap();
-                fs::create_dir(&to).unwrap();
-            }
-            attributes(&from, &to);
-        }
+        laid.remove().unwrap();
+        self.newest.replace(made);
+        (changes, captured)
     }
 }
 
-fn attributes(from: &Path, to: &Path) {
-    let meta = fs::metadata(from).unwrap();
-    lchown(to, Some(meta.uid()), Some(meta.gid())).unwrap();
-    fs::set_permissions(to, PermissionsExt::from_mode(meta.mode() & 0o7777)).unwrap();
-    let (old, new) = (xattrs_of(to), xattrs_of(from));
-    for name in old.keys() {
-        rustix::fs::lremovexattr(to, name.as_slice()).unwrap();
-    }
-    for (name, value) in new {
-        rustix::fs::lsetxattr(to, name.as_slice(), &value, XattrFlags::empty()).unwrap();
+fn writer(bed: &Bed) -> SandboxWriter {
+    let store = Store::open(&bed.dir.path().join("store")).unwrap();
+    store.writer(&SandboxId::new("ns", "box").unwrap()).unwrap()
+}
+
+fn changes(comparison: &Comparison) -> LayerChanges {
+    LayerChanges {
+        removed: comparison.removed(),
+        changed: comparison.changed(),
     }
 }
 
-fn xattrs_of(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
-    let mut list = vec![0; 65536];
-    let n = rustix::fs::llistxattr(path, &mut list[..]).unwrap();
-    let names = list[..n].split(|b| *b == 0).filter(|n| !n.is_empty());
-    names
-        .map(|name| {
-            let mut value = vec![0; 65536];
-            let n = rustix::fs::lgetxattr(path, name, &mut value[..]).unwrap();
-            (name.to_vec(), value[..n].to_vec())
-        })
-        .collect()
+fn commit(pending: Pending) -> Checkpoint {
+    let facts = Facts {
+        parent: None,
+        created_at: time::OffsetDateTime::UNIX_EPOCH,
+        kind: Kind::Full,
+        processes: 0,
+        processes_of: None,
+        references: Vec::new(),
+        host: Host::detect(),
+        pipes: Vec::new(),
+        runtime: serde_json::Value::Null,
+        notes: Vec::new(),
+    };
+    pending
+        .commit(facts, Images::Staged, Files::Captured)
+        .unwrap()
+        .0
 }
 
-fn names(root: &Path) -> BTreeSet<PathBuf> {
-    let mut all = BTreeSet::new();
-    let mut todo = vec![PathBuf::new()];
-    while let Some(relative) = todo.pop() {
-        let path = root.join(&relative);
-        if fs::symlink_metadata(&path).unwrap().is_dir() {
-            let below = fs::read_dir(&path).unwrap();
-            todo.extend(below.map(|entry| relative.join(entry.unwrap().file_name())));
-        }
-        all.insert(relative);
-    }
-    all
+/// It is what the comparison says, in order.
+fn check(changes: &LayerChanges, comparison: &Comparison) {
+    let sorted = |paths: Vec<&PathBuf>| paths.is_sorted_by(|a, b| a.as_os_str() < b.as_os_str());
+    let changed = || changes.changed.iter().map(|(path, _)| path);
+    assert!(sorted(changes.removed.iter().collect()) && sorted(changed().collect()));
+    let entries = comparison.changes.iter().filter(|c| c.now.is_some());
+    let linked = comparison.linked.iter().map(|(path, _)| path);
+    let own: BTreeSet<PathBuf> = entries.map(|c| &c.path).chain(linked).cloned().collect();
+    let shown = |path: &PathBuf| match path.as_os_str().is_empty() {
+        true => PathBuf::from("."),
+        false => path.clone(),
+    };
+    assert_eq!(changed().map(shown).collect::<BTreeSet<_>>(), own);
 }
 
 fn paths(all: &[&str]) -> Vec<PathBuf> {
@@ -155,7 +125,7 @@ fn changes_of(change: impl FnOnce(&Bed)) -> LayerChanges {
 }
 
 #[test]
-fn every_kind_of_change_is_staged_and_nothing_else() {
+fn every_kind_of_change_is_captured_and_nothing_else() {
     if !root() {
         return;
     }
@@ -257,10 +227,11 @@ fn every_kind_of_change_is_staged_and_nothing_else() {
         ),
         ("a device", device, &[], &["char"]),
     ];
-    for (what, act, removed, staged) in table {
+    for (what, act, removed, changed) in table {
         let changes = changes_of(act);
         assert_eq!(changes.removed, paths(removed), "{what}");
-        assert_eq!(changes.staged, paths(staged), "{what}");
+        let now: Vec<PathBuf> = changes.changed.into_iter().map(|(path, _)| path).collect();
+        assert_eq!(now, paths(changed), "{what}");
     }
 }
 
@@ -287,15 +258,18 @@ fn what_is_no_longer_what_was_compared_is_an_error() {
     ];
     for (what, act) in meddle {
         let bed = everything();
-        let layer = bed.read();
+        let (layer, replica) = (bed.read(), Replica::of(&bed));
         write(&bed, "dir/sub/one", b"new", 0);
         let comparison = bed.compare(&layer, &[], Scope::Everything);
         act(&bed);
-        let staging = bed.beside().join("staging");
-        let mut none = Prestaged::default();
-        let error = capture_changes(&bed.upper(), &staging, &comparison, &mut none, &never);
+        let base = replica.newest.borrow().clone();
+        let part = Part::Changes {
+            base: &base,
+            changes: &changes(&comparison),
+        };
+        let error = replica.begin().capture(&bed.upper(), part, &never);
         assert!(
-            matches!(error, Err(TreeError::Changed { .. })),
+            matches!(error, Err(StoreError::Tree(TreeError::Changed { .. }))),
             "{what}: {error:?}"
         );
     }
@@ -303,81 +277,110 @@ fn what_is_no_longer_what_was_compared_is_an_error() {
 
 const LARGE: usize = 5 << 20;
 
-/// A layer in which a large file has changed, the comparison, and the copy made before the freeze.
-fn prestaged(bed: &Bed) -> (Replica, Comparison, Prestaged) {
-    fs::write(bed.at("dir/large"), vec![1; LARGE]).unwrap();
+/// A layer in which a large file has changed, the comparison, and a capture for which it was read ahead.
+fn read_ahead(bed: &Bed) -> (Replica, Comparison, Pending) {
+    fs::create_dir(bed.at("dir")).unwrap();
+    fs::write(bed.at("dir/large"), noise(1, LARGE)).unwrap();
     let (layer, replica) = (bed.read(), Replica::of(bed));
-    fs::write(bed.at("dir/large"), vec![2; LARGE]).unwrap();
+    fs::write(bed.at("dir/large"), noise(2, LARGE)).unwrap();
+    fs::write(bed.at("dir/small"), noise(3, 1000)).unwrap();
     fs::hard_link(bed.at("dir/large"), bed.at("large")).unwrap();
     let comparison = bed.compare(&layer, &[], Scope::Everything);
-    let copies = Prestaged::copy(
-        &bed.upper(),
-        &replica.staging,
-        &comparison,
-        &|_| false,
-        &never,
-    )
-    .unwrap();
-    (replica, comparison, copies)
+    let large: Vec<PathBuf> = comparison.large().map(Path::to_owned).collect();
+    assert_eq!(large, paths(&["dir/large", "large"]));
+    let mut pending = replica.begin();
+    pending
+        .read_ahead(
+            &bed.upper(),
+            &Ahead::Files(large),
+            None,
+            &|_, _| false,
+            &never,
+        )
+        .unwrap();
+    assert_eq!(pending.ahead(), 1, "two names of one inode");
+    (replica, comparison, pending)
+}
+
+fn noise(seed: u64, size: usize) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = || {
+        state = state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (state >> 56) as u8
+    };
+    (0..size).map(|_| next()).collect()
 }
 
 #[test]
-fn a_large_file_is_copied_once_and_before_the_freeze() {
-    if !root() {
-        return;
-    }
-    let bed = Bed::new(on_disk());
-    fs::create_dir(bed.at("dir")).unwrap();
-    let (replica, comparison, mut copies) = prestaged(&bed);
-    // Two names of it, one copy; small ones are left to the freeze.
-    assert_eq!(copies.bytes(), LARGE as u64);
-    replica.follow_with(&bed, &comparison, &mut copies);
-    assert!(copies.is_empty());
-    drop(copies);
-    assert!(!bed.dir.path().join(".crab-large-staging").exists());
+fn what_was_read_ahead_is_not_read_again() {
+    let bed = Bed::new(tempfile::tempdir_in("/dev/shm").unwrap());
+    fs::write(bed.at("file"), "then").unwrap();
+    let mapped = Mapped::of(&bed.at("file"));
+    mapped.put(b'T');
+    let mut pending = writer(&bed).begin(TurnNo(1)).unwrap();
+    let read = pending.read_ahead(&bed.upper(), &Ahead::All, None, &|_, _| false, &never);
+    read.unwrap();
+    // Bytes that come without a sign are not in it: that is how it shows.
+    mapped.put(b't');
+    pending.capture(&bed.upper(), Part::Whole, &never).unwrap();
+    let laid = commit(pending).lay_out(&bed.beside()).unwrap();
+    assert_eq!(fs::read(laid.upper_dir().join("file")).unwrap(), b"Then");
 }
 
 #[test]
-fn a_copy_of_a_file_that_was_written_since_is_not_used() {
-    if !root() {
-        return;
-    }
+fn what_was_written_since_it_was_read_ahead_is_read_again() {
     // A store through a mapping leaves no trace but the bytes: the caller knows the inode.
     let bed = Bed::new(on_disk());
-    fs::create_dir(bed.at("dir")).unwrap();
-    let (replica, comparison, mut copies) = prestaged(&bed);
+    let (replica, comparison, mut pending) = read_ahead(&bed);
     let meta = fs::metadata(bed.at("large")).unwrap();
+    pending.distrust(|_, ino| ino == meta.ino());
+    assert_eq!(pending.ahead(), 0);
     let mtime = (meta.mtime(), meta.mtime_nsec());
     write(&bed, "large", b"!", 7);
     mtime_of(&bed.at("large"), mtime);
-    copies.distrust(|inode| inode.ino == meta.ino());
-    assert!(copies.is_empty());
-    replica.follow_with(&bed, &comparison, &mut copies);
+    replica.follow_with(&bed, &comparison, pending);
 
     // One that leaves a trace shows by itself.
     let bed = Bed::new(on_disk());
-    fs::create_dir(bed.at("dir")).unwrap();
-    let (replica, comparison, mut copies) = prestaged(&bed);
+    let (replica, comparison, pending) = read_ahead(&bed);
     write(&bed, "large", b"!", 7);
-    replica.follow_with(&bed, &comparison, &mut copies);
+    replica.follow_with(&bed, &comparison, pending);
 }
 
 #[test]
-fn a_large_file_that_can_change_without_a_sign_is_left_to_the_freeze() {
-    if !root() {
-        return;
-    }
+fn what_can_change_without_a_sign_is_not_read_ahead() {
     let bed = Bed::new(on_disk());
-    let layer = bed.read();
-    fs::write(bed.at("large"), vec![1; LARGE]).unwrap();
-    let [mapped] = bed.named(["large"])[..] else {
+    for name in ["mapped", "other"] {
+        fs::write(bed.at(name), noise(1, 100)).unwrap();
+    }
+    let [mapped] = bed.named(["mapped"])[..] else {
         unreachable!()
     };
-    let comparison = bed.compare(&layer, &[], Scope::Everything);
-    let staging = bed.beside().join("staging");
-    let copies = |is_written: &dyn Fn(Candidate) -> bool| {
-        Prestaged::copy(&bed.upper(), &staging, &comparison, is_written, &never).unwrap()
-    };
-    assert!(!copies(&|_| false).is_empty());
-    assert!(copies(&|inode| inode == mapped).is_empty());
+    let writer = writer(&bed);
+    let mut pending = writer.begin(TurnNo(1)).unwrap();
+    let is_written = |dev, ino| mapped == Candidate { dev, ino };
+    pending
+        .read_ahead(&bed.upper(), &Ahead::All, None, &is_written, &never)
+        .unwrap();
+    assert_eq!(pending.ahead(), 1);
+}
+
+#[test]
+fn a_whole_layer_is_read_ahead_while_it_changes() {
+    let bed = everything();
+    let writer = writer(&bed);
+    let mut pending = writer.begin(TurnNo(1)).unwrap();
+    let read = pending.read_ahead(&bed.upper(), &Ahead::All, None, &|_, _| false, &never);
+    read.unwrap();
+    assert!(pending.ahead() > 3);
+    write(&bed, "dir/sub/one", b"new", 0);
+    fs::remove_file(bed.at("file")).unwrap();
+    pending.capture(&bed.upper(), Part::Whole, &never).unwrap();
+    let made = commit(pending);
+    let laid = made.lay_out(&bed.beside()).unwrap();
+    let back = Snapshot::of(&laid.upper_dir());
+    assert_eq!(back.differences(&Snapshot::of(&bed.upper())), []);
+    assert_eq!(writer.verify(TurnNo(1)).unwrap(), []);
 }

@@ -2,9 +2,12 @@
 
 use std::{
     fs::File,
-    os::unix::{
-        fs::{FileExt, PermissionsExt, symlink},
-        net::UnixListener,
+    os::{
+        fd::AsRawFd,
+        unix::{
+            fs::{FileExt, PermissionsExt, symlink},
+            net::UnixListener,
+        },
     },
 };
 
@@ -193,4 +196,35 @@ pub(super) fn unlinked(bed: &Bed) {
     fs::remove_file(bed.at("link")).unwrap();
     fs::write(bed.at("link"), "linked").unwrap();
     set_mtime(&bed.at("link"), 1_000);
+}
+
+/// A file of which the first page is mapped, to be written to. In a tmpfs such stores change no time, once
+/// the page is writable.
+pub(super) struct Mapped(*mut libc::c_void);
+
+impl Mapped {
+    pub(super) fn of(path: &Path) -> Self {
+        let file = File::options().read(true).write(true).open(path);
+        let file = file.unwrap();
+        let both = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping of a file that is not empty; its first byte alone is written.
+        let page = unsafe {
+            let none = std::ptr::null_mut();
+            libc::mmap(none, 4096, both, libc::MAP_SHARED, file.as_raw_fd(), 0)
+        };
+        assert_ne!(page, libc::MAP_FAILED);
+        Self(page)
+    }
+
+    pub(super) fn put(&self, byte: u8) {
+        // SAFETY: the file has that byte.
+        unsafe { self.0.cast::<u8>().write_volatile(byte) }
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: nobody uses the mapping any more.
+        unsafe { libc::munmap(self.0, 4096) };
+    }
 }

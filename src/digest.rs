@@ -1,4 +1,4 @@
-//! BLAKE3, by which everything in the store is named.
+//! BLAKE3, by which contents are told apart and everything in the store is named.
 
 use std::{
     fmt::{self, Write as _},
@@ -13,24 +13,24 @@ pub struct Digest([u8; 32]);
 
 impl Digest {
     /// How many bytes it has.
-    pub(super) const SIZE: usize = 32;
+    pub(crate) const SIZE: usize = 32;
     /// Stands for content that is all zeros, whatever its length: nothing has this digest.
-    pub(super) const ZEROS: Self = Self([0; 32]);
+    pub(crate) const ZEROS: Self = Self([0; 32]);
 
-    pub(super) fn of(data: &[u8]) -> Self {
+    pub(crate) fn of(data: &[u8]) -> Self {
         Self(blake3::hash(data).into())
     }
 
     /// Of an object: keyed by its kind, so that none passes for one of another kind.
-    pub(super) fn of_object(kind: u8, data: &[u8]) -> Self {
+    pub(crate) fn of_object(kind: u8, data: &[u8]) -> Self {
         Self(blake3::keyed_hash(&[kind; 32], data).into())
     }
 
-    pub(super) fn from_bytes(bytes: [u8; 32]) -> Self {
+    pub(crate) fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
-    pub(super) fn bytes(&self) -> &[u8; 32] {
+    pub(crate) fn bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
@@ -80,7 +80,7 @@ impl<'de> Deserialize<'de> for Digest {
     }
 }
 
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut hex, b| {
         // Writing to a String does not fail.
         let _ = write!(hex, "{b:02x}");
@@ -88,7 +88,7 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     })
 }
 
-pub(super) fn unhex(text: &str) -> Option<Vec<u8>> {
+pub(crate) fn unhex(text: &str) -> Option<Vec<u8>> {
     let digits = text.as_bytes();
     let digit = |d: u8| match d {
         b'0'..=b'9' => Some(d - b'0'),
