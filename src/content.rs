@@ -79,6 +79,30 @@ pub(crate) trait Sink {
     fn list(&mut self, bytes: &[u8]) -> Result<Digest, Self::Error>;
 }
 
+/// Names the parts of a content and keeps none.
+struct Summing;
+
+impl Sink for Summing {
+    type Error = TreeError;
+
+    fn chunk(&mut self, _: u64, bytes: &[u8]) -> Result<Digest, TreeError> {
+        Ok(Digest::of_object(CHUNK, bytes))
+    }
+
+    fn list(&mut self, bytes: &[u8]) -> Result<Digest, TreeError> {
+        Ok(Digest::of_object(LIST, bytes))
+    }
+}
+
+/// The content of a regular file, cut as files are in the store.
+pub(crate) fn content_of(
+    found: &Found<'_>,
+    buffer: &mut Vec<u8>,
+    stop: &dyn Fn() -> bool,
+) -> Result<Content, TreeError> {
+    Reader::new(buffer, stop).read(found, FILE_CHUNK, &mut Summing)
+}
+
 /// Reads regular files.
 pub(crate) struct Reader<'s> {
     buffer: &'s mut Vec<u8>,

@@ -93,6 +93,8 @@ class Hooks:
             for moment in MOMENTS:
                 with contextlib.suppress(FileNotFoundError):
                     (HOOKS / moment).unlink()
+            with contextlib.suppress(OSError):  # somebody else has hooks there
+                HOOKS.rmdir()
 
     def result(self, moment: str) -> dict[str, Any] | None:
         path = self.results / f"{moment}.json"

@@ -1,11 +1,9 @@
 //! The files of a sandbox: where its writable layer is, how it is mounted, what of it has changed, and
-//! how a copy is put back.
+//! how another is put into its place.
 //!
 //! The writable layer of a mounted overlay is read, never edited: the kernel keeps showing what it
 //! cached. A state is put back as a *new* upper directory while nothing is mounted (D13).
 
-mod contents;
-mod copy;
 pub mod layer;
 mod mount;
 mod overlay;
@@ -14,7 +12,6 @@ mod put_back;
 #[cfg(test)]
 mod tests;
 
-pub use copy::{CaptureStats, capture};
 pub use mount::{MountError, MountSpec, mount_all, unmount, unmount_below, unmount_busy_is_error};
 pub(crate) use overlay::parse_mountinfo;
 pub use overlay::{NoOverlay, Overlay};

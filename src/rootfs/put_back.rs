@@ -2,28 +2,28 @@
 //!
 //! The new layer is built beside the old one, fsynced, and exchanged with it in one rename, so
 //! that an interruption leaves the old or the new one, whole, at the overlay's path. What is left
-//! beside it then (`.crab-new-…`, `.crab-old-…`) the next put-back removes.
+//! beside it then (`.crab-new-…`, `.crab-old-…`) the next put-back removes. Files that are equal in both
+//! may be names of one inode meanwhile; those of the old layer go before anybody can see that.
 
 use std::{
     collections::{BTreeMap, HashSet},
     ffi::OsString,
     fs,
-    os::unix::fs::MetadataExt,
+    os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
 };
 
 use rustix::{
-    fs::{CWD, Mode, RenameFlags},
+    fs::{AtFlags, CWD, FileType, Gid, Mode, RenameFlags, Uid, XattrFlags},
     io::Errno,
 };
 
 use super::{
-    CaptureStats, LEFTOVER, MountError, NoOverlay, Overlay,
-    copy::{capture, copy_attributes},
+    LEFTOVER, MountError, NoOverlay, Overlay,
     mount::{mount_all, unmount_one},
     overlay::{MountEntry, parse_mountinfo},
 };
-use crate::tree::{self, Durably, TreeError, failed, remove_tree};
+use crate::tree::{self, Durably, Expect, Found, TreeError, Visitor, failed, remove_tree};
 
 /// How many processes an error names.
 const SHOWN_PROCESSES: usize = 8;
@@ -31,7 +31,10 @@ const SHOWN_PROCESSES: usize = 8;
 /// A layer that was not put back.
 #[derive(Debug, thiserror::Error)]
 pub enum PutBackError {
-    /// Building the new layer, or exchanging it, failed.
+    /// Building the new layer failed, and nothing was touched.
+    #[error("cannot write the new layer: {0}")]
+    Build(String),
+    /// Exchanging the layers failed.
     #[error(transparent)]
     Tree(#[from] TreeError),
     /// The layer is in use, and nothing was touched.
@@ -82,10 +85,12 @@ pub enum PutBackError {
 #[derive(Debug)]
 #[must_use = "the replaced layer takes space until `remove_old`"]
 pub struct Replaced {
-    /// What the new layer holds.
-    pub stats: CaptureStats,
     old: Vec<PathBuf>,
 }
+
+/// Writes the new layer into a directory that is to be made (the first). The second is the layer that it
+/// replaces, to which nobody writes: the new one may have hard links to its files.
+pub type Build<'b> = &'b mut dyn FnMut(&Path, &Path) -> Result<(), String>;
 
 impl Replaced {
     /// Deletes the replaced layer. The next put-back would do it, too.
@@ -94,29 +99,29 @@ impl Replaced {
     }
 }
 
-/// Replaces the writable layer of an overlay that is mounted nowhere with a copy of `saved`, and
+/// Replaces the writable layer of an overlay that is mounted nowhere with what `build` makes, and
 /// its work directory with an empty one.
-pub fn put_back(saved: &Path, overlay: &Overlay) -> Result<Replaced, PutBackError> {
+pub fn put_back(build: Build<'_>, overlay: &Overlay) -> Result<Replaced, PutBackError> {
     refuse_if_mounted(&overlay.upperdir)?;
     let upper = Layer::new(&overlay.upperdir)?;
     let work = Layer::new(&overlay.workdir)?;
     upper.recover()?;
     work.recover()?;
-    let stats = upper.build(saved)?;
+    upper.build(build)?;
     work.build_empty()?;
     // The upper directory first: with a volatile overlay, the old work directory says that the
     // layer can't be trusted, and may only go when that layer has gone.
     upper.swap()?;
     work.swap()?;
+    remove_shared(&upper.old)?;
     Ok(Replaced {
-        stats,
         old: vec![upper.old, work.old],
     })
 }
 
 /// The same for an overlay that somebody else (dockerd) keeps mounted at `overlay.mountpoint`:
 /// unmounts it there, puts back, mounts it again in the same place with the same options.
-pub fn remount_with(saved: &Path, overlay: &Overlay) -> Result<Replaced, PutBackError> {
+pub fn remount_with(build: Build<'_>, overlay: &Overlay) -> Result<Replaced, PutBackError> {
     let mountpoint = overlay.mountpoint.clone().unwrap_or_default();
     let now = Overlay::from_mountinfo(&mountpoint)?;
     if now.upperdir != overlay.upperdir {
@@ -139,7 +144,7 @@ pub fn remount_with(saved: &Path, overlay: &Overlay) -> Result<Replaced, PutBack
         who: users.in_words(),
     })?;
     let spec = [overlay.mount_spec()];
-    match put_back(saved, overlay) {
+    match put_back(build, overlay) {
         Ok(replaced) => {
             mount_all(&spec, &mountpoint).map_err(PutBackError::NotMounted)?;
             Ok(replaced)
@@ -195,11 +200,10 @@ impl Layer {
         Ok(())
     }
 
-    pub(super) fn build(&self, saved: &Path) -> Result<CaptureStats, TreeError> {
+    pub(super) fn build(&self, build: Build<'_>) -> Result<(), PutBackError> {
         let durably = Durably::at(&self.parent)?;
-        let stats = capture(saved, &self.new, &|| false)?;
-        durably.sync(&self.new)?;
-        Ok(stats)
+        build(&self.new, &self.path).map_err(PutBackError::Build)?;
+        Ok(durably.sync(&self.new)?)
     }
 
     fn build_empty(&self) -> Result<(), TreeError> {
@@ -235,6 +239,60 @@ impl Layer {
             Err(e) => Err(e),
         }
     }
+}
+
+/// Removes from the old layer what has further names: those in the new one among them. It has to be the
+/// only one there before the sandbox sees how many it has.
+fn remove_shared(old: &Path) -> Result<(), TreeError> {
+    if !exists(old)? {
+        return Ok(());
+    }
+    let root = tree::open_root(old)?;
+    match tree::walk(root, old, Expect::Changes, &|| false, &mut Shared) {
+        // Too large to be looked through, and not to be removed.
+        Err(TreeError::Limit { .. }) => remove_tree(old),
+        walked => walked,
+    }
+}
+
+struct Shared;
+
+impl Visitor for Shared {
+    fn enter(&mut self, _: &Found<'_>) -> Result<(), TreeError> {
+        Ok(())
+    }
+
+    fn other(&mut self, found: &Found<'_>) -> Result<(), TreeError> {
+        match found.parent {
+            Some(parent) if found.stat.st_nlink > 1 && found.kind() == FileType::RegularFile => {
+                rustix::fs::unlinkat(parent, found.name, AtFlags::empty())
+                    .map_err(found.err("remove"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn leave(&mut self, _: &Found<'_>) -> Result<(), TreeError> {
+        Ok(())
+    }
+}
+
+/// Gives a directory's owner, mode and extended attributes to another. Owner first, since a change of
+/// owner takes set-id bits away; the mode before an ACL, whose mask a later chmod would change.
+fn copy_attributes(from: &Path, to: &Path) -> Result<(), TreeError> {
+    let (source, copy) = (tree::open_root(from)?, tree::open_root(to)?);
+    let stat = rustix::fs::fstat(&source).map_err(failed("stat", from))?;
+    let owner = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+    rustix::fs::fchown(&copy, Some(owner.0), Some(owner.1))
+        .map_err(failed("set the owner of", to))?;
+    rustix::fs::fchmod(&copy, Mode::from_raw_mode(stat.st_mode & 0o7777))
+        .map_err(failed("set the mode of", to))?;
+    let xattrs = tree::xattrs(source.as_fd()).map_err(failed("read the attributes of", from))?;
+    for (name, value) in xattrs {
+        rustix::fs::fsetxattr(&copy, &name, &value, XattrFlags::empty())
+            .map_err(failed("set an extended attribute of", to))?;
+    }
+    Ok(())
 }
 
 fn rename(from: &Path, to: &Path, how: RenameFlags) -> Result<(), TreeError> {

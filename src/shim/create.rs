@@ -244,21 +244,23 @@ fn mount_rootfs(
     let step = |what| format!("{sandbox}: {what}");
     let bundle = Path::new(&request.bundle);
     let mounts: Vec<_> = request.rootfs.iter().map(proto::mount_spec).collect();
-    let saved = match source {
-        Some(Source::Armed { laid, .. }) => Some(laid.upper_dir()),
+    let mut saved = match source {
+        Some(Source::Armed { laid, .. }) => {
+            Some(|new: &Path, old: &Path| laid.write_upper(new, old).map_err(|e| e.to_string()))
+        }
         _ => None,
     };
     if mounts.is_empty() {
-        if let Some(upper) = &saved {
+        if let Some(build) = &mut saved {
             let overlay = Overlay::from_mountinfo(&spec.rootfs(bundle))
                 .context(step("files cannot be put back"))?;
-            put_back(rootfs::remount_with(upper, &overlay)).context(step("put files back"))?;
+            put_back(rootfs::remount_with(build, &overlay)).context(step("put files back"))?;
         }
         return Ok(None);
     }
-    if let Some(upper) = &saved {
+    if let Some(build) = &mut saved {
         let overlay = Overlay::from_mounts(&mounts).context(step("files cannot be put back"))?;
-        put_back(rootfs::put_back(upper, &overlay)).context(step("put files back"))?;
+        put_back(rootfs::put_back(build, &overlay)).context(step("put files back"))?;
     }
     let target = bundle.join("rootfs");
     match fs::create_dir(&target) {

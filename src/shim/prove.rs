@@ -135,7 +135,7 @@ fn attempt(container: &Container, checkpoint: &Checkpoint, place: &Place) -> Res
         .map_err(|e| text(&e))?
         .sandbox(&container.sandbox)
         .scratch_dir();
-    let laid = checkpoint.lay_out(&scratch).map_err(|e| text(&e))?;
+    let laid = checkpoint.lay_out_all(&scratch).map_err(|e| text(&e))?;
     let scratch = tempfile::Builder::new()
         .prefix("trial-")
         .tempdir_in(&scratch)

@@ -118,7 +118,7 @@ fn go_back(
         .forget(container.sandbox.id())
         .context("make the runtime forget the old processes")
         .map_err(ended)?;
-    put_back(container, &laid.upper_dir()).map_err(ended)?;
+    put_back(container, laid).map_err(ended)?;
     steps.done(Step::Files);
     container.still_wanted().map_err(ended)?;
     let source = Source::Armed {
@@ -275,14 +275,15 @@ impl Stopping {
 }
 
 /// Puts the checkpoint's files into the place of what is mounted, and mounts them.
-fn put_back(container: &Container, saved: &Path) -> Result<()> {
+fn put_back(container: &Container, laid: &Laid) -> Result<()> {
+    let mut build = |new: &Path, old: &Path| laid.write_upper(new, old).map_err(|e| e.to_string());
     let replaced = match &container.mounted {
         Some(target) => {
             let overlay =
                 Overlay::from_mounts(&container.mounts).context("the files cannot be put back")?;
             let host = &container.host;
             host.unmount(target).context("unmount the files")?;
-            let replaced = rootfs::put_back(saved, &overlay).context("put the files back");
+            let replaced = rootfs::put_back(&mut build, &overlay).context("put the files back");
             // Also when that has failed: what cleans up after us finds what it expects.
             let mounted = host.mount(&container.mounts, target);
             let replaced = replaced?;
@@ -293,7 +294,7 @@ fn put_back(container: &Container, saved: &Path) -> Result<()> {
             let rootfs = container.spec.rootfs(&container.bundle);
             let overlay = container.host.overlay(&rootfs);
             let overlay = overlay.context("the files cannot be put back")?;
-            rootfs::remount_with(saved, &overlay).context("put the files back")?
+            rootfs::remount_with(&mut build, &overlay).context("put the files back")?
         }
     };
     remove_later(container, replaced)

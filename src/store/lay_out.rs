@@ -21,24 +21,24 @@ use rustix::{
 };
 
 use super::{
-    Checkpoint, FileEntry, SandboxStore, StoreError, Tree,
+    Checkpoint, FileEntry, StoreError, Tree,
     content::{Cut, read_chunk},
     directory,
     entry::{Node, TreeEntry},
     files,
     objects::Objects,
+    reuse::Present,
 };
-use crate::{
-    sandbox::TurnNo,
-    tree::{self, DirStack, FileId, TreeError, failed, proc_path, remove_tree},
-};
+use crate::tree::{self, DirStack, FileId, TreeError, failed, proc_path, remove_tree};
 
 /// How the names of laid out checkpoints begin.
 const LAID: &str = "laid-";
 
-/// A checkpoint as directories. They are removed when this is dropped.
+/// A checkpoint as directories, its writable layer perhaps still in the store. They are removed when this
+/// is dropped.
 #[derive(Debug)]
 pub struct Laid {
+    checkpoint: Checkpoint,
     dir: PathBuf,
     /// Locked: whoever tidies the directory around it sees that it is in use.
     _lock: OwnedFd,
@@ -55,7 +55,14 @@ impl Laid {
         self.dir.join("bundle")
     }
 
-    /// The writable layer; absent if the checkpoint has none.
+    /// Writes the writable layer to `dest`, which is made; files that are equal in `present`, another
+    /// layer on the same file system that nobody writes to, get a second name there instead. After an
+    /// error, what is at `dest` is incomplete and the caller's to remove.
+    pub fn write_upper(&self, dest: &Path, present: &Path) -> Result<(), StoreError> {
+        self.checkpoint.write_upper(dest, Present::open(present)?)
+    }
+
+    /// The writable layer, after [`Checkpoint::lay_out_all`]; absent if the checkpoint has none.
     pub fn upper_dir(&self) -> PathBuf {
         self.dir.join("upper")
     }
@@ -89,17 +96,25 @@ pub(super) fn tidy(dir: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-impl SandboxStore {
-    /// Lays a turn's checkpoint out below `scratch`.
-    pub fn lay_out(&self, turn: TurnNo, scratch: &Path) -> Result<Laid, StoreError> {
-        self.get(turn)?.lay_out(scratch)
-    }
-}
-
 impl Checkpoint {
-    /// Writes image, bundle and writable layer into a new directory below `scratch`. Nothing of
-    /// this is durable.
+    /// Writes image and bundle into a new directory below `scratch`, and checks that all of the writable
+    /// layer can be written, too. Nothing of this is durable.
     pub fn lay_out(&self, scratch: &Path) -> Result<Laid, StoreError> {
+        let laid = self.lay_out_but_files(scratch)?;
+        self.check_upper()?;
+        Ok(laid)
+    }
+
+    /// The same with the writable layer.
+    pub fn lay_out_all(&self, scratch: &Path) -> Result<Laid, StoreError> {
+        let laid = self.lay_out_but_files(scratch)?;
+        if self.manifest.contents.upper.is_some() {
+            self.lay_out_upper(&laid.upper_dir())?;
+        }
+        Ok(laid)
+    }
+
+    fn lay_out_but_files(&self, scratch: &Path) -> Result<Laid, StoreError> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let dir = scratch.join(format!("{LAID}{}-{number}", std::process::id()));
@@ -109,12 +124,13 @@ impl Checkpoint {
         let lock = tree::open_root(&dir)?;
         rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(failed("lock", &dir))?;
-        let laid = Laid { dir, _lock: lock };
+        let laid = Laid {
+            checkpoint: self.clone(),
+            dir,
+            _lock: lock,
+        };
         self.lay_out_image(&laid.image_dir())?;
         self.lay_out_bundle(&laid.bundle_dir())?;
-        if self.manifest.contents.upper.is_some() {
-            self.lay_out_upper(&laid.upper_dir())?;
-        }
         Ok(laid)
     }
 
@@ -131,6 +147,10 @@ impl Checkpoint {
     /// Writes the writable layer to `dest`, which is made. An error if the checkpoint has none.
     /// After an error, what is at `dest` is incomplete and the caller's to remove.
     pub fn lay_out_upper(&self, dest: &Path) -> Result<(), StoreError> {
+        self.write_upper(dest, None)
+    }
+
+    fn write_upper(&self, dest: &Path, present: Option<Present>) -> Result<(), StoreError> {
         let mut objects = self.strict_objects()?;
         let upper = self.manifest.contents.upper.as_ref();
         let upper = upper.ok_or_else(|| StoreError::Unfit {
@@ -138,7 +158,7 @@ impl Checkpoint {
             reason: "this checkpoint has no files".into(),
         })?;
         let root = directory::read_root(&mut objects, &upper.digest)?;
-        lay_out_tree(&mut objects, root, dest)
+        lay_out_tree(&mut objects, root, dest, present)
     }
 
     fn lay_out_files(&self, list: &[FileEntry], dest: &Path) -> Result<(), StoreError> {
@@ -167,7 +187,7 @@ impl Tree {
             reason: "the checkpoint has no such name".into(),
         })?;
         if matches!(entry.node, Node::Directory(_)) {
-            return lay_out_tree(&mut self.objects, entry, dest);
+            return lay_out_tree(&mut self.objects, entry, dest, None);
         }
         let parent = tree::open_root(dest.parent().unwrap_or(dest))?;
         let name = dest.file_name().unwrap_or_default().as_bytes();
@@ -211,7 +231,12 @@ struct Level {
     names: Vec<TreeEntry>,
 }
 
-fn lay_out_tree(objects: &mut Objects, root: TreeEntry, dest: &Path) -> Result<(), StoreError> {
+fn lay_out_tree(
+    objects: &mut Objects,
+    root: TreeEntry,
+    dest: &Path,
+    present: Option<Present>,
+) -> Result<(), StoreError> {
     make(dest)?;
     let fd = tree::open_root(dest)?;
     without_acl(&fd, dest)?;
@@ -221,6 +246,7 @@ fn lay_out_tree(objects: &mut Objects, root: TreeEntry, dest: &Path) -> Result<(
         levels: Vec::new(),
         path: dest.to_owned(),
         links: Links::beside(dest),
+        present,
     };
     writer.enter(root, fd)?;
     writer.run()?;
@@ -244,6 +270,7 @@ struct Writer<'a> {
     levels: Vec<Level>,
     path: PathBuf,
     links: Links,
+    present: Option<Present>,
 }
 
 impl Writer<'_> {
@@ -279,6 +306,9 @@ impl Writer<'_> {
         let fd = self.dirs.pop().map_err(failed("leave", &self.path))?;
         set_attributes(&level.entry, fd.as_fd(), &self.path)?;
         if !self.levels.is_empty() {
+            if let Some(present) = &mut self.present {
+                present.leave(&self.path)?;
+            }
             self.path.pop();
         }
         Ok(())
@@ -293,11 +323,15 @@ impl Writer<'_> {
                 .and_then(|()| tree::look_at(parent, &name))
                 .and_then(|fd| tree::open_dir(&fd))
                 .map_err(failed("make", &self.path))?;
+            if let Some(present) = &mut self.present {
+                present.enter(&name, &self.path)?;
+            }
             return self.enter(entry, fd);
         }
-        let linked = match &entry.link {
-            Some(link) => self.links.link(&link.hex(), parent, &name, &self.path)?,
-            None => false,
+        let linked = match (&entry.link, &mut self.present) {
+            (Some(link), _) => self.links.link(&link.hex(), parent, &name, &self.path)?,
+            (None, Some(present)) => present.link(&entry, parent, &name, &self.path)?,
+            (None, None) => false,
         };
         if !linked {
             make_inode(self.objects, &entry, parent, &name, &self.path)?;
@@ -409,7 +443,7 @@ struct Links {
 
 impl Links {
     fn beside(dest: &Path) -> Self {
-        let mut name = OsString::from(".links-");
+        let mut name = OsString::from(".crab-links-");
         name.push(dest.file_name().unwrap_or_default());
         Self {
             path: dest.with_file_name(name),

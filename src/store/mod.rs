@@ -43,6 +43,7 @@ mod manifest;
 mod objects;
 mod pack;
 mod pending;
+mod reuse;
 mod sandbox;
 mod stored_file;
 mod tree_view;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Digest, FileEntry, SandboxStore, StoreError,
+    Checkpoint, Digest, FileEntry, SandboxStore, StoreError,
     content::{Cut, read_chunk},
     directory,
     entry::{DirRef, Node, TreeEntry, kind},
@@ -39,11 +39,7 @@ impl SandboxStore {
     /// faults; none means that it is sound. An error means that the manifest itself is not.
     pub fn verify(&self, turn: TurnNo) -> Result<Vec<Fault>, StoreError> {
         let checkpoint = self.get(turn)?;
-        let mut verifier = Verifier {
-            objects: checkpoint.strict_objects()?,
-            faults: Vec::new(),
-            sound: HashSet::new(),
-        };
+        let mut verifier = Verifier::of(&checkpoint)?;
         let contents = &checkpoint.manifest.contents;
         for (dir, files) in [("image", &contents.image), ("bundle", &contents.bundle)] {
             for file in files {
@@ -77,6 +73,21 @@ impl SandboxStore {
     }
 }
 
+impl Checkpoint {
+    /// Reads all of the writable layer and compares it with its digests.
+    pub(super) fn check_upper(&self) -> Result<(), StoreError> {
+        let Some(upper) = &self.manifest.contents.upper else {
+            return Ok(());
+        };
+        let mut verifier = Verifier::of(self)?;
+        verifier.tree(&upper.digest);
+        match verifier.faults.into_iter().next() {
+            None => Ok(()),
+            Some(fault) => Err(verifier.objects.damaged(fault.to_string())),
+        }
+    }
+}
+
 struct Verifier {
     objects: Objects,
     faults: Vec<Fault>,
@@ -85,6 +96,14 @@ struct Verifier {
 }
 
 impl Verifier {
+    fn of(checkpoint: &Checkpoint) -> Result<Self, StoreError> {
+        Ok(Self {
+            objects: checkpoint.strict_objects()?,
+            faults: Vec::new(),
+            sound: HashSet::new(),
+        })
+    }
+
     fn fault(&mut self, path: String, error: &StoreError) {
         self.faults.push(Fault {
             path,

@@ -3,7 +3,7 @@
 use rustix::fs::FileType;
 
 use crate::{
-    content::{self, CHUNK, FILE_CHUNK, LIST, Sink},
+    content::content_of,
     digest::Digest,
     tree::{Found, ShownPath, TreeError},
 };
@@ -37,28 +37,12 @@ impl<'s> Reader<'s> {
     /// The digest of a regular file. An error if it changes meanwhile.
     pub(super) fn digest(&mut self, found: &Found<'_>) -> Result<Digest, TreeError> {
         debug_assert_eq!(found.kind(), FileType::RegularFile);
-        let mut reader = content::Reader::new(&mut self.buffer, self.stop);
-        let content = reader.read(found, FILE_CHUNK, &mut Summing)?;
+        let content = content_of(found, &mut self.buffer, self.stop)?;
         self.bytes += content.data;
         if content.size > 0 {
             unchanged(found)?;
         }
         Ok(content.root)
-    }
-}
-
-/// Names the parts of a content and keeps none.
-struct Summing;
-
-impl Sink for Summing {
-    type Error = TreeError;
-
-    fn chunk(&mut self, _: u64, bytes: &[u8]) -> Result<Digest, TreeError> {
-        Ok(Digest::of_object(CHUNK, bytes))
-    }
-
-    fn list(&mut self, bytes: &[u8]) -> Result<Digest, TreeError> {
-        Ok(Digest::of_object(LIST, bytes))
     }
 }
 

@@ -89,7 +89,7 @@ fn every_turn_is_durable_before_the_next_begins() {
     assert_eq!((&line.trigger, line.action), (&Trigger::Exec, Action::Full));
     let checkpoint = bed.store().get(line.turn).unwrap();
     assert_eq!(line.checkpoint, Some(checkpoint.digest));
-    let laid = checkpoint.lay_out(&bed.store().scratch_dir()).unwrap();
+    let laid = checkpoint.lay_out_all(&bed.store().scratch_dir()).unwrap();
     let saved = fs::read_to_string(laid.upper_dir().join("file")).unwrap();
     assert_eq!(saved, "text");
     bed.end(pid, 0, "exit c/b 0");

@@ -18,7 +18,7 @@ fn what_is_committed_is_read_back() {
     assert_eq!(latest.manifest.contents.upper.as_ref().unwrap().entries, 10);
     assert_eq!(reader.verify(TurnNo(7)).unwrap(), []);
     assert_eq!(reader.verify_packs().unwrap(), []);
-    let laid = reader.lay_out(TurnNo(7), &reader.scratch_dir()).unwrap();
+    let laid = lay_out(&reader, TurnNo(7), &reader.scratch_dir()).unwrap();
     assert_eq!(
         fs::read(laid.bundle_dir().join("config.json")).unwrap(),
         b"{}"
@@ -54,7 +54,7 @@ fn a_tree_with_one_of_everything_comes_back() {
     fs::remove_file(&sparse).unwrap();
     let wanted = look(&upper);
     drop(staging);
-    let laid = checkpoint.lay_out(&writer.scratch_dir()).unwrap();
+    let laid = checkpoint.lay_out_all(&writer.scratch_dir()).unwrap();
     let back = laid.upper_dir().join("sparse");
     let meta = fs::metadata(&back).unwrap();
     use std::os::unix::fs::{FileExt, MetadataExt};
@@ -103,7 +103,7 @@ fn the_next_writer_leaves_what_is_laid_out_alone_while_it_is_used() {
     let checkpoint = bed.checkpoint(&writer, 1);
     drop(writer);
     let scratch = bed.store.sandbox(&bed.id).scratch_dir();
-    let laid = checkpoint.lay_out(&scratch).unwrap();
+    let laid = checkpoint.lay_out_all(&scratch).unwrap();
     drop(bed.writer());
     assert!(laid.image_dir().join("core-1.img").exists());
     let copy = scratch.join("laid-0-0");
@@ -163,7 +163,7 @@ fn one_byte_more_in_a_large_file_writes_one_chunk_and_its_lists() {
         let made = commit(pending, Part::Whole);
         assert!(made.stored < 100_000, "{} bytes", made.stored);
     }
-    let laid = writer.lay_out(TurnNo(3), &writer.scratch_dir()).unwrap();
+    let laid = lay_out(&writer, TurnNo(3), &writer.scratch_dir()).unwrap();
     let wanted = [noise(1, size), b"changed".to_vec()].concat();
     assert!(fs::read(laid.upper_dir().join("large")).unwrap() == wanted);
 }
@@ -215,7 +215,7 @@ fn an_inode_with_a_name_outside_of_the_layer_is_kept_like_any_other() {
     fs::hard_link(upper.join("z"), upper.with_file_name("outside")).unwrap();
     let made = commit(pending, Part::Whole);
     assert_eq!(writer.verify(TurnNo(1)).unwrap(), []);
-    let laid = made.lay_out(&writer.scratch_dir()).unwrap();
+    let laid = made.lay_out_all(&writer.scratch_dir()).unwrap();
     let back = laid.upper_dir().join("z");
     assert_eq!(fs::read(&back).unwrap(), b"z");
     assert_eq!(fs::metadata(&back).unwrap().nlink(), 1);

@@ -94,7 +94,9 @@ fn a_hundred_megabytes_of_memory_of_which_a_hundredth_changes() {
             pending.commit(parts.0, parts.1, parts.2).unwrap().0
         });
         println!("    {} bytes", made.stored);
-        let laid = measure("lay out", || made.lay_out(&writer.scratch_dir()).unwrap());
+        let laid = measure("lay out", || {
+            made.lay_out_all(&writer.scratch_dir()).unwrap()
+        });
         drop(laid);
     }
 }

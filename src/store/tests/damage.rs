@@ -73,7 +73,7 @@ fn every_byte_that_flips_is_named_and_refused() {
         // Whoever verifies clean is laid out as it was; whoever does not is refused.
         for turn in &sound {
             let clean = matches!(writer.verify(TurnNo(*turn)), Ok(faults) if faults.is_empty());
-            let laid = writer.lay_out(TurnNo(*turn), &writer.scratch_dir());
+            let laid = lay_out(&writer, TurnNo(*turn), &writer.scratch_dir());
             assert_eq!(clean, laid.is_ok(), "byte {at} of {name}, turn {turn}");
             lost += usize::from(!clean);
             let left = files::all_names(&writer.scratch_dir()).unwrap();
@@ -96,7 +96,7 @@ fn every_byte_of_a_checkpoint_alone_matters_to_it() {
         let mut broken = whole.clone();
         broken[at] ^= 0x10;
         fs::write(&path, &broken).unwrap();
-        let laid = writer.lay_out(TurnNo(1), &writer.scratch_dir());
+        let laid = lay_out(&writer, TurnNo(1), &writer.scratch_dir());
         assert!(laid.is_err(), "byte {at} of {}", whole.len());
     }
 }
@@ -268,7 +268,7 @@ fn read_everything(store: &SandboxStore) {
     let _ = store.get(TurnNo(1));
     let _ = store.verify(TurnNo(1));
     let _ = store.verify_packs();
-    let _ = store.lay_out(TurnNo(1), &store.scratch_dir());
+    let _ = lay_out(&store, TurnNo(1), &store.scratch_dir());
 }
 
 proptest! {

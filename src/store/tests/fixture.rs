@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    ffi::{CString, OsString},
+    ffi::{CString, OsStr, OsString},
     os::unix::{
         ffi::OsStrExt,
         fs::{FileTypeExt, MetadataExt},
@@ -44,7 +44,9 @@ pub fn look(root: &Path) -> BTreeMap<PathBuf, Seen> {
             names.sort_by(|a, b| b.cmp(a));
             todo.extend(names.iter().map(|name| path.join(name)));
         }
-        let link = (!kind.is_dir() && meta.nlink() > 1).then(|| {
+        // Overlay makes many whiteouts links of one inode, which means nothing.
+        let is_whiteout = kind.is_char_device() && meta.rdev() == 0;
+        let link = (!kind.is_dir() && !is_whiteout && meta.nlink() > 1).then(|| {
             first
                 .entry(meta.ino())
                 .or_insert_with(|| path.clone())
@@ -126,10 +128,64 @@ pub fn zoo(root: &Path) {
     set_xattr(&root.join("a/file"), "user.note", b"text");
     fs::set_permissions(root.join("a!"), fs::Permissions::from_mode(0o4755)).unwrap();
     fs::set_permissions(root.join("empty"), fs::Permissions::from_mode(0o1777)).unwrap();
+    rarities(root);
     let sparse = fs::File::create(root.join("sparse")).unwrap();
     sparse.set_len(1 << 40).unwrap();
     use std::os::unix::fs::FileExt;
     sparse.write_all_at(b"middle", 5 << 30).unwrap();
+}
+
+/// What is seldom in a layer.
+fn rarities(root: &Path) {
+    let rare = root.join("rare");
+    fs::create_dir_all(rare.join("dir/shut")).unwrap();
+    fs::write(rare.join("n".repeat(255)), "long").unwrap();
+    fs::write(rare.join(OsStr::from_bytes(b"\xff\xfe")), "bytes").unwrap();
+    symlink("x".repeat(4000), rare.join("long-link")).unwrap();
+    symlink("../../..", rare.join("up")).unwrap();
+    set_xattr(&rare.join("up"), "trusted.on-a-link", b"1");
+    set_xattr(&root.join("whiteout"), "trusted.on-a-device", b"1");
+    for name in ["fifo", "link"] {
+        fs::hard_link(root.join(name), rare.join(name)).unwrap();
+    }
+    for name in ["whiteouts", "dir/whiteouts"] {
+        fs::hard_link(root.join("whiteout"), rare.join(name)).unwrap();
+    }
+    fs::write(rare.join("attributes"), "").unwrap();
+    set_xattr(&rare.join("attributes"), "user.large", &[3; 2000]);
+    set_xattr(&rare.join("attributes"), "user.none", b"");
+    // cap_net_raw=ep, revision 2.
+    let mut capability = [0; 20];
+    capability[..8].copy_from_slice(&[1, 0, 0, 2, 0, 32, 0, 0]);
+    set_xattr(&rare.join("attributes"), "security.capability", &capability);
+    set_xattr(&rare.join("dir"), "system.posix_acl_default", &acl());
+    fs::write(rare.join("dir/with-acl"), "").unwrap();
+    set_xattr(
+        &rare.join("dir/with-acl"),
+        "system.posix_acl_access",
+        &acl(),
+    );
+    fs::write(rare.join("setuid"), "#!").unwrap();
+    std::os::unix::fs::chown(rare.join("setuid"), Some(1000), Some(70_000)).unwrap();
+    fs::set_permissions(rare.join("setuid"), fs::Permissions::from_mode(0o6755)).unwrap();
+    fs::set_permissions(rare.join("dir/shut"), fs::Permissions::from_mode(0)).unwrap();
+}
+
+/// user::rwx, user:1000:r--, group::r-x, mask::r-x, other::---
+pub fn acl() -> Vec<u8> {
+    let mut acl = vec![2, 0, 0, 0];
+    for (tag, perm, id) in [
+        (1u16, 7u16, u32::MAX),
+        (2, 4, 1000),
+        (4, 5, u32::MAX),
+        (16, 5, u32::MAX),
+        (32, 0, u32::MAX),
+    ] {
+        acl.extend(tag.to_le_bytes());
+        acl.extend(perm.to_le_bytes());
+        acl.extend(id.to_le_bytes());
+    }
+    acl
 }
 
 /// Bytes that do not compress.

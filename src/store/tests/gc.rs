@@ -56,7 +56,7 @@ fn what_no_checkpoint_needs_goes_and_what_one_needs_stays() {
         assert_eq!(writer.verify(number).unwrap(), []);
     }
     assert_eq!(writer.verify_packs().unwrap(), []);
-    let laid = writer.lay_out(TurnNo(100), &writer.scratch_dir()).unwrap();
+    let laid = lay_out(&writer, TurnNo(100), &writer.scratch_dir()).unwrap();
     let first = fs::read(laid.upper_dir().join("first")).unwrap();
     assert!(first == noise(9999, 100_000));
 }

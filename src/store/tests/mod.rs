@@ -6,7 +6,9 @@ mod damage;
 mod death;
 mod fixture;
 mod gc;
+mod hostile;
 mod journal;
+mod reuse;
 mod trees;
 
 use std::{
@@ -110,6 +112,15 @@ fn try_commit(
 ) -> Result<(Checkpoint, Staging), StoreError> {
     pending.capture(&pending.upper_dir(), part, &|| false)?;
     pending.commit(facts(), images, Files::Captured)
+}
+
+/// Whatever is refused by the one is refused by the other.
+fn lay_out(store: &SandboxStore, turn: TurnNo, scratch: &Path) -> Result<Laid, StoreError> {
+    let checkpoint = store.get(turn)?;
+    let checked = checkpoint.lay_out(scratch);
+    let laid = checkpoint.lay_out_all(scratch);
+    assert_eq!(checked.is_ok(), laid.is_ok(), "{checked:?}, {laid:?}");
+    laid
 }
 
 fn numbers(turns: Vec<TurnNo>) -> Vec<u64> {

@@ -53,7 +53,7 @@ impl Replica {
         let captured = pending.capture(&bed.upper(), part, &never).unwrap();
         assert_eq!(captured.names, changes.changed.len() as u64);
         let made = commit(pending);
-        let laid = made.lay_out(&bed.beside()).unwrap();
+        let laid = made.lay_out_all(&bed.beside()).unwrap();
         assert_eq!(
             Snapshot::of(&laid.upper_dir()).differences(&Snapshot::of(&bed.upper())),
             [],
@@ -325,7 +325,7 @@ fn what_was_read_ahead_is_not_read_again() {
     // Bytes that come without a sign are not in it: that is how it shows.
     mapped.put(b't');
     pending.capture(&bed.upper(), Part::Whole, &never).unwrap();
-    let laid = commit(pending).lay_out(&bed.beside()).unwrap();
+    let laid = commit(pending).lay_out_all(&bed.beside()).unwrap();
     assert_eq!(fs::read(laid.upper_dir().join("file")).unwrap(), b"Then");
 }
 
@@ -379,7 +379,7 @@ fn a_whole_layer_is_read_ahead_while_it_changes() {
     fs::remove_file(bed.at("file")).unwrap();
     pending.capture(&bed.upper(), Part::Whole, &never).unwrap();
     let made = commit(pending);
-    let laid = made.lay_out(&bed.beside()).unwrap();
+    let laid = made.lay_out_all(&bed.beside()).unwrap();
     let back = Snapshot::of(&laid.upper_dir());
     assert_eq!(back.differences(&Snapshot::of(&bed.upper())), []);
     assert_eq!(writer.verify(TurnNo(1)).unwrap(), []);
