@@ -10,6 +10,7 @@ makes the image of one power loss again, as a failed test names it.
 
 import bisect
 import dataclasses
+import itertools
 import os
 import random
 import subprocess
@@ -99,19 +100,21 @@ def points(replay, first, reports, rng, count=None):
     """Power losses to try, in order: `count` of them, or every one that can tell more than its neighbours.
 
     `first`: the record to begin with. `reports`: the records behind which somebody has been told that something is
-    durable. A power loss just then, or just before the next flush is done, in which no write survives that had not been
-    flushed, asks most of whoever forgets to flush. One in which some survive asks most of whoever relies on their order.
+    durable. A power loss just then that takes every write that was not flushed asks most of whoever forgets to flush; one
+    just before the next flush is done, of whoever has begun something meanwhile; and one that leaves some of these writes,
+    of whoever relies on their order.
     """
-    bare = {Point(at, "none") for at in [*reports, *replay.flushes] if at > first}
-    some, begin = set(), first
+    reported = [Point(at, "none") for at in reports]
+    flushed = [Point(at, "none") for at in replay.flushes if at > first]
+    some, begin = [], first
     for flush in replay.flushes:
         if flush - begin > 1:
-            some.add(Point(rng.randrange(begin + 1, flush) + 1, "some", rng.randrange(1 << 32)))
+            some.append(Point(rng.randrange(begin + 1, flush) + 1, "some", rng.randrange(1 << 32)))
         begin = max(begin, flush)
-    bare, some = sorted(bare), sorted(some)
+    all = (reported, flushed, some)
     if count is not None:
-        bare, some = (rng.sample(among, min(len(among), count // 2)) for among in (bare, some))
-    return sorted(bare + some)
+        all = [rng.sample(some, min(len(some), count // 3)) for some in all]
+    return sorted(itertools.chain(*all))
 
 
 if __name__ == "__main__":

@@ -462,6 +462,13 @@ fn mend(root: &Path) -> Result<()> {
         sandbox.writer.append(&line(turn.next()), Sync::Now)?;
     }
     store.tidy()?;
+    let namespace = root.join(NAMESPACE);
+    if namespace.exists() {
+        let left = hidden(&namespace)?;
+        if !left.is_empty() {
+            bail!("collection left {left:?}");
+        }
+    }
     check(root)
 }
 
@@ -478,16 +485,23 @@ fn litter(writer: &SandboxWriter, turn: TurnNo) -> Result<()> {
 /// What is in a sandbox's directory and no part of the store.
 fn left(sandbox: &SandboxStore) -> Result<Vec<PathBuf>> {
     let mut all = Vec::new();
-    for dir in ["", "packs", "names", "tmp"] {
-        for entry in fs::read_dir(sandbox.dir().join(dir))? {
-            let path = entry?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if name.starts_with('.') || dir == "tmp" {
-                all.push(path);
-            }
-        }
+    for dir in ["", "packs", "names"] {
+        all.extend(hidden(&sandbox.dir().join(dir))?);
+    }
+    for entry in fs::read_dir(sandbox.scratch_dir())? {
+        all.push(entry?.path());
     }
     Ok(all)
+}
+
+fn hidden(dir: &Path) -> Result<Vec<PathBuf>> {
+    let paths = fs::read_dir(dir)?.map(|entry| Ok(entry?.path()));
+    let is_hidden = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default();
+        name.to_string_lossy().starts_with('.')
+    };
+    let paths: Result<Vec<_>> = paths.collect();
+    Ok(paths?.into_iter().filter(is_hidden).collect())
 }
 
 fn fingerprint(all: BTreeMap<String, Vec<u8>>) -> String {
