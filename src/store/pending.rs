@@ -20,7 +20,7 @@ use super::{
     layer,
     objects::Objects,
     pack::PackWriter,
-    sandbox::{Lock, TEMPORARY},
+    sandbox::Lock,
 };
 use crate::{
     sandbox::TurnNo,
@@ -157,7 +157,7 @@ impl Pending {
         let lock = Arc::clone(&self.lock);
         let _packs = lock.packs.lock();
         let path = self.store.pack_path(self.turn);
-        let name = format!("{TEMPORARY}{}.pack", self.turn);
+        let name = format!("{}{}.pack", files::TEMPORARY, self.turn);
         let temporary = self.store.packs_dir().join(name);
         let written = self.write(&temporary, facts, images, files);
         let placed = written.and_then(|written| {
