@@ -5,8 +5,10 @@ mod cost;
 mod damage;
 mod death;
 mod fixture;
+mod foreign;
 mod gc;
 mod journal;
+mod memory;
 mod trees;
 
 use std::{
