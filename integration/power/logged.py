@@ -15,7 +15,7 @@ MKFS = {
     "btrfs": ["mkfs.btrfs", "-q", "-f", "--mixed"],
 }
 SIZE = {"ext4": 64 << 20, "xfs": 300 << 20, "btrfs": 128 << 20}
-"""Bytes. The smallest XFS that mkfs makes."""
+"""Bytes, unless somebody needs more. The smallest XFS that mkfs makes."""
 LIMIT = 120.0
 """Seconds that anything waited for may take: only a failure waits so long."""
 
@@ -47,12 +47,12 @@ def mount_loop(file, at, options="", direct=False):
 class LoggedDisk:
     """`at` is the mounted file system, `log` its disk's log, `base` the disk as it was at the log's beginning."""
 
-    def __init__(self, directory, fs, direct=False):
+    def __init__(self, directory, fs, direct=False, size=None):
         self.fs = fs
         self.base, self.image, self.log = (pathlib.Path(directory, name) for name in ("base", "image", "log"))
         self.fuse, self.at = (pathlib.Path(directory, name) for name in ("fuse", "at"))
         with open(self.base, "wb") as base:
-            base.truncate(SIZE[fs])
+            base.truncate(size or SIZE[fs])
         run(*MKFS[fs], self.base)
         run("cp", "--sparse=always", self.base, self.image)
         with contextlib.ExitStack() as undo:

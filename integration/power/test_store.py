@@ -23,7 +23,7 @@ from model import compare, expect
 
 SOAK = os.environ.get("CRAB_SOAK") == "1"
 SEED = int(os.environ.get("CRAB_E2E_SEED", 0)) or random.SystemRandom().randrange(1, 1 << 32)
-STEPS, POINTS = (250, 600) if SOAK else (60, 36)
+STEPS, POINTS = (250, 600) if SOAK else (60, 54)
 DRIVER = pathlib.Path("/src/target", os.environ.get("CRAB_PROFILE", "release"), "examples/store")
 CONFIG = pathlib.Path("/etc/crab/config.toml")
 KEPT = pathlib.Path("/src/target/power-loss")
@@ -92,7 +92,8 @@ def choose(rng, sandboxes, number):
     order = {"sandbox": id, "turn": number}
     weights = {"checkpoint": 12, "append": 4}
     if turns:
-        weights |= {"retain": 5, "collect": 2, "name": 2, "arm": 2, "disarm": 1, "litter": 1, "close": 2, "remove": 2}
+        weights |= {"retain": 5, "collect": 2, "name": 2, "arm": 3, "litter": 1, "close": 2, "remove": 2}
+        weights["disarm"] = 0 if sandbox.armed == {None} else 6
     order["do"] = rng.choices(*zip(*weights.items()))[0]
     match order["do"]:
         case "checkpoint":
