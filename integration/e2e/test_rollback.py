@@ -472,6 +472,8 @@ def test_random_cycles_of_checkpoints_and_rollbacks_end_in_equal_states(tmp_path
                 assert not found, f"cycle {cycle}, back to turn {back}: {[str(d) for d in found[:20]]}"
             ctr("task", "resume", sandbox.name)
             sizes.append((resident(shim), len(os.listdir(f"/proc/{shim}/fd")), stored(sandbox.name, kept)))
+            if cycle % 100 == 99:
+                print(f"after {cycle + 1} cycles: {sizes[-1]}")
         print(f"{CYCLES} cycles; the shim's MiB, its descriptors and the store's MiB for each checkpoint, after each of them: "
               f"{sizes[0]} … {sizes[CYCLES // 5]} … {sizes[-1]}")
         assert crab("verify", sandbox.name).rc == 0
