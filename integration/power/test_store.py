@@ -23,7 +23,7 @@ from model import compare, expect
 
 SOAK = os.environ.get("CRAB_SOAK") == "1"
 SEED = int(os.environ.get("CRAB_E2E_SEED", 0)) or random.SystemRandom().randrange(1, 1 << 32)
-STEPS, POINTS = (250, 600) if SOAK else (60, 54)
+STEPS, POINTS = (250, 600) if SOAK else (60, 42)
 DRIVER = pathlib.Path("/src/target", os.environ.get("CRAB_PROFILE", "release"), "examples/store")
 CONFIG = pathlib.Path("/etc/crab/config.toml")
 KEPT = pathlib.Path("/src/target/power-loss")
