@@ -21,9 +21,9 @@ test: ## everything that CI runs
 demo: build ## an agent's session, with a crash in the middle
 	integration/demo
 
-driver: ## what drives the inspector in its tests
+driver: ## what drives inspector and store in their tests
 	@integration/host-tools
-	$(CARGO) build --release --locked --example inspector
+	$(CARGO) build --release --locked --example inspector --example store
 
 bench: build driver ## beside containerd's own shim; what turns and rollbacks cost; what the inspector costs the host
 	integration/bench/run
@@ -34,8 +34,10 @@ fuzz: driver ## longer random tests of what reads foreign input, and of the insp
 	PROPTEST_CASES=$${CASES:-20000} $(CARGO) test --release --locked --lib -- no_list_of_mounts no_bytes shim::tests::random rootfs::layer store::tests::trees
 	integration/testbed/enter -- python3 -B /src/integration/inspector/fuzz.py --turns $${TURNS:-20000} --seed $${SEED:-2024}
 
-soak: build ## the end-to-end tests with chaos in them, again and again
-	for i in $$(seq $${ROUNDS:-10}); do CRAB_SOAK=1 integration/e2e/run -k 'chaos or armed or restart or rollback or equality' || exit 1; done
+soak: build driver ## the end-to-end tests with chaos in them, again and again; many power losses; a thousand rollbacks of one sandbox
+	for i in $$(seq $${ROUNDS:-10}); do CRAB_SOAK=1 integration/e2e/run -k 'chaos or armed or restart or rollback or equality or power' || exit 1; done
+	for i in $$(seq $${ROUNDS:-10}); do CRAB_SOAK=1 integration/power/run -s || exit 1; done
+	CRAB_E2E_CYCLES=$${CYCLES:-1000} integration/e2e/run -s test_rollback.py -k random_cycles
 
 install: build
 	install -D -m 0755 $(BIN)/containerd-shim-crab-v2 $(DESTDIR)$(PREFIX)/bin/containerd-shim-crab-v2

@@ -1,5 +1,6 @@
 """`crab rollback` takes a running sandbox back in place, and its client sees the same container all the time."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -423,7 +424,7 @@ def change(sandbox, seed):
         assert client.recv(100) == b"done"
 
 
-CYCLES = 20 if QUICK else 100
+CYCLES = int(os.environ.get("CRAB_E2E_CYCLES", 20 if QUICK else 100))
 FULL = 10
 """Every so many cycles all of the sandbox is read; else what the image has in these directories is left out."""
 IMAGE_DIRECTORIES = {"/usr", "/var", "/etc"}
@@ -470,14 +471,29 @@ def test_random_cycles_of_checkpoints_and_rollbacks_end_in_equal_states(tmp_path
                 found = differences(state, read(pid, full))
                 assert not found, f"cycle {cycle}, back to turn {back}: {[str(d) for d in found[:20]]}"
             ctr("task", "resume", sandbox.name)
-            sizes.append((resident(shim), len(os.listdir(f"/proc/{shim}/fd"))))
-        print(f"{CYCLES} cycles; the shim's MiB and descriptors after each: {sizes[0]} … {sizes[-1]}")
+            sizes.append((resident(shim), len(os.listdir(f"/proc/{shim}/fd")), stored(sandbox.name, kept)))
+            if cycle % 100 == 99:
+                print(f"after {cycle + 1} cycles: {sizes[-1]}")
+        print(f"{CYCLES} cycles; the shim's MiB, its descriptors and the store's MiB for each checkpoint, after each of them: "
+              f"{sizes[0]} … {sizes[CYCLES // 5]} … {sizes[-1]}")
         assert crab("verify", sandbox.name).rc == 0
-    warm = sizes[CYCLES // 5]
+    warm, later = sizes[CYCLES // 5], sizes[CYCLES // 5:]
     assert sizes[-1][0] < warm[0] + 4, sizes
-    assert max(fds for _, fds in sizes[CYCLES // 5:]) <= warm[1] + 5, sizes
+    assert max(fds for _, fds, _ in later) <= warm[1] + 5, sizes
+    # What is kept is bounded by what is needed, however much has come and gone.
+    assert max(mib for *_, mib in later) < 4 * max(mib for *_, mib in sizes[: CYCLES // 5 + 1]), sizes
 
 
 def resident(pid):
     """MiB."""
     return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+
+
+def stored(name, kept):
+    """MiB of a sandbox's packs for each checkpoint that is kept."""
+    total = 0
+    for pack in pathlib.Path(f"/var/lib/crab/default/{name}/packs").iterdir():
+        # The shim collects meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            total += pack.stat().st_size
+    return total / len(kept) / (1 << 20)

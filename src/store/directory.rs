@@ -74,17 +74,21 @@ fn read_all_pages(
     };
     let mut todo = vec![(whole, None)];
     while let Some((page, below)) = todo.pop() {
-        if below == Some(0) {
-            pages.push(page);
+        if below != Some(0)
+            && let Page::Node(level, refs) = read_page(objects, &page.dir.root, below)?
+        {
+            node(page.dir.root);
+            todo.extend(refs.into_iter().rev().map(|below| (below, Some(level))));
             continue;
         }
-        match read_page(objects, &page.dir.root, below)? {
-            Page::Leaf(_) => pages.push(page),
-            Page::Node(level, refs) => {
-                node(page.dir.root);
-                todo.extend(refs.into_iter().rev().map(|below| (below, Some(level))));
-            }
+        // Also what keeps nodes that repeat from becoming more pages than any memory holds.
+        if pages
+            .last()
+            .is_some_and(|last: &PageRef| last.first >= page.first)
+        {
+            return Err(bad(objects, &dir.root, "the order of its pages"));
         }
+        pages.push(page);
     }
     Ok(pages)
 }

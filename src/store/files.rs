@@ -9,6 +9,9 @@ use std::{
 
 use super::{StoreError, failpoint::failpoint};
 
+/// How the name of a file begins that is not complete yet.
+pub(super) const TEMPORARY: &str = ".tmp-";
+
 /// Wraps an I/O error with what was tried, and where.
 pub(super) fn io(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
     let path = path.to_owned();
@@ -95,7 +98,7 @@ pub(super) fn write_new(path: &Path, content: &[u8]) -> Result<File, StoreError>
 
 /// Replaces a file: afterwards it has the old content or the new, whatever happens in between.
 pub(super) fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
-    let mut name = std::ffi::OsString::from(".tmp-");
+    let mut name = std::ffi::OsString::from(TEMPORARY);
     name.push(path.file_name().unwrap_or_default());
     let temporary = path.with_file_name(name);
     remove(&temporary)?;
@@ -117,4 +120,14 @@ pub(super) fn remove(path: &Path) -> Result<bool, StoreError> {
         Err(e) if absent(&e) => Ok(false),
         Err(e) => Err(io("remove", path)(e)),
     }
+}
+
+/// Removes what was not completed in a directory. Only for the one writer.
+pub(super) fn remove_temporary(dir: &Path) -> Result<(), StoreError> {
+    for name in all_names(dir)? {
+        if name.starts_with(TEMPORARY) {
+            remove(&dir.join(name))?;
+        }
+    }
+    Ok(())
 }

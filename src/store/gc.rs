@@ -22,7 +22,6 @@ use super::{
     files,
     objects::{self, Objects, PackName, slice},
     pack::{Pack, PackWriter, Place},
-    sandbox::TEMPORARY,
 };
 use crate::sandbox::TurnNo;
 
@@ -355,7 +354,7 @@ impl SandboxWriter {
             return Ok(());
         };
         let dir = self.packs_dir();
-        let temporary = dir.join(format!("{TEMPORARY}{}", last.file()));
+        let temporary = dir.join(format!("{}{}", files::TEMPORARY, last.file()));
         files::remove(&temporary)?;
         let mut writer = PackWriter::create(&temporary)?;
         let copied = packs

@@ -18,8 +18,8 @@ impl Store {
         Ok(sum)
     }
 
-    /// Removes everything about a sandbox, and what an interrupted removal has left. An error if
-    /// somebody writes its checkpoints.
+    /// Removes everything about a sandbox, and what an interrupted removal has left. When this
+    /// returns, not even a power failure brings it back. An error if somebody writes its checkpoints.
     pub fn remove(&self, id: &SandboxId) -> Result<Freed, StoreError> {
         let writer = self.writer(id)?;
         let freed = Freed {
@@ -30,6 +30,8 @@ impl Store {
         remove_tree(&gone)?;
         failpoint("rename a sandbox");
         fs::rename(writer.dir(), &gone).map_err(files::io("rename", writer.dir()))?;
+        failpoint("sync its namespace");
+        gone.parent().map_or(Ok(()), files::sync_dir)?;
         failpoint("delete a sandbox");
         remove_tree(&gone)?;
         Ok(freed)

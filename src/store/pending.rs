@@ -20,7 +20,7 @@ use super::{
     ingest::Ingest,
     objects::Objects,
     pack::PackWriter,
-    sandbox::{Lock, TEMPORARY},
+    sandbox::Lock,
 };
 use crate::{
     sandbox::TurnNo,
@@ -184,7 +184,7 @@ impl Pending {
 
     fn begin(&self) -> Result<Filling, StoreError> {
         let packs = self.lock.packs.lock_arc();
-        let name = format!("{TEMPORARY}{}.pack", self.turn);
+        let name = format!("{}{}.pack", files::TEMPORARY, self.turn);
         let temporary = self.store.packs_dir().join(name);
         let objects = Objects::open(&self.store.packs_dir())?;
         files::remove(&temporary)?;

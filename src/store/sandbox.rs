@@ -23,8 +23,6 @@ use super::{
 };
 use crate::sandbox::{SandboxId, TurnNo, check};
 
-/// How the name of a pack begins that is not complete yet.
-pub(super) const TEMPORARY: &str = ".tmp-";
 /// Where version 1 kept its checkpoints.
 const FORMAT_1: &str = "turns";
 
@@ -225,10 +223,8 @@ impl SandboxWriter {
             files::make_dir(&store.dir().join(dir))?;
         }
         journal::mend(&store.dir().join("journal.jsonl"))?;
-        for name in files::all_names(&store.packs_dir())? {
-            if name.starts_with(TEMPORARY) {
-                files::remove(&store.packs_dir().join(name))?;
-            }
+        for dir in ["", "packs", "names"] {
+            files::remove_temporary(&store.dir().join(dir))?;
         }
         tidy(&store.scratch_dir())?;
         let old = store.dir().join(FORMAT_1);

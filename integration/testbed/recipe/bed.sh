@@ -25,7 +25,7 @@ apt-get update -q
 apt-get install -y -q --no-install-recommends \
   containerd runc crun docker.io docker-cli criu \
   iproute2 iptables procps util-linux e2fsprogs xfsprogs btrfs-progs libelf1t64 \
-  python3 python3-pytest jq strace ca-certificates attr acl socat
+  python3 python3-pytest python3-pyfuse3 jq strace ca-certificates attr acl socat
 printf '[safe]\n\tdirectory = *\n' >/etc/gitconfig
 mkdir -p /src /traces /var/lib/crab /var/lib/containerd /var/lib/docker /var/log/bed
 criu=$(dpkg-query -Wf '${Version}' criu)

@@ -13,6 +13,8 @@
 //! Every byte is covered by some checksum; `docs/store-format.md` has every field.
 
 mod format;
+#[cfg(test)]
+pub(super) mod hostile;
 mod reader;
 mod writer;
 

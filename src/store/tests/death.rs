@@ -179,7 +179,9 @@ fn after(deed: &Deed, point: u64, bed: &Bed) {
             .filter(|name| name.starts_with('.'))
             .count()
     };
-    assert_eq!(hidden(&writer.packs_dir()), 0, "{what}");
+    for dir in ["", "packs", "names"] {
+        assert_eq!(hidden(&writer.dir().join(dir)), 0, "{what}: {dir}");
+    }
     checkpoint(&writer, 20);
     writer.retain(&Retention::newest(2)).unwrap();
     writer.collect().unwrap();

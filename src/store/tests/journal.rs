@@ -4,7 +4,7 @@ use std::{fs, io::Write};
 
 use super::*;
 
-fn line(turn: u64) -> JournalLine {
+pub(super) fn line(turn: u64) -> JournalLine {
     JournalLine {
         turn: TurnNo(turn),
         trigger: Trigger::Exec,

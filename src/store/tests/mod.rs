@@ -5,9 +5,11 @@ mod cost;
 mod damage;
 mod death;
 mod fixture;
+mod foreign;
 mod gc;
 mod hostile;
 mod journal;
+mod memory;
 mod reuse;
 mod trees;
 
