@@ -11,8 +11,8 @@ use rustix::{
 };
 
 use super::{
-    Checkpoint, Contents, Digest, FORMAT, Facts, FileEntry, LayerChanges, Manifest, SandboxStore,
-    StoreError, TreeSummary,
+    Checkpoint, Contents, Digest, FORMAT, Facts, FileEntry, Kind, LayerChanges, Manifest,
+    SandboxStore, StoreError, TreeSummary,
     content::{Cut, FILE_CHUNK, PAGE_CHUNK},
     failpoint::failpoint,
     files,
@@ -50,6 +50,8 @@ pub enum Files<'a> {
 pub enum Images<'a> {
     /// CRIU's images are staged; none may be.
     Staged,
+    /// It has none; what is staged of them does not count.
+    None,
     /// They are those of an earlier checkpoint, which must still be in the store. The newest one will
     /// do, even if it has its processes from an earlier one itself.
     Same(&'a Checkpoint),
@@ -172,6 +174,9 @@ impl Pending {
         files::sync_dir(&self.store.packs_dir())?;
         failpoint("committed");
         *lock.head.lock() = None;
+        if manifest.facts.kind == Kind::Full {
+            *lock.with_processes.lock() = Some(self.turn);
+        }
         let checkpoint = Checkpoint::new(self.store.packs_dir(), manifest, digest, stored);
         Ok((checkpoint, self.staging))
     }
@@ -222,7 +227,7 @@ impl Pending {
     fn refuse_absent(&self, images: Images<'_>, files: Files<'_>) -> Result<(), StoreError> {
         let image = match images {
             Images::Same(of) => Some(of),
-            Images::Staged => None,
+            Images::Staged | Images::None => None,
         };
         let layer = match files {
             Files::Same(of) | Files::Delta { base: of, .. } => Some(of),
@@ -252,6 +257,7 @@ impl Pending {
         };
         let image = match images {
             Images::Same(of) => of.manifest.contents.image.clone(),
+            Images::None => Vec::new(),
             Images::Staged => keep_files(ingest, &self.staging.image, before(|c| &c.image))?,
         };
         let bundle = keep_files(ingest, &self.staging.bundle, before(|c| &c.bundle))?;

@@ -36,6 +36,6 @@ mod tests;
 pub use apply::ApplyError;
 pub(super) use changes::Staged;
 pub use changes::{Attributes, Candidate, Change, Comparison, Now, Scope, What};
-pub use fingerprint::{Fingerprint, Limits};
+pub use fingerprint::{Fingerprint, Limits, holds_files};
 pub use index::Layer;
 pub(super) use listing::reach;

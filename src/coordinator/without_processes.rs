@@ -1,0 +1,213 @@
+//! A checkpoint without processes: what is left to take where they cannot be kept (D9b, D9c).
+//!
+//! Files are taken in one cut as ever, in a freeze of its own if one is needed. A start boots on them;
+//! what is missing, and why, is in the manifest and in the journal.
+
+use std::collections::BTreeMap;
+
+use time::OffsetDateTime;
+
+use super::{
+    inspection::Outline,
+    memory_files::Mounts,
+    stand_still::stand_still,
+    take::{Captured, Order, Taken, WithoutProcesses, add_artefacts, capture, files},
+    turns::{ShutGate, Subject, Worker, micros, scene, text},
+};
+use crate::{
+    config::Gate,
+    rootfs::Prestaged,
+    store::{Action, Checkpoint, Effect, Facts, Host, Images, JournalLine, Kind, Missing, Pending},
+    tree::remove_tree,
+};
+
+/// More of a reason (CRIU's log may be part of it) is not kept in a manifest. In characters.
+const MAX_REASON: usize = 2000;
+
+/// What a try to dump the processes has left.
+pub(super) struct Rest {
+    /// Whatever is staged as images is of no use.
+    pub(super) pending: Pending,
+    /// The checkpoint that changes of files can be held against.
+    pub(super) base: Option<Checkpoint>,
+    pub(super) prestaged: Prestaged,
+    /// Why the processes cannot be kept.
+    pub(super) why: String,
+}
+
+/// The files of one moment.
+struct Files {
+    captured: Captured,
+    outline: Option<Outline>,
+    artefacts: BTreeMap<String, Vec<u8>>,
+    /// Where a tmpfs holds files, which are not captured; or why that is not known.
+    tmpfs: Result<Vec<String>, String>,
+}
+
+impl Files {
+    /// Whether the writable layer is known to equal that of the checkpoint before.
+    fn equal_layer(&self) -> bool {
+        let changes = self.outline.as_ref().and_then(Outline::changes);
+        changes.is_some_and(|changes| changes.is_empty())
+    }
+}
+
+impl Worker {
+    /// Takes the files alone, in a cut of its own.
+    pub(super) fn take_rest(
+        &mut self,
+        subject: &dyn Subject,
+        order: &Order,
+        rest: Rest,
+        gate: &mut ShutGate,
+        line: &mut JournalLine,
+    ) -> Result<Taken, String> {
+        let Rest {
+            pending,
+            base,
+            mut prestaged,
+            why,
+        } = rest;
+        let cut = self.cut_files(subject, &pending, base.is_some(), &mut prestaged, line);
+        let files = cut.map_err(|e| format!("{why}; nor can its files: {e}"))?;
+        drop(prestaged);
+        if self.settings.gate == Gate::Async {
+            line.exposed_us = micros(gate.open());
+        }
+        let unchanged = base.is_some()
+            && files.equal_layer()
+            && self.artefacts.as_ref() == Some(&files.artefacts);
+        if unchanged {
+            line.effects.retain(|effect| *effect != Effect::Files);
+        }
+        let lacked_before = base.as_ref().is_some_and(|base| !base.has_processes());
+        if let (true, Some(base)) = (unchanged && lacked_before, &base)
+            && order.without_processes == WithoutProcesses::IfFilesChanged
+        {
+            // All that it could differ in is equal.
+            line.effects.clear();
+            line.note = Some(format!("no file changed; without processes: {why}"));
+            if let Some(inspection) = &mut self.inspection {
+                inspection.layer_durable(base.turn(), files.outline);
+            }
+            return Ok(Taken::Nothing);
+        }
+        self.keep_files(subject, order, (pending, base), files, &why, line)
+    }
+
+    fn cut_files(
+        &mut self,
+        subject: &dyn Subject,
+        pending: &Pending,
+        delta: bool,
+        prestaged: &mut Prestaged,
+        line: &mut JournalLine,
+    ) -> Result<Files, String> {
+        let overlay = subject.overlay()?;
+        let (doors, inspection) = (&self.doors, &mut self.inspection);
+        let dying = || doors.is_dying();
+        let mut take = || -> Result<Files, String> {
+            // Of a try in which somebody ran.
+            remove_tree(pending.upper_dir()).map_err(text)?;
+            let (outline, tmpfs) = scene(subject, doors, |scene| {
+                let outline = inspection.as_mut().and_then(|its| its.outline(scene));
+                (outline, tmpfs_of(scene.init, &dying))
+            })?;
+            if let Some(inspection) = inspection.as_ref() {
+                inspection.distrust(prestaged);
+            }
+            let changes = outline.as_ref().and_then(Outline::changes);
+            let changes = changes.filter(|_| delta);
+            let upper = &overlay.upperdir;
+            let captured = capture(upper, pending.upper_dir(), changes, prestaged, &dying)?;
+            let artefacts = subject.artefacts()?;
+            subject.frozen_hook()?;
+            Ok(Files {
+                captured,
+                outline,
+                artefacts,
+                tmpfs,
+            })
+        };
+        let must_freeze = subject.has_frozen_hook();
+        let limit = self.settings.dump_limit;
+        let parts = subject.parts()?;
+        let still = stand_still(&parts.freeze, parts.doors, limit, must_freeze, &mut take);
+        let still = still.map_err(text)?;
+        line.freeze_us = micros(still.frozen);
+        Ok(still.captured)
+    }
+
+    fn keep_files(
+        &mut self,
+        subject: &dyn Subject,
+        order: &Order,
+        (pending, base): (Pending, Option<Checkpoint>),
+        taken: Files,
+        why: &str,
+        line: &mut JournalLine,
+    ) -> Result<Taken, String> {
+        let changes = taken.outline.as_ref().and_then(Outline::changes);
+        let stats = &taken.captured.stats;
+        line.changed_files = changes.map_or(stats.entries(), |its| its.len() as u64);
+        line.bytes_captured = stats.bytes;
+        let notes = notes(why, &taken.tmpfs);
+        let facts = Facts {
+            parent: order.parent,
+            created_at: OffsetDateTime::now_utc(),
+            kind: Kind::Files,
+            processes: 0,
+            processes_of: None,
+            references: Vec::new(),
+            host: Host::detect(),
+            pipes: Vec::new(),
+            runtime: serde_json::json!({ "terminal": subject.has_terminal() }),
+            notes: notes.clone(),
+        };
+        add_artefacts(&pending, &taken.artefacts)?;
+        let files = files(base.as_ref(), &taken.captured);
+        let (checkpoint, staging) = pending.commit(facts, Images::None, files).map_err(text)?;
+        self.artefacts = Some(taken.artefacts);
+        if let Some(inspection) = &mut self.inspection {
+            inspection.layer_durable(order.turn, taken.outline);
+        }
+        line.action = Action::Files;
+        line.missing = vec![Missing::Processes];
+        if taken
+            .tmpfs
+            .as_ref()
+            .map_or(true, |places| !places.is_empty())
+        {
+            line.missing.push(Missing::Tmpfs);
+        }
+        line.note = Some(match line.note.take() {
+            Some(note) => format!("{}; {note}", notes.join("; ")),
+            None => notes.join("; "),
+        });
+        Ok(Taken::Checkpoint(Box::new((checkpoint, staging))))
+    }
+}
+
+/// Where the sandbox has a tmpfs that holds files. Its names are the sandbox's, so they are escaped.
+fn tmpfs_of(init: i32, stop: &dyn Fn() -> bool) -> Result<Vec<String>, String> {
+    let mounts = Mounts::of(init).map_err(text)?;
+    let places = mounts.tmpfs_with_files(init, stop).into_iter();
+    Ok(places.map(|place| format!("{place:?}")).collect())
+}
+
+/// What is missing, and why.
+fn notes(why: &str, tmpfs: &Result<Vec<String>, String>) -> Vec<String> {
+    let reason: String = why.chars().take(MAX_REASON).collect();
+    let mut notes = vec![format!("without processes: {reason}")];
+    notes.extend(match tmpfs {
+        Ok(places) if places.is_empty() => None,
+        Ok(places) => {
+            let places = places.join(", ");
+            Some(format!("without the files of the tmpfs at {places}"))
+        }
+        Err(e) => Some(format!(
+            "without the files of any tmpfs (the mounts cannot be listed: {e})"
+        )),
+    });
+    notes
+}
