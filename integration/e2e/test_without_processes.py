@@ -171,6 +171,44 @@ def test_a_boundary_with_a_live_exec_keeps_the_files_and_names_it(tmp_path):
         assert box.sh("cat /file") == "two\n"
 
 
+COUNTER = """
+if os.fork() == 0:
+    one, two = (os.open(name, os.O_WRONLY | os.O_CREAT) for name in ("/one", "/two"))
+    n = 0
+    while True:
+        n += 1
+        for fd in (one, two): os.pwrite(fd, b"%10d" % n, 0)
+"""
+"""Writes a number into two files, one after the other, without a pause."""
+
+
+def test_the_files_are_those_of_one_moment(tmp_path):
+    with Sandbox("ctr", tmp_path) as box:
+        start(box, POISON + COUNTER)
+        lacks(last(box))
+        for _ in range(3):
+            line = turn(box, "echo >>/turns")
+            number = lacks(line)
+            assert line["freeze_us"] > 0, line
+        written = int(box.sh("cat /one"))
+        box.die()
+        box.restore(f"@{number}")
+        box.start()
+        one, two = map(int, box.sh("cat /one /two; echo").split())
+        assert two <= one <= two + 1 and one < written, (one, two, written)
+
+
+def test_a_stopped_process_keeps_the_files(tmp_path):
+    """On which CRIU hangs, with a freezer of cgroup v1; and one that runs all the time, so that all is frozen."""
+    with Sandbox("ctr", tmp_path) as box:
+        box.sh("nohup sleep 12345 >/dev/null 2>&1 </dev/null & kill -STOP $!; echo $! >/stopped")
+        line = turn(box, "nohup sh -c 'while :; do :; done' >/dev/null 2>&1 </dev/null & echo one >/file")
+        if pathlib.Path("/sys/fs/cgroup/freezer").exists():
+            assert lacks(line, "stopped processes") and line["freeze_us"] > 0, line
+            line = turn(box, "kill -CONT $(cat /stopped)")
+        assert line["action"] == "full" and line["missing"] == [], line
+
+
 def test_files_in_memory_are_named_as_missing(tmp_path):
     with Sandbox("ctr", tmp_path) as box:
         start(box, POISON)

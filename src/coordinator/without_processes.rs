@@ -23,6 +23,8 @@ use crate::{
 
 /// More of a reason (CRIU's log may be part of it) is not kept in a manifest. In characters.
 const MAX_REASON: usize = 2000;
+/// So many tmpfs are named: a sandbox may mount thousands.
+const MAX_NAMED: usize = 8;
 
 /// What a try to dump the processes has left.
 pub(super) struct Rest {
@@ -36,7 +38,7 @@ pub(super) struct Rest {
 }
 
 /// The files of one moment.
-struct Files {
+struct FilesCut {
     captured: Captured,
     outline: Option<Outline>,
     artefacts: BTreeMap<String, Vec<u8>>,
@@ -44,7 +46,7 @@ struct Files {
     tmpfs: Result<Vec<String>, String>,
 }
 
-impl Files {
+impl FilesCut {
     /// Whether the writable layer is known to equal that of the checkpoint before.
     fn equal_layer(&self) -> bool {
         let changes = self.outline.as_ref().and_then(Outline::changes);
@@ -69,7 +71,8 @@ impl Worker {
             why,
         } = rest;
         let cut = self.cut_files(subject, &pending, base.is_some(), &mut prestaged, line);
-        let files = cut.map_err(|e| format!("{why}; nor can its files: {e}"))?;
+        let files =
+            cut.map_err(|e| format!("its processes cannot be kept ({why}), nor its files: {e}"))?;
         drop(prestaged);
         if self.settings.gate == Gate::Async {
             line.exposed_us = micros(gate.open());
@@ -102,11 +105,11 @@ impl Worker {
         delta: bool,
         prestaged: &mut Prestaged,
         line: &mut JournalLine,
-    ) -> Result<Files, String> {
+    ) -> Result<FilesCut, String> {
         let overlay = subject.overlay()?;
         let (doors, inspection) = (&self.doors, &mut self.inspection);
         let dying = || doors.is_dying();
-        let mut take = || -> Result<Files, String> {
+        let mut take = || -> Result<FilesCut, String> {
             // Of a try in which somebody ran.
             remove_tree(pending.upper_dir()).map_err(text)?;
             let (outline, tmpfs) = scene(subject, doors, |scene| {
@@ -122,7 +125,7 @@ impl Worker {
             let captured = capture(upper, pending.upper_dir(), changes, prestaged, &dying)?;
             let artefacts = subject.artefacts()?;
             subject.frozen_hook()?;
-            Ok(Files {
+            Ok(FilesCut {
                 captured,
                 outline,
                 artefacts,
@@ -143,7 +146,7 @@ impl Worker {
         subject: &dyn Subject,
         order: &Order,
         (pending, base): (Pending, Option<Checkpoint>),
-        taken: Files,
+        taken: FilesCut,
         why: &str,
         line: &mut JournalLine,
     ) -> Result<Taken, String> {
@@ -202,12 +205,35 @@ fn notes(why: &str, tmpfs: &Result<Vec<String>, String>) -> Vec<String> {
     notes.extend(match tmpfs {
         Ok(places) if places.is_empty() => None,
         Ok(places) => {
-            let places = places.join(", ");
-            Some(format!("without the files of the tmpfs at {places}"))
+            let named = places[..places.len().min(MAX_NAMED)].join(", ");
+            let more = match places.len().saturating_sub(MAX_NAMED) {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
+            Some(format!("without the files of the tmpfs at {named}{more}"))
         }
         Err(e) => Some(format!(
             "without the files of any tmpfs (the mounts cannot be listed: {e})"
         )),
     });
     notes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_told_in_a_few_words_whatever_the_sandbox_does() {
+        assert_eq!(
+            notes("x", &Ok(Vec::new())),
+            ["without processes: x".to_owned()]
+        );
+        let many = vec!["\"/m\"".to_owned(); MAX_NAMED + 5000];
+        let said = notes(&"é".repeat(1 << 20), &Ok(many));
+        assert!(said.concat().len() < 5000, "{} bytes", said.concat().len());
+        assert!(said[1].ends_with("\"/m\" and 5000 more"), "{}", said[1]);
+        let unknown = notes("x", &Err("gone".into()));
+        assert!(unknown[1].contains("any tmpfs"), "{}", unknown[1]);
+    }
 }

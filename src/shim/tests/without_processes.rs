@@ -53,7 +53,6 @@ fn a_turn_whose_processes_cannot_be_dumped_keeps_its_files_and_says_why() {
         (Kind::Files, 0)
     );
     assert_eq!(manifest.facts.parent, Some(TurnNo(1)));
-    // What the failed dump left is none of it.
     assert_eq!(manifest.contents.image, []);
     for said in [
         &manifest.facts.notes.join("; "),
