@@ -157,11 +157,13 @@ def test_a_boundary_with_a_live_exec_keeps_the_files_and_names_it(tmp_path):
     with Sandbox("ctr", tmp_path, options=["--annotation", "dev.crab.not_turns=sleep *"]) as box:
         turn(box, "echo one >/file")
         with box.container.start_exec("sleep", "1000", exec_id="watcher") as client:
-            until(lambda: box.exec("pgrep", "-x", "sleep", check=False).out.count("\n") == 2, "it runs")
-            line = turn(box, "echo two >/file")
-            number = lacks(line, "live execs (watcher;")
-            box.container.kill(options=["--exec-id", "watcher"])
-            client.communicate(timeout=LIMIT)
+            try:
+                until(lambda: box.exec("pgrep", "-x", "sleep", check=False).out.count("\n") == 2, "it runs")
+                line = turn(box, "echo two >/file")
+                number = lacks(line, "live execs (watcher;")
+            finally:
+                box.container.kill(options=["--exec-id", "watcher"])
+                client.communicate(timeout=LIMIT)
         assert shown(box)["checkpoint"] == number
         line = turn(box, "echo three >/file")
         assert line["action"] == "full", line
