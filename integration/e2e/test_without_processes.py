@@ -80,6 +80,8 @@ def test_a_sandbox_with_a_process_that_cannot_be_kept_boots_on_the_files_of_its_
         line = turn(box, CHANGES)
         number = lacks(line)
         print(f"\n  frozen {line['freeze_us']} us, durable {line['durable_us']} us, {line['bytes_captured']} bytes captured, {line['bytes_written']} written")
+        # It stood still for as long as it took to see that the processes cannot be kept.
+        assert 0 < line["freeze_us"] < line["durable_us"], line
         # Of the files what differs, as ever.
         assert 10 < line["changed_files"] < 40 and line["bytes_captured"] < 2 << 20, line
         assert "without processes: " in crab("log", box.name).out

@@ -117,6 +117,7 @@ impl Worker {
             }
             _ => Prestaged::default(),
         };
+        let held_before = subject.parts()?.freeze.held();
         let dumped = self.dump(subject, &args, &pending, base.is_some(), &mut prestaged);
         let dumped = match dumped? {
             Ok(dumped) => dumped,
@@ -132,6 +133,7 @@ impl Worker {
                     base,
                     prestaged,
                     why: e.why(),
+                    held_before,
                 };
                 return self.take_rest(subject, order, rest, gate, line);
             }

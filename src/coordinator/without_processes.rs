@@ -3,7 +3,7 @@
 //! Files are taken in one cut as ever, in a freeze of its own if one is needed. A start boots on them;
 //! what is missing, and why, is in the manifest and in the journal.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use time::OffsetDateTime;
 
@@ -35,6 +35,8 @@ pub(super) struct Rest {
     pub(super) prestaged: Prestaged,
     /// Why the processes cannot be kept.
     pub(super) why: String,
+    /// How long crab had held the sandbox before that.
+    pub(super) held_before: Duration,
 }
 
 /// The files of one moment.
@@ -69,8 +71,12 @@ impl Worker {
             base,
             mut prestaged,
             why,
+            held_before,
         } = rest;
-        let cut = self.cut_files(subject, &pending, base.is_some(), &mut prestaged, line);
+        let cut = self.cut_files(subject, &pending, base.is_some(), &mut prestaged);
+        // It stood still for the try, too.
+        let held = subject.parts()?.freeze.held();
+        line.freeze_us = micros(held.saturating_sub(held_before));
         let files =
             cut.map_err(|e| format!("its processes cannot be kept ({why}), nor its files: {e}"))?;
         drop(prestaged);
@@ -104,7 +110,6 @@ impl Worker {
         pending: &Pending,
         delta: bool,
         prestaged: &mut Prestaged,
-        line: &mut JournalLine,
     ) -> Result<FilesCut, String> {
         let overlay = subject.overlay()?;
         let (doors, inspection) = (&self.doors, &mut self.inspection);
@@ -136,9 +141,7 @@ impl Worker {
         let limit = self.settings.dump_limit;
         let parts = subject.parts()?;
         let still = stand_still(&parts.freeze, parts.doors, limit, must_freeze, &mut take);
-        let still = still.map_err(text)?;
-        line.freeze_us = micros(still.frozen);
-        Ok(still.captured)
+        Ok(still.map_err(text)?.captured)
     }
 
     fn keep_files(

@@ -72,6 +72,20 @@ fn a_turn_whose_processes_cannot_be_dumped_keeps_its_files_and_says_why() {
 }
 
 #[test]
+fn the_freeze_of_the_dump_that_failed_is_told_too() {
+    let bed = Bed::protected("");
+    let blocked = bed.machine.block(Verb::Checkpoint);
+    bed.turn("a");
+    blocked.wait();
+    thread::sleep(A_MOMENT);
+    blocked.fail(IO_URING);
+    let line = &bed.journal(1)[0];
+    lacks_processes(line);
+    assert!(line.freeze_us >= A_MOMENT.as_micros() as u64, "{line:?}");
+    bed.finish();
+}
+
+#[test]
 fn a_boundary_with_a_live_exec_keeps_the_files_and_names_the_exec() {
     let bed = Bed::protected("");
     let spec = r#"{"args":["healthcheck"]}"#;
