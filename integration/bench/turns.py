@@ -78,7 +78,7 @@ class Sandbox:
         while time.monotonic() < end:
             for line in self.lines():
                 if line["turn"] > turn and (line["action"] == "skip" or line["durable_us"] is not None):
-                    if line["note"] and "not protected" in line["note"]:
+                    if line["missing"] or line["note"] and "not protected" in line["note"]:
                         raise SystemExit(f"{self.name}: {line['note']}")
                     return line
             time.sleep(0.005)

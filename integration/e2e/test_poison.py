@@ -1,5 +1,6 @@
 """Processes that CRIU cannot dump, or dumps and can never restore (D9b): each with the real thing. The checkpoint is
-refused in words that name the process, the sandbox is none the worse, and once the cause is gone it is protected."""
+refused in words that name the process, a turn keeps its files alone, the sandbox is none the worse, and once the cause
+is gone it is protected."""
 
 import json
 import pathlib
@@ -92,6 +93,9 @@ def test_what_criu_cannot_keep_is_named_and_the_sandbox_lives_on(tmp_path):
             start(box, code)
             begin = time.monotonic()
             line = refused(box, words)
+            # The turn that started it has a checkpoint nevertheless: of its files.
+            kept = box.turns()[-2]
+            assert kept["action"] == "files" and kept["missing"][0] == "processes" and words in kept["note"], kept
             print(f"  {what}: {time.monotonic() - begin:.2f} s: {line['note']}")
             assert 'process' in line["note"] or "there is" in line["note"]
             # All live, and what the cause was may be ended.

@@ -356,6 +356,7 @@ fn line(turn: TurnNo) -> JournalLine {
         turn,
         trigger: Trigger::Exec,
         effects: Vec::new(),
+        missing: Vec::new(),
         action: Action::Skip,
         pre_dumps: 0,
         checkpoint: None,
@@ -416,7 +417,7 @@ fn look_at(sandbox: &SandboxStore, turn: TurnNo, faults: &mut Vec<String>) -> Re
     faults.extend(found.iter().map(|fault| format!("turn {turn}: {fault}")));
     let checkpoint = sandbox.get(turn)?;
     let scratch = tempfile::tempdir()?;
-    let laid = checkpoint.lay_out(scratch.path())?;
+    let laid = checkpoint.lay_out_all(scratch.path())?;
     let mut all = BTreeMap::new();
     for (name, dir) in [
         ("image", laid.image_dir()),

@@ -73,8 +73,8 @@ def is_none(line: Line) -> bool:
 
 
 def is_unprotected(line: Line) -> bool:
-    """Whether the turn has changed something, and has no checkpoint."""
-    return line["checkpoint"] is None and not is_none(line)
+    """Whether the turn has changed something, and has no checkpoint, or one without processes."""
+    return line["checkpoint"] is None and not is_none(line) or "processes" in line.get("missing", [])
 
 
 def _is_settled(line: Line) -> bool:

@@ -22,7 +22,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     config::{self, Config},
-    control::client,
+    control::{api::CheckpointRequest, client},
     sandbox::SandboxId,
     shim::run_dir::{RUN, RunDir},
     store::Store,
@@ -62,11 +62,16 @@ enum Verb {
         /// and before any process runs
         #[arg(long)]
         prove: bool,
+        /// If the processes cannot be kept, keep the files alone instead of failing. A start boots on
+        /// them
+        #[arg(long)]
+        or_files: bool,
     },
     /// Make a stopped container's next start restore a checkpoint instead of booting
     Restore {
         /// SANDBOX, SANDBOX@TURN or SANDBOX@NAME; without @ the newest checkpoint. For a turn that
-        /// changed nothing, that is the checkpoint before it
+        /// changed nothing, that is the checkpoint before it. On a checkpoint without processes the
+        /// start boots
         sandbox: String,
         /// Take it back: the next start boots
         #[arg(long, conflicts_with = "start")]
@@ -90,7 +95,8 @@ enum Verb {
     Gc {
         /// Container id, a unique prefix of it, or a Docker name; without it, all
         sandbox: Option<String>,
-        /// Let all checkpoints go but the newest N, the armed one, and those with a name
+        /// Let all checkpoints go but the newest N, the newest one with processes, the armed one, and
+        /// those with a name
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
         keep: Option<u32>,
         /// Remove everything about sandboxes whose container is gone
@@ -141,7 +147,17 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
             sandbox,
             name,
             prove,
-        } => checkpoint(&context, &sandbox, name.as_deref(), prove),
+            or_files,
+        } => checkpoint(
+            &context,
+            &sandbox,
+            CheckpointRequest {
+                name: name.unwrap_or_default(),
+                prove,
+                or_files,
+                ..Default::default()
+            },
+        ),
         Verb::Restore {
             sandbox,
             cancel,
@@ -224,17 +240,13 @@ fn pick(known: &[SandboxId], word: &str) -> Result<SandboxId, Option<String>> {
     }
 }
 
-fn checkpoint(
-    context: &Scope,
-    word: &str,
-    name: Option<&str>,
-    prove: bool,
-) -> anyhow::Result<ExitCode> {
-    if let Some(name) = name {
-        crate::sandbox::check("name", name)?;
+fn checkpoint(context: &Scope, word: &str, request: CheckpointRequest) -> anyhow::Result<ExitCode> {
+    if !request.name.is_empty() {
+        crate::sandbox::check("name", &request.name)?;
     }
     let sandbox = context.find(word)?;
-    let answer = client::checkpoint(RunDir::of(&sandbox).path(), &sandbox, name, prove)?;
+    let prove = request.prove;
+    let answer = client::checkpoint(RunDir::of(&sandbox).path(), &sandbox, request)?;
     let proved = answer.not_proved.is_empty();
     if context.json && prove {
         let mut line: serde_json::Map<_, _> = serde_json::from_str(&answer.line)?;
@@ -261,6 +273,12 @@ fn split_at(word: &str) -> (&str, Option<&str>) {
         Some((sandbox, which)) => (sandbox, Some(which)),
         None => (word, None),
     }
+}
+
+/// The first line of each, in one.
+fn first_line(notes: &[String]) -> String {
+    let lines = notes.iter().filter_map(|note| note.lines().next());
+    lines.collect::<Vec<_>>().join("; ")
 }
 
 /// One line to stdout.

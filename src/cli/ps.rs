@@ -3,13 +3,14 @@
 use std::{path::Path, process::ExitCode};
 
 use super::{
-    Scope, print, printable,
+    Scope, first_line, print, printable,
     turns::{self, Held},
 };
 use crate::{
     control::{api::Sandbox, client},
     sandbox::SandboxId,
     shim::run_dir::RUN,
+    store::Checkpoint,
 };
 
 pub(super) fn run(scope: &Scope) -> anyhow::Result<ExitCode> {
@@ -18,14 +19,17 @@ pub(super) fn run(scope: &Scope) -> anyhow::Result<ExitCode> {
     sandboxes.sort_by(|a, b| (&a.namespace, &a.id).cmp(&(&b.namespace, &b.id)));
     let mut rows = vec![["NAMESPACE", "ID", "STATE", "TURN", "PROTECTED"].map(str::to_owned)];
     for sandbox in &sandboxes {
-        let held = newest(scope, sandbox);
-        let turn = held.map(|held| held.turn);
+        let newest = newest(scope, sandbox);
+        let facts = newest.as_ref().map(|(_, it)| &it.manifest.facts);
+        let turn = newest.as_ref().map(|(held, _)| held.turn);
         if scope.json {
             let object = serde_json::json!({
                 "namespace": sandbox.namespace, "id": sandbox.id, "state": sandbox.phase,
                 "pid": sandbox.pid, "protected": sandbox.is_protected,
                 "why_not": sandbox.why_not, "turn": turn,
-                "checkpoint": held.map(|held| held.by), "execs": sandbox.execs,
+                "checkpoint": newest.as_ref().map(|(held, _)| held.by),
+                "kind": facts.map(|facts| facts.kind), "notes": facts.map(|facts| &facts.notes),
+                "execs": sandbox.execs,
             });
             print(&object.to_string())?;
             continue;
@@ -35,11 +39,7 @@ pub(super) fn run(scope: &Scope) -> anyhow::Result<ExitCode> {
             sandbox.id.chars().take(24).collect(),
             sandbox.phase.clone(),
             turn.map_or_else(|| "-".into(), |t| t.to_string()),
-            match (sandbox.is_protected, sandbox.execs.len()) {
-                (false, _) => format!("no: {}", sandbox.why_not),
-                (true, 0) => "yes".into(),
-                (true, n) => format!("yes, {n} exec(s) in the turn under way"),
-            },
+            protected(sandbox, newest.as_ref().map(|(_, checkpoint)| checkpoint)),
         ]);
     }
     if !scope.json {
@@ -54,13 +54,32 @@ pub(super) fn run(scope: &Scope) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// The newest turn that is protected: by its own checkpoint, or because it changed nothing.
-fn newest(scope: &Scope, sandbox: &Sandbox) -> Option<Held> {
+/// Whether it is protected, and what is not.
+fn protected(sandbox: &Sandbox, newest: Option<&Checkpoint>) -> String {
+    if !sandbox.is_protected {
+        return format!("no: {}", sandbox.why_not);
+    }
+    let so = match newest.filter(|checkpoint| !checkpoint.has_processes()) {
+        // CRIU's log may be part of the reason.
+        Some(checkpoint) => format!("files {}", first_line(&checkpoint.manifest.facts.notes)),
+        None => "yes".to_owned(),
+    };
+    match sandbox.execs.len() {
+        0 => so,
+        n => format!("{so}, {n} exec(s) in the turn under way"),
+    }
+}
+
+/// The newest turn that is protected, by its own checkpoint, or because it changed nothing; and what it is
+/// protected by.
+fn newest(scope: &Scope, sandbox: &Sandbox) -> Option<(Held, Checkpoint)> {
     let id = SandboxId::new(&sandbox.namespace, &sandbox.id).ok()?;
     if !scope.store_root.exists() {
         return None;
     }
-    turns::newest(&scope.store().ok()?.sandbox(&id)).ok()?
+    let checkpoints = scope.store().ok()?.sandbox(&id);
+    let held = turns::newest(&checkpoints).ok()??;
+    Some((held, checkpoints.get(held.by).ok()?))
 }
 
 /// Columns as wide as their widest cell; the last one as it is.

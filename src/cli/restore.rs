@@ -10,14 +10,14 @@ use std::{
 use anyhow::{Context, bail};
 
 use super::{
-    Scope, print, split_at,
+    Scope, first_line, print, printable, split_at,
     turns::{self, Held},
 };
 use crate::{
     control::client,
-    sandbox::SandboxId,
+    sandbox::{SandboxId, TurnNo},
     shim::run_dir::RUN,
-    store::{SandboxWriter, StoreError},
+    store::{Facts, Kind, SandboxWriter, StoreError},
 };
 
 /// How long to wait for a dying shim.
@@ -48,10 +48,20 @@ pub(super) fn run(
             sandbox.id()
         );
     }
+    let checkpoint = writer.get(turn)?;
+    let with_processes = match checkpoint.has_processes() {
+        true => None,
+        false => writer.newest_with_processes()?,
+    };
     writer.arm(turn)?;
     // The shim takes the lock when it starts.
     drop(writer);
-    say(scope, &sandbox, Some(held))?;
+    let armed = Armed {
+        held,
+        facts: checkpoint.manifest.facts,
+        with_processes: with_processes.map(|checkpoint| checkpoint.turn()),
+    };
+    say(scope, &sandbox, Some(&armed))?;
     if start {
         start_it(&sandbox)?;
     }
@@ -83,26 +93,50 @@ fn refuse_if_alive(sandbox: &SandboxId) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn say(scope: &Scope, sandbox: &SandboxId, held: Option<Held>) -> anyhow::Result<()> {
+/// What the next start goes back to.
+struct Armed {
+    held: Held,
+    facts: Facts,
+    /// Of a checkpoint without processes: the newest turn that has some.
+    with_processes: Option<TurnNo>,
+}
+
+fn say(scope: &Scope, sandbox: &SandboxId, armed: Option<&Armed>) -> anyhow::Result<()> {
     if scope.json {
         let object = serde_json::json!({
             "namespace": sandbox.namespace(), "id": sandbox.id(),
-            "armed": held.map(|held| held.by), "turn": held.map(|held| held.turn),
+            "armed": armed.map(|armed| armed.held.by), "turn": armed.map(|armed| armed.held.turn),
+            "kind": armed.map(|armed| armed.facts.kind),
+            "notes": armed.map(|armed| &armed.facts.notes),
+            "with_processes": armed.and_then(|armed| armed.with_processes),
         });
         return Ok(print(&object.to_string())?);
     }
-    print(&match held {
-        None => format!("{sandbox}: the next start boots"),
-        Some(Held { turn, by }) if turn == by => {
-            format!("{sandbox}: the next start restores turn {turn}")
-        }
-        Some(Held { turn, by }) => {
-            format!(
-                "{sandbox}: the next start restores turn {by}, since which turn {turn} changed nothing"
-            )
-        }
-    })?;
+    let what = armed.map_or_else(|| "boots".to_owned(), |armed| armed.describe(sandbox));
+    print(&format!("{sandbox}: the next start {what}"))?;
     Ok(())
+}
+
+impl Armed {
+    fn describe(&self, sandbox: &SandboxId) -> String {
+        let Held { turn, by } = self.held;
+        let unchanged = match turn == by {
+            true => String::new(),
+            false => format!(", since which turn {turn} changed nothing"),
+        };
+        if self.facts.kind == Kind::Full {
+            return format!("restores turn {by}{unchanged}");
+        }
+        let lacks = printable(&first_line(&self.facts.notes));
+        let instead = match self.with_processes {
+            Some(other) => format!(
+                "The newest turn with processes is {other}: crab restore {}@{other}",
+                sandbox.id()
+            ),
+            None => "No turn has processes".to_owned(),
+        };
+        format!("boots on the files of turn {by}{unchanged}, {lacks}. {instead}")
+    }
 }
 
 /// Asks whoever owns the container to start it.

@@ -154,6 +154,7 @@ mod tests {
                 _ => Vec::new(),
             },
             action: if full { Action::Full } else { Action::Skip },
+            missing: Vec::new(),
             pre_dumps: 0,
             checkpoint: back.or(full.then_some(turn)).map(digest),
             changed_files: 0,

@@ -7,7 +7,7 @@ use anyhow::bail;
 use super::{Scope, print, printable, split_at, turns};
 use crate::{
     sandbox::{SandboxId, TurnNo},
-    store::{Fault, SandboxStore},
+    store::{Fault, Kind, SandboxStore},
 };
 
 pub(super) fn run(scope: &Scope, word: Option<&str>) -> anyhow::Result<ExitCode> {
@@ -33,7 +33,9 @@ pub(super) fn run(scope: &Scope, word: Option<&str>) -> anyhow::Result<ExitCode>
                 Ok(faults) => faults.iter().map(ToString::to_string).collect(),
                 Err(e) => vec![e.to_string()],
             };
-            say(scope, &sandbox, turn, &faults)?;
+            // One whose manifest cannot be read has a fault.
+            let kind = checkpoints.get(turn).ok().map(|c| c.manifest.facts.kind);
+            say(scope, &sandbox, turn, kind, &faults)?;
             if !faults.is_empty() {
                 lost.push((turn, faults));
             }
@@ -49,16 +51,26 @@ pub(super) fn run(scope: &Scope, word: Option<&str>) -> anyhow::Result<ExitCode>
     Ok(ExitCode::SUCCESS)
 }
 
-fn say(scope: &Scope, sandbox: &SandboxId, turn: TurnNo, faults: &[String]) -> anyhow::Result<()> {
+fn say(
+    scope: &Scope,
+    sandbox: &SandboxId,
+    turn: TurnNo,
+    kind: Option<Kind>,
+    faults: &[String],
+) -> anyhow::Result<()> {
     if scope.json {
         let object = serde_json::json!({
             "sandbox": sandbox.id(), "namespace": sandbox.namespace(),
-            "turn": turn, "faults": faults,
+            "turn": turn, "kind": kind, "faults": faults,
         });
         return Ok(print(&object.to_string())?);
     }
     if faults.is_empty() {
-        print(&format!("{sandbox}@{turn}  ok"))?;
+        let lacks = match kind {
+            Some(Kind::Files) => ", without processes",
+            Some(Kind::Full) | None => "",
+        };
+        print(&format!("{sandbox}@{turn}  ok{lacks}"))?;
     }
     for fault in faults {
         print(&format!("{sandbox}@{turn}  BROKEN  {}", printable(fault)))?;

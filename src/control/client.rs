@@ -100,20 +100,14 @@ pub fn rollback(run_dir: &Path, sandbox: &SandboxId, turn: TurnNo) -> Result<Str
         .map_err(wrong(&socket))
 }
 
-/// Takes a checkpoint of a running sandbox, and proves it, if that is asked for.
+/// Takes a checkpoint of a running sandbox. `request`: how; its id is filled in.
 pub fn checkpoint(
     run_dir: &Path,
     sandbox: &SandboxId,
-    name: Option<&str>,
-    prove: bool,
+    mut request: CheckpointRequest,
 ) -> Result<CheckpointResponse, ControlError> {
     let socket = socket_of(run_dir, sandbox)?;
-    let request = CheckpointRequest {
-        id: sandbox.id().to_owned(),
-        name: name.unwrap_or_default().to_owned(),
-        prove,
-        ..Default::default()
-    };
+    request.id = sandbox.id().to_owned();
     connect(&socket)?
         .checkpoint(context::with_timeout(SLOW), &request)
         .map_err(wrong(&socket))

@@ -1,7 +1,8 @@
 //! Which files have changed: of the candidates that the kernel names, those that differ.
 
 use super::{
-    inspection::{Look, Scene},
+    inspection::Scene,
+    look::Look,
     memory_files::{MemoryFiles, Mounts},
 };
 use crate::{

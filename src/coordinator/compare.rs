@@ -4,7 +4,8 @@ use std::path::Path;
 
 use super::{
     changed,
-    inspection::{Known, Look, Outline, Scene, ToRead},
+    inspection::{Dump, Known, Outline, Scene, ToRead},
+    look::Look,
     memory_files::Mounts,
     processes::Processes,
 };
@@ -61,12 +62,20 @@ pub(super) fn ahead(
     Ok(ToRead { which, unseen })
 }
 
+/// What there is to compare with.
+#[derive(Clone, Copy)]
+pub(super) struct Basis<'k> {
+    layer: &'k Layer,
+    dump: &'k Dump,
+    processes: &'k Processes,
+}
+
 /// What there is to compare with, or why everything counts as changed.
 pub(super) fn basis<'k>(
     known: Option<&'k Known>,
     dirty: &Dirty,
     latest: Option<TurnNo>,
-) -> Result<(&'k Known, &'k Processes), String> {
+) -> Result<Basis<'k>, String> {
     if !dirty.doubts.is_empty() {
         return Err(dirty.doubts.join("; "));
     }
@@ -74,24 +83,32 @@ pub(super) fn basis<'k>(
     if latest != Some(known.turn) {
         return Err("the last checkpoint is not in the store".into());
     }
-    let processes = known.dump.processes.as_ref();
-    let processes = processes.ok_or("the processes of the last checkpoint are not known")?;
-    Ok((known, processes))
+    let dump = known.dump.as_ref();
+    let dump = dump.ok_or("the last checkpoint has no processes")?;
+    let processes = dump.processes.as_ref();
+    Ok(Basis {
+        layer: &known.layer,
+        dump,
+        processes: processes.ok_or("the processes of the last checkpoint are not known")?,
+    })
 }
 
 /// What differs from the newest checkpoint; with the comparison of the writable layer, if nothing writes
 /// to it.
 pub(super) fn compare(
-    known: &Known,
-    processes: &Processes,
+    basis: Basis<'_>,
     watch: &Watch,
     dirty: &Dirty,
     scene: &Scene<'_>,
 ) -> (Look, Option<Comparison>) {
-    let dump = &known.dump;
+    let Basis {
+        layer,
+        dump,
+        processes,
+    } = basis;
     let mut look = Look::default();
     let files = changed::files(
-        &known.layer,
+        layer,
         &dump.memory_files,
         &dump.mounts,
         dirty,

@@ -62,6 +62,9 @@ pub struct Sandbox<'a> {
 /// Why there is no dump.
 #[derive(Debug, thiserror::Error)]
 pub enum CutError {
+    /// Some of its processes are not its own.
+    #[error("the sandbox's processes cannot be kept: {0}")]
+    Shared(String),
     /// CRIU would drop these processes without a word (D9b).
     #[error(
         "the sandbox has {} that CRIU cannot dump, because they are no descendants of its init: \
@@ -126,6 +129,38 @@ pub enum CutError {
     /// The part done by the caller.
     #[error("{0}")]
     Capture(String),
+}
+
+impl CutError {
+    /// What keeps the processes from being kept, if it is known that only they cannot be.
+    pub fn why(&self) -> String {
+        match self {
+            Self::Shared(why) => why.clone(),
+            Self::Poison(verdict) => why_not(verdict),
+            e => e.to_string(),
+        }
+    }
+
+    /// Whether only the processes stand in the way: its files can be kept, and are whole.
+    pub fn spares_files(&self) -> bool {
+        match self {
+            Self::Shared(_)
+            | Self::LiveExecs { .. }
+            | Self::Stopped(_)
+            | Self::Unrest { .. }
+            | Self::Poison(Verdict::FilesOnly(_))
+            | Self::Unknown(_)
+            | Self::Dump { .. }
+            | Self::Disturbed(_) => true,
+            Self::Busy
+            | Self::Latch
+            | Self::Freeze(_)
+            | Self::Procs(_)
+            | Self::Poison(Verdict::Fine | Verdict::Refuse(_))
+            | Self::Streams(_)
+            | Self::Capture(_) => false,
+        }
+    }
 }
 
 fn why_not(verdict: &Verdict) -> String {

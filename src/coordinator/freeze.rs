@@ -3,7 +3,11 @@
 //! The processes stand still while anybody wants them to. What a client is told depends on the
 //! client's own wish alone, so a checkpoint is never seen as PAUSED and never undoes a Pause.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use parking_lot::Mutex;
 
@@ -64,6 +68,8 @@ impl Freezable for Cgroup {
 struct Owners {
     client: bool,
     crab: bool,
+    /// How long crab has held it, all together.
+    held: Duration,
     /// Once a sandbox is to die it is never frozen again.
     dying: bool,
 }
@@ -150,9 +156,18 @@ impl Freeze {
 
     /// crab's own freeze, until the returned value is dropped.
     pub fn hold(self: &Arc<Self>) -> Result<Held, FreezeError> {
+        let begin = Instant::now();
         // Also when the client holds it already: this confirms that it stands still.
         self.freeze(|owners| owners.crab = true)?;
-        Ok(Held(Arc::clone(self)))
+        Ok(Held {
+            freeze: Arc::clone(self),
+            begin,
+        })
+    }
+
+    /// How long crab has held it so far, all together: from the beginning of each freeze to its thaw.
+    pub fn held(&self) -> Duration {
+        self.owners.lock().held
     }
 
     /// The sandbox is to die: whoever holds it, let it go, and never hold it again. A v1 freezer
@@ -173,27 +188,31 @@ impl Freeze {
 }
 
 /// crab's hold on a frozen sandbox.
-pub struct Held(Arc<Freeze>);
+pub struct Held {
+    freeze: Arc<Freeze>,
+    begin: Instant,
+}
 
 impl Held {
     /// Everything in it has been killed: lets it die, also what the client has paused. A v1 freezer
     /// keeps even SIGKILL waiting.
     pub fn let_die(self) -> Result<(), FreezeError> {
-        let _freezing = self.0.freezing.lock();
-        if_not_gone(self.0.cgroup.thaw()).map_err(Into::into)
+        let _freezing = self.freeze.freezing.lock();
+        if_not_gone(self.freeze.cgroup.thaw()).map_err(Into::into)
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let _freezing = self.0.freezing.lock();
-        let mut owners = self.0.owners.lock();
+        let _freezing = self.freeze.freezing.lock();
+        let mut owners = self.freeze.owners.lock();
         owners.crab = false;
         if (!owners.client || owners.dying)
-            && let Err(e) = if_not_gone(self.0.cgroup.thaw())
+            && let Err(e) = if_not_gone(self.freeze.cgroup.thaw())
         {
             log::error!("cannot thaw the sandbox: {e}");
         }
+        owners.held += self.begin.elapsed();
     }
 }
 
@@ -272,6 +291,21 @@ mod tests {
         assert!(*cgroup.frozen.lock());
         drop(held);
         assert!(!*cgroup.frozen.lock());
+    }
+
+    #[test]
+    fn how_long_crab_holds_it_adds_up() {
+        const MOMENT: Duration = Duration::from_millis(5);
+        let (_, freeze) = freeze();
+        freeze.pause().unwrap();
+        std::thread::sleep(MOMENT);
+        assert_eq!(freeze.held(), Duration::ZERO, "that is the client's");
+        for times in 1..=2 {
+            let held = freeze.hold().unwrap();
+            std::thread::sleep(MOMENT);
+            drop(held);
+            assert!(freeze.held() >= MOMENT * times);
+        }
     }
 
     #[test]

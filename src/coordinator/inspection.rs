@@ -2,8 +2,9 @@
 //!
 //! Around one checkpoint: [`Inspection::look`] says whether to act, and how; [`Inspection::prepare`] and
 //! [`Inspection::ahead`] before the freeze. In it, for a full one, [`Inspection::frozen`] after the
-//! dump; for one of files alone [`Inspection::still`], which looks once more. [`Inspection::durable`] or
-//! [`Inspection::files_durable`] once nothing can take the checkpoint away again, and
+//! dump; for one of files alone [`Inspection::still`], which looks once more; for one without processes
+//! [`Inspection::outline`]. [`Inspection::durable`], [`Inspection::files_durable`] or
+//! [`Inspection::layer_durable`] once nothing can take the checkpoint away again, and
 //! [`Inspection::settle`] when nobody waits any more. If anything fails in between, what was known before
 //! counts on, and what cannot be known any more counts as changed.
 //!
@@ -15,6 +16,7 @@ use std::{collections::HashSet, path::Path, sync::Arc, time::Instant};
 use super::{
     compare::{ahead, basis, compare, outline},
     freeze::Freezable,
+    look::Look,
     memory_files::{MemoryFiles, Mounts},
     processes::Processes,
     references::References,
@@ -23,7 +25,7 @@ use crate::{
     inspector::{self, Happened, Inode, Watch, process},
     rootfs::layer::{Candidate, Comparison, Layer},
     sandbox::TurnNo,
-    store::{Ahead, Captured, Checkpoint, Effect, Reference},
+    store::{Ahead, Captured, Checkpoint, Reference},
 };
 
 /// The sandbox, as far as it is looked at.
@@ -39,55 +41,6 @@ pub(super) struct Scene<'a> {
     pub(super) stop: &'a dyn Fn() -> bool,
 }
 
-/// What a look found.
-#[derive(Debug, Default)]
-pub(super) struct Look {
-    /// Empty: the sandbox is what the last checkpoint holds.
-    pub(super) effects: Vec<Effect>,
-    /// Files alone have changed, and none that a process stands upon: no dump is needed.
-    pub(super) only_files: bool,
-    /// A large file may have changed.
-    pub(super) large: bool,
-    /// What a person should know of how this was found.
-    pub(super) note: Option<String>,
-}
-
-impl Look {
-    /// Adds an effect, once.
-    pub(super) fn add(&mut self, effect: Effect) {
-        if !self.effects.contains(&effect) {
-            self.effects.push(effect);
-        }
-    }
-
-    /// Adds to the note.
-    pub(super) fn tell(&mut self, what: impl Into<String>) {
-        let before = self
-            .note
-            .take()
-            .map_or_else(String::new, |note| note + "; ");
-        self.note = Some(before + &what.into());
-    }
-
-    /// Files of the host that belong to the sandbox's state have changed: no reason for a dump.
-    pub(super) fn also_beside<'a>(&mut self, names: impl Iterator<Item = &'a str>) {
-        self.only_files |= self.effects.is_empty();
-        self.add(Effect::Files);
-        let names: Vec<_> = names.collect();
-        self.tell(format!("{} changed", names.join(", ")));
-    }
-
-    /// Nothing is known, so everything counts as changed.
-    pub(super) fn everything(why: impl Into<String>) -> Self {
-        Self {
-            effects: vec![Effect::Files, Effect::Processes, Effect::Memory],
-            only_files: false,
-            large: true,
-            note: Some(format!("all counts as changed: {}", why.into())),
-        }
-    }
-}
-
 /// What is known of a sandbox since its last durable checkpoint.
 pub(super) struct Inspection {
     watch: Result<Watch, String>,
@@ -99,7 +52,8 @@ pub(super) struct Inspection {
 pub(super) struct Known {
     pub(super) turn: TurnNo,
     pub(super) layer: Layer,
-    pub(super) dump: Dump,
+    /// None: it has no processes.
+    pub(super) dump: Option<Dump>,
 }
 
 /// The state of the dump that the newest checkpoint has its image from.
@@ -125,10 +79,7 @@ pub(super) struct Taken {
 impl Taken {
     /// How the writable layer differs from the checkpoint before, if that is known.
     pub(super) fn changes(&self) -> Option<&Comparison> {
-        match &self.layer {
-            Ok(Outline::Delta(comparison)) => Some(comparison),
-            _ => None,
-        }
+        self.layer.as_ref().ok()?.changes()
     }
 
     /// What the processes stand upon; None if it could not be told.
@@ -173,6 +124,16 @@ pub(super) enum Outline {
     Delta(Comparison),
 }
 
+impl Outline {
+    /// How the layer differs from the checkpoint before, if that is known.
+    pub(super) fn changes(&self) -> Option<&Comparison> {
+        match self {
+            Self::Delta(comparison) => Some(comparison),
+            Self::New(_) => None,
+        }
+    }
+}
+
 impl Inspection {
     /// Begins to watch; a host where that is impossible has everything changed after each turn.
     pub(super) fn begin(watch: Result<Watch, String>, consistent_cut: bool) -> Self {
@@ -203,7 +164,7 @@ impl Inspection {
             Err(e) => return Look::everything(format!("cannot read the kernel's maps: {e}")),
         };
         match basis(self.known.as_ref(), &dirty, latest) {
-            Ok((known, processes)) => compare(known, processes, watch, &dirty, scene).0,
+            Ok(basis) => compare(basis, watch, &dirty, scene).0,
             Err(why) => Look::everything(why),
         }
     }
@@ -264,9 +225,8 @@ impl Inspection {
                 return Err(Look::everything(why));
             }
         };
-        let (known, processes) =
-            basis(self.known.as_ref(), &dirty, latest).map_err(Look::everything)?;
-        let (look, comparison) = compare(known, processes, watch, &dirty, scene);
+        let basis = basis(self.known.as_ref(), &dirty, latest).map_err(Look::everything)?;
+        let (look, comparison) = compare(basis, watch, &dirty, scene);
         match comparison {
             Some(comparison) if look.only_files || look.effects.is_empty() => {
                 Ok(Still { comparison, look })
@@ -290,13 +250,36 @@ impl Inspection {
             Ok(taken) => {
                 // Watched from here on for the new dump, so that the former one can no longer be
                 // compared with, should this checkpoint fail.
-                if let Some(known) = &mut self.known {
-                    known.dump.processes = None;
+                if let Some(dump) = self.dump_mut() {
+                    dump.processes = None;
                 }
                 Some(taken)
             }
             Err(e) => {
                 self.lose(e);
+                None
+            }
+        }
+    }
+
+    fn dump_mut(&mut self) -> Option<&mut Dump> {
+        self.known.as_mut()?.dump.as_mut()
+    }
+
+    /// While nothing runs, for a checkpoint without processes: what its writable layer is, if that can
+    /// be known.
+    pub(super) fn outline(&mut self, scene: &Scene<'_>) -> Option<Outline> {
+        let Ok(watch) = &mut self.watch else {
+            return None;
+        };
+        let pids = scene.cgroup.procs().map_err(|e| e.to_string());
+        let dirty = pids.and_then(|pids| watch.cut(&pids).map_err(|e| e.to_string()));
+        match dirty {
+            Ok(dirty) => outline(self.known.as_ref(), &dirty, scene)
+                .inspect_err(|e| log::warn!("the writable layer cannot be compared: {e}"))
+                .ok(),
+            Err(e) => {
+                self.lose(format!("cannot end an epoch: {e}"));
                 None
             }
         }
@@ -314,14 +297,52 @@ impl Inspection {
             self.known = None;
             return;
         };
-        let forgotten = match &mut self.watch {
-            Ok(watch) => watch.durable(),
-            Err(_) => return,
+        if self.watch.is_err() {
+            return;
+        }
+        let dump = Dump {
+            turn,
+            memory_files: taken.memory_files,
+            mounts: taken.mounts,
+            processes: taken
+                .processes
+                .map(|processes| processes.at(images))
+                .inspect_err(|e| log::warn!("the processes cannot be compared: {e}"))
+                .ok(),
+            references: taken.references,
+            settled: false,
         };
+        self.know(turn, taken.layer, Some(dump), captured);
+    }
+
+    /// The checkpoint of `turn`, without processes, is durable; or what was found equals it.
+    pub(super) fn layer_durable(
+        &mut self,
+        turn: TurnNo,
+        layer: Option<Outline>,
+        captured: &Captured,
+    ) {
+        match layer {
+            Some(layer) => self.know(turn, Ok(layer), None, captured),
+            None => self.known = None,
+        }
+    }
+
+    /// The checkpoint of `turn` is what is compared with from now on.
+    fn know(
+        &mut self,
+        turn: TurnNo,
+        layer: Result<Outline, String>,
+        dump: Option<Dump>,
+        captured: &Captured,
+    ) {
+        let Ok(watch) = &mut self.watch else {
+            return;
+        };
+        let forgotten = watch.durable().map_err(|e| e.to_string());
         let known = self.known.take();
         let layer = forgotten
-            .map_err(|e| e.to_string())
-            .and(taken.layer)
+            .and(layer)
             .and_then(|outline| match (outline, known) {
                 (Outline::New(layer), _) => Ok(layer),
                 (Outline::Delta(delta), Some(mut known)) => match known.layer.apply(delta) {
@@ -333,18 +354,6 @@ impl Inspection {
         match layer {
             Ok(mut layer) => {
                 layer.learn(&captured.contents);
-                let dump = Dump {
-                    turn,
-                    memory_files: taken.memory_files,
-                    mounts: taken.mounts,
-                    processes: taken
-                        .processes
-                        .map(|processes| processes.at(images))
-                        .inspect_err(|e| log::warn!("the processes cannot be compared: {e}"))
-                        .ok(),
-                    references: taken.references,
-                    settled: false,
-                };
                 self.known = Some(Known { turn, layer, dump });
             }
             Err(e) => log::warn!("the writable layer cannot be compared: {e}"),
@@ -371,8 +380,10 @@ impl Inspection {
             Ok(()) => {
                 known.turn = turn;
                 known.layer.learn(&captured.contents);
-                known.dump.settled = true;
-                known.dump.processes = known.dump.processes.map(|its| its.at(images));
+                if let Some(dump) = &mut known.dump {
+                    dump.settled = true;
+                    dump.processes = dump.processes.take().map(|its| its.at(images));
+                }
                 self.known = Some(known);
             }
             Err(e) => log::warn!("the writable layer cannot be compared: {e}"),
@@ -387,8 +398,7 @@ impl Inspection {
     /// What the processes stand upon, as it was at their dump: in the files of `newest`, the newest
     /// checkpoint, it still is.
     pub(super) fn recorded(&mut self, newest: &Checkpoint) -> Result<Vec<Reference>, String> {
-        let references = self.known.as_mut().map(|known| &mut known.dump.references);
-        match references {
+        match self.dump_mut().map(|dump| &mut dump.references) {
             Some(Ok(references)) => references.recorded(newest),
             _ => Err("it is not known which files the processes use".into()),
         }
@@ -396,7 +406,8 @@ impl Inspection {
 
     /// The turn whose dump the newest checkpoint has its image from, if it is known.
     pub(super) fn dumped_in(&self) -> Option<TurnNo> {
-        self.known.as_ref().map(|known| known.dump.turn)
+        let dump = self.known.as_ref()?.dump.as_ref()?;
+        Some(dump.turn)
     }
 
     /// What can wait until the gate is open: how the processes settled after the thaw.
@@ -405,15 +416,12 @@ impl Inspection {
             return;
         };
         // Once for each dump: what is forgiven each time would add up.
-        if let Some(processes) = known
-            .dump
-            .processes
-            .as_mut()
-            .filter(|_| !known.dump.settled)
-        {
-            processes.settle(watch, scene);
+        if let Some(dump) = known.dump.as_mut().filter(|dump| !dump.settled) {
+            if let Some(processes) = &mut dump.processes {
+                processes.settle(watch, scene);
+            }
+            dump.settled = true;
         }
-        known.dump.settled = true;
     }
 
     /// The sandbox was taken back: it is watched where it is now, and nothing is known of it.

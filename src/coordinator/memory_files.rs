@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::rootfs::{
-    layer::{Fingerprint, Limits},
+    layer::{Fingerprint, Limits, holds_files},
     parse_mountinfo,
 };
 
@@ -62,6 +62,17 @@ impl Mounts {
     /// Where a file system in memory is mounted; None: it is not one.
     pub(super) fn tmpfs(&self, dev: u64) -> Option<&Path> {
         self.tmpfs.get(&dev).map(PathBuf::as_path)
+    }
+
+    /// Where those are mounted that hold files, or cannot be looked at. While the sandbox `pid` stands
+    /// still.
+    pub(super) fn tmpfs_with_files(&self, pid: i32, stop: &dyn Fn() -> bool) -> Vec<&Path> {
+        let root = PathBuf::from(format!("/proc/{pid}/root"));
+        let holds = |(dev, place): &(&u64, &PathBuf)| {
+            holds_files(&root, place, **dev, LIMITS.entries, stop).unwrap_or(true)
+        };
+        let places = self.tmpfs.iter().filter(holds);
+        places.map(|(_, place)| place.as_path()).collect()
     }
 
     /// Whether anything of a device is mounted.

@@ -12,7 +12,7 @@ use std::{
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
-use super::inspection::{Look, Scene};
+use super::{inspection::Scene, look::Look};
 use crate::{
     inspector::{
         Dirty, Happened, How, Inode, Watch,

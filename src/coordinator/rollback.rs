@@ -16,8 +16,8 @@ use super::turns::{Job, Subject, Turns, Worker};
 use crate::{
     sandbox::TurnNo,
     store::{
-        Action, Checkpoint, Digest, Effect, JournalLine, Kind, Laid, StoreError,
-        Sync as Durability, Trigger,
+        Action, Checkpoint, Digest, Effect, JournalLine, Laid, StoreError, Sync as Durability,
+        Trigger,
     },
 };
 
@@ -168,6 +168,7 @@ impl Worker {
             trigger: Trigger::Rollback,
             effects: vec![Effect::Files, Effect::Processes, Effect::Memory],
             action: Action::Skip,
+            missing: Vec::new(),
             pre_dumps: 0,
             checkpoint: Some(checkpoint.digest),
             changed_files: 0,
@@ -245,9 +246,12 @@ impl Worker {
     /// A checkpoint that brings back all of a sandbox, laid out: so it was checked to its last byte.
     fn whole(&self, turn: TurnNo) -> Result<(Checkpoint, Laid), Failure> {
         let checkpoint = self.store.get(turn).map_err(Failure::untouched)?;
-        if checkpoint.manifest.facts.kind != Kind::Full {
+        if !checkpoint.has_processes() {
             return Err(Failure::Untouched(format!(
-                "the checkpoint of turn {turn} holds files alone"
+                "the checkpoint of turn {turn} is {notes}; no rollback brings back what is not there. \
+                 To boot on its files, stop the sandbox, and then: crab restore {id}@{turn} --start",
+                notes = checkpoint.manifest.facts.notes.join("; "),
+                id = self.store.id().id(),
             )));
         }
         let broken = |e: StoreError| {

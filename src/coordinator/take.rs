@@ -1,4 +1,5 @@
-//! Taking one checkpoint: of everything, or of files beside the image that there is.
+//! Taking one checkpoint: of everything, of files beside the image that there is, or of files
+//! [without processes](super::without_processes).
 //!
 //! If the look says that files alone have changed, and none that a process stands upon, no process is
 //! dumped: the checkpoint has the image of an earlier one, which is what the processes still are (D7a). It
@@ -9,12 +10,15 @@ use std::{collections::BTreeMap, fs, path::Path, sync::Arc, time::Duration};
 use time::OffsetDateTime;
 
 use super::{
+    cut::{self, CutError},
     doors::Doors,
-    inspection::{Inspection, Look, Still, Taken, ToRead},
+    inspection::{Inspection, Still, Taken as Found, ToRead},
+    look::Look,
     references::References,
     stand_still::stand_still,
     stored_images::StoredImages,
     turns::{ShutGate, Subject, Worker, differing, micros, scene, text},
+    without_processes::Rest,
 };
 use crate::{
     config::Gate,
@@ -37,6 +41,24 @@ pub(super) struct Order {
     pub(super) only_files: bool,
     /// A large file may have changed.
     pub(super) large: bool,
+    /// What if the processes cannot be kept.
+    pub(super) without_processes: WithoutProcesses,
+}
+
+/// Whether a checkpoint may lack the processes, if they cannot be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum WithoutProcesses {
+    No,
+    Yes,
+    /// Yes, unless the checkpoint before lacks them, too, and holds these very files.
+    IfFilesChanged,
+}
+
+/// What was taken.
+pub(super) enum Taken {
+    Checkpoint(Box<(Checkpoint, Staging)>),
+    /// The checkpoint before holds all that can be kept.
+    Nothing,
 }
 
 /// What became of a try to do without a dump.
@@ -44,6 +66,14 @@ enum Tried {
     Done(Box<(Checkpoint, Staging)>),
     /// A dump is needed.
     Not(Look),
+}
+
+/// A dump, and the files of its moment.
+struct Dumped {
+    done: cut::Done<Captured>,
+    /// What the inspector found.
+    seen: Option<Found>,
+    artefacts: BTreeMap<String, Vec<u8>>,
 }
 
 impl Worker {
@@ -54,10 +84,10 @@ impl Worker {
         order: &Order,
         gate: &mut ShutGate,
         line: &mut JournalLine,
-    ) -> Result<(Checkpoint, Staging), String> {
+    ) -> Result<Taken, String> {
         if order.only_files {
             match self.take_files(subject, order, gate, line)? {
-                Tried::Done(checkpoint) => return Ok(*checkpoint),
+                Tried::Done(checkpoint) => return Ok(Taken::Checkpoint(checkpoint)),
                 Tried::Not(look) => {
                     line.effects = look.effects;
                     line.note = look.note;
@@ -67,52 +97,116 @@ impl Worker {
         self.take_all(subject, order, gate, line)
     }
 
-    /// Processes and files.
+    /// Processes and files; or files alone, if the processes cannot be kept and that is wanted then.
     fn take_all(
         &mut self,
         subject: &dyn Subject,
         order: &Order,
         gate: &mut ShutGate,
         line: &mut JournalLine,
-    ) -> Result<(Checkpoint, Staging), String> {
-        let overlay = subject.overlay()?;
-        let upper = &overlay.upperdir;
+    ) -> Result<Taken, String> {
         let mut pending = self.store.begin(order.turn).map_err(text)?;
         pending.prepare().map_err(text)?;
         let args = dump_args(subject, &pending, self.settings.dump_limit)?;
-        let image = pending.image_dir().to_owned();
         let base = self.base(order)?;
-        let doors = &self.doors;
-        let mut inspection = self.inspection.as_mut();
-        if let Some(inspection) = &mut inspection {
+        if let Some(inspection) = &mut self.inspection {
             inspection.prepare();
             if order.large {
-                read_ahead(subject, doors, inspection, &mut pending, base.as_ref())?;
+                read_ahead(
+                    subject,
+                    &self.doors,
+                    inspection,
+                    &mut pending,
+                    base.as_ref(),
+                )?;
             }
         }
+        let held_before = subject.parts()?.freeze.held();
+        let dumped = self.dump(subject, &args, &mut pending, base.as_ref());
+        let dumped = match dumped? {
+            Ok(dumped) => dumped,
+            Err(e) if !e.spares_files() => return Err(text(e)),
+            Err(e) if order.without_processes == WithoutProcesses::No => {
+                return Err(format!(
+                    "{e}\n`crab checkpoint --or-files` keeps the files alone where the processes cannot be kept"
+                ));
+            }
+            Err(e) => {
+                let rest = Rest {
+                    pending,
+                    base,
+                    why: e.why(),
+                    held_before,
+                };
+                return self.take_rest(subject, order, rest, gate, line);
+            }
+        };
+        if self.settings.gate == Gate::Async {
+            line.exposed_us = micros(gate.open());
+        }
+        let taken = self.keep(subject, order, pending, dumped, line)?;
+        // The checkpoint exists from here on: nothing may make its turn count as unprotected.
+        if let Err(e) = fs::remove_dir_all(&args.work_path) {
+            log::warn!("{}: cannot remove CRIU's work: {e}", self.store.id());
+        }
+        Ok(taken)
+    }
+
+    /// The cut. `base`: the checkpoint that changes of files can be held against.
+    fn dump(
+        &mut self,
+        subject: &dyn Subject,
+        args: &runtime::Checkpoint,
+        pending: &mut Pending,
+        base: Option<&Checkpoint>,
+    ) -> Result<Result<Dumped, CutError>, String> {
+        if let Some(why) = subject.never_dumped() {
+            return Ok(Err(CutError::Shared(why)));
+        }
+        let overlay = subject.overlay()?;
+        let (doors, image) = (&self.doors, pending.image_dir().to_owned());
+        let mut inspection = self.inspection.as_mut();
         let (mut seen, mut artefacts) = (None, BTreeMap::new());
-        let done = subject.parts()?.cut(&args, || {
+        let done = subject.parts()?.cut(args, || {
             // Before it is captured: whoever is outside of the sandbox is not frozen, and what he
             // changes meanwhile must not be known without being in the capture.
             if let Some(inspection) = &mut inspection {
                 seen = scene(subject, doors, |scene| inspection.frozen(scene, &image))?;
-                distrust(inspection, &mut pending);
+                distrust(inspection, pending);
             }
-            let comparison = seen.as_ref().and_then(Taken::changes);
-            let captured = capture(&mut pending, upper, base.as_ref().zip(comparison), doors)?;
+            let comparison = seen.as_ref().and_then(Found::changes);
+            let known = base.zip(comparison);
+            let captured = capture(pending, &overlay.upperdir, known, doors)?;
             artefacts = subject.artefacts()?;
             subject.frozen_hook()?;
             Ok(captured)
         });
-        let done = done.map_err(text)?;
-        if self.settings.gate == Gate::Async {
-            line.exposed_us = micros(gate.open());
-        }
+        Ok(done.map(|done| Dumped {
+            done,
+            seen,
+            artefacts,
+        }))
+    }
+
+    /// Makes a dump durable.
+    fn keep(
+        &mut self,
+        subject: &dyn Subject,
+        order: &Order,
+        pending: Pending,
+        dumped: Dumped,
+        line: &mut JournalLine,
+    ) -> Result<Taken, String> {
+        let Dumped {
+            done,
+            seen,
+            artefacts,
+        } = dumped;
         line.freeze_us = micros(done.frozen);
         let captured = &done.captured;
-        let changes = seen.as_ref().and_then(Taken::changes);
+        let changes = seen.as_ref().and_then(Found::changes);
         line.changed_files = changes.map_or(captured.names, |its| its.len() as u64);
-        let references = seen.as_ref().and_then(Taken::references);
+        let references = seen.as_ref().and_then(Found::references);
         let facts = Facts {
             parent: order.parent,
             created_at: OffsetDateTime::now_utc(),
@@ -125,12 +219,12 @@ impl Worker {
             runtime: serde_json::json!({ "terminal": subject.has_terminal() }),
             notes: Vec::new(),
         };
-        keep(&pending, &artefacts)?;
+        add_artefacts(&pending, &artefacts)?;
         let (checkpoint, staging) = pending
             .commit(facts, Images::Staged, Files::Captured)
             .map_err(text)?;
         self.artefacts = Some(artefacts);
-        if let Some(inspection) = inspection {
+        if let Some(inspection) = &mut self.inspection {
             let images = Arc::new(StoredImages(checkpoint.clone()));
             inspection.durable(order.turn, seen, captured, images);
         }
@@ -138,11 +232,7 @@ impl Worker {
         let image = &checkpoint.manifest.contents.image;
         let image: u64 = image.iter().map(|file| file.data).sum();
         line.bytes_captured = image.saturating_add(captured.bytes);
-        // The checkpoint exists from here on: nothing may make its turn count as unprotected.
-        if let Err(e) = fs::remove_dir_all(&args.work_path) {
-            log::warn!("{}: cannot remove CRIU's work: {e}", self.store.id());
-        }
-        Ok((checkpoint, staging))
+        Ok(Taken::Checkpoint(Box::new((checkpoint, staging))))
     }
 
     /// The checkpoint that what is known is about: changes can be held against it.
@@ -222,7 +312,7 @@ impl Worker {
             host: Host::detect(),
             ..before.manifest.facts.clone()
         };
-        keep(&pending, &artefacts)?;
+        add_artefacts(&pending, &artefacts)?;
         let (checkpoint, staging) = pending
             .commit(facts, Images::Same(&before), Files::Captured)
             .map_err(text)?;
@@ -281,7 +371,7 @@ fn read_ahead(
 }
 
 /// In the freeze: what was read ahead and may have been written since is read again.
-fn distrust(inspection: &Inspection, pending: &mut Pending) {
+pub(super) fn distrust(inspection: &Inspection, pending: &mut Pending) {
     if pending.ahead() > 0 {
         let written = inspection.written();
         pending.distrust(|dev, ino| written.has(dev, ino));
@@ -289,7 +379,7 @@ fn distrust(inspection: &Inspection, pending: &mut Pending) {
 }
 
 /// Captures a writable layer: what differs from a checkpoint, if that is known, or all of it.
-fn capture(
+pub(super) fn capture(
     pending: &mut Pending,
     upper: &Path,
     known: Option<(&Checkpoint, &Comparison)>,
@@ -308,7 +398,10 @@ fn capture(
 }
 
 /// Adds what is kept of the host's files.
-fn keep(pending: &Pending, artefacts: &BTreeMap<String, Vec<u8>>) -> Result<(), String> {
+pub(super) fn add_artefacts(
+    pending: &Pending,
+    artefacts: &BTreeMap<String, Vec<u8>>,
+) -> Result<(), String> {
     for (name, bytes) in artefacts {
         let kept = pending.bundle_dir().join(name);
         fs::write(&kept, bytes).map_err(|e| format!("cannot write {kept:?}: {e}"))?;

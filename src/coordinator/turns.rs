@@ -19,9 +19,10 @@ use time::OffsetDateTime;
 use super::{
     cut,
     doors::Doors,
-    inspection::{Inspection, Look, Scene},
+    inspection::{Inspection, Scene},
+    look::Look,
     rollback,
-    take::Order,
+    take::{Order, Taken, WithoutProcesses},
 };
 use crate::{
     config::Gate,
@@ -38,6 +39,8 @@ use crate::{
 pub trait Subject: Send + Sync {
     /// What takes part in a cut.
     fn parts(&self) -> Result<cut::Sandbox<'_>, String>;
+    /// Why its processes can never be dumped; none if they can.
+    fn never_dumped(&self) -> Option<String>;
     /// Its writable layer.
     fn overlay(&self) -> Result<Overlay, String>;
     /// What of its state lies in small files of the host, by the name under which a checkpoint keeps it:
@@ -73,6 +76,17 @@ pub enum Proof {
     Failed(String),
 }
 
+/// What somebody asks for who wants a checkpoint now.
+#[derive(Debug, Clone, Default)]
+pub struct Asked {
+    /// A name to keep it under.
+    pub name: Option<String>,
+    /// Also try whether it can be restored.
+    pub prove: bool,
+    /// If the processes cannot be kept, the files alone will do.
+    pub or_files: bool,
+}
+
 /// How the turns of one sandbox are taken.
 pub struct Settings {
     /// When the next exec may start.
@@ -90,15 +104,8 @@ pub struct Settings {
 type Reply = Sender<Result<(JournalLine, Proof), String>>;
 
 pub(super) enum Job {
-    Boundary {
-        at: Instant,
-        gate: ShutGate,
-    },
-    Manual {
-        name: Option<String>,
-        prove: bool,
-        reply: Reply,
-    },
+    Boundary { at: Instant, gate: ShutGate },
+    Manual { asked: Asked, reply: Reply },
     Rollback(rollback::Order),
 }
 
@@ -180,14 +187,10 @@ impl Turns {
     }
 
     /// Takes a checkpoint now and waits until it is durable and, if that is asked for, tried.
-    pub fn checkpoint(
-        &self,
-        name: Option<String>,
-        prove: bool,
-    ) -> Result<(JournalLine, Proof), String> {
+    pub fn checkpoint(&self, asked: Asked) -> Result<(JournalLine, Proof), String> {
         let (reply, answer) = bounded(1);
         let gone = || "the sandbox is going away".to_owned();
-        if !self.send(Job::Manual { name, prove, reply }) {
+        if !self.send(Job::Manual { asked, reply }) {
             return Err(gone());
         }
         answer.recv().map_err(|_| gone())?
@@ -231,21 +234,20 @@ impl Worker {
             let Some(subject) = self.subject.upgrade() else {
                 return;
             };
-            let (trigger, begin, mut gate, name, prove, reply) = match job {
+            let (begin, mut gate, asked, reply) = match job {
                 Job::Boundary { at, .. } if self.void_before.is_some_and(|t| at < t) => continue,
-                Job::Boundary { at, gate } => (Trigger::Exec, at, gate, None, false, None),
-                Job::Manual { name, prove, reply } => {
-                    let (now, reply) = (Instant::now(), Some(reply));
-                    (Trigger::Manual, now, ShutGate::NONE, name, prove, reply)
+                Job::Boundary { at, gate } => (at, gate, None, None),
+                Job::Manual { asked, reply } => {
+                    (Instant::now(), ShutGate::NONE, Some(asked), Some(reply))
                 }
                 Job::Rollback(order) => {
                     self.roll_back(&*subject, order);
                     continue;
                 }
             };
-            let taken = self.turn(&*subject, trigger, begin, name.as_deref(), &mut gate);
+            let taken = self.turn(&*subject, asked.as_ref(), begin, &mut gate);
             drop(gate);
-            let taken = taken.and_then(|line| match prove {
+            let taken = taken.and_then(|line| match asked.is_some_and(|asked| asked.prove) {
                 true => self.prove(&*subject, line),
                 false => Ok((line, Proof::NotAsked)),
             });
@@ -259,13 +261,12 @@ impl Worker {
         }
     }
 
-    /// One turn, from its boundary to its line in the journal.
+    /// One turn, from its boundary, or from the moment when it was `asked` for, to its line in the journal.
     fn turn(
         &mut self,
         subject: &dyn Subject,
-        trigger: Trigger,
+        asked: Option<&Asked>,
         begin: Instant,
-        name: Option<&str>,
         gate: &mut ShutGate,
     ) -> Result<JournalLine, String> {
         let parent = self.parent().map_err(text)?;
@@ -273,9 +274,10 @@ impl Worker {
         let ended_at = OffsetDateTime::now_utc();
         let mut line = JournalLine {
             turn,
-            trigger,
+            trigger: asked.map_or(Trigger::Exec, |_| Trigger::Manual),
             effects: Vec::new(),
             action: Action::Skip,
+            missing: Vec::new(),
             pre_dumps: 0,
             checkpoint: None,
             changed_files: 0,
@@ -290,7 +292,7 @@ impl Worker {
             note: None,
         };
         let look = self.look(subject, parent, &mut line);
-        if line.trigger == Trigger::Exec && look.effects.is_empty() {
+        if asked.is_none() && look.effects.is_empty() {
             line.note = look.note;
             self.store.append(&line, Durability::Later).map_err(text)?;
             // Nobody waits for a turn that is no work, but for the look itself.
@@ -299,29 +301,40 @@ impl Worker {
         }
         line.effects = look.effects;
         line.note = look.note;
-        // Asked for by hand, it is to be a whole one.
+        // Asked for by hand, it is to be a whole one, and nobody is given less than they asked for.
         let order = Order {
             turn,
             parent,
-            only_files: look.only_files && line.trigger == Trigger::Exec,
+            only_files: look.only_files && asked.is_none(),
             large: look.large,
+            without_processes: match asked {
+                None => WithoutProcesses::IfFilesChanged,
+                Some(asked) if asked.or_files => WithoutProcesses::Yes,
+                Some(_) => WithoutProcesses::No,
+            },
         };
         let taken = self.take(subject, &order, gate, &mut line);
-        if let Ok((checkpoint, _)) = &taken {
-            line.checkpoint = Some(checkpoint.digest);
-            line.bytes_written = checkpoint.stored;
-            line.durable_us = Some(micros(begin.elapsed()));
-        }
-        if let Err(e) = &taken {
-            line.note = Some(format!("not protected: {e}"));
+        match &taken {
+            Ok(Taken::Checkpoint(done)) => {
+                let (checkpoint, _) = &**done;
+                line.checkpoint = Some(checkpoint.digest);
+                line.bytes_written = checkpoint.stored;
+                line.durable_us = Some(micros(begin.elapsed()));
+            }
+            Ok(Taken::Nothing) => {}
+            Err(e) => line.note = Some(format!("not protected: {e}")),
         }
         // Before the gate opens: the journal never lacks a turn that the next one follows. It need
         // not be on the disk by itself, the checkpoint is.
         self.store.append(&line, Durability::Later).map_err(text)?;
         self.exposed(gate, &mut line)?;
-        let (_, staging) = taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
+        let taken = taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
+        let Taken::Checkpoint(done) = taken else {
+            return Ok(line);
+        };
+        let (_, staging) = *done;
         self.head = Some(turn);
-        if let Some(name) = name {
+        if let Some(name) = asked.and_then(|asked| asked.name.as_deref()) {
             self.store.name(name, turn).map_err(text)?;
         }
         if let Some(inspection) = &mut self.inspection {
@@ -344,10 +357,11 @@ impl Worker {
         mut line: JournalLine,
     ) -> Result<(JournalLine, Proof), String> {
         let checkpoint = self.store.get(line.turn).map_err(text)?;
-        let proof = match subject.prove(&checkpoint) {
-            Ok(()) => Proof::Done,
-            Err(why) => Proof::Failed(why),
+        let proof = match checkpoint.has_processes() {
+            true => subject.prove(&checkpoint),
+            false => Err("there is nothing to prove: it holds no processes".into()),
         };
+        let proof = proof.map_or_else(Proof::Failed, |()| Proof::Done);
         let said = match &proof {
             Proof::Failed(why) => format!("not proved: {why}"),
             Proof::Done | Proof::NotAsked => "proved by a trial restore".into(),

@@ -14,7 +14,7 @@ use crate::{
         CheckpointRequest, CheckpointResponse, Control, ListRequest, ListResponse, RollbackRequest,
         RollbackResponse, Sandbox,
     },
-    coordinator::turns::Proof,
+    coordinator::turns::{Asked, Proof},
     sandbox::TurnNo,
 };
 
@@ -24,8 +24,11 @@ pub struct ControlService(pub Service);
 impl ControlService {
     fn do_checkpoint(&self, request: &CheckpointRequest) -> Result<CheckpointResponse> {
         let container = self.0.container(&request.id)?;
-        let name = Some(request.name.clone()).filter(|n| !n.is_empty());
-        let (line, proof) = container.checkpoint_now(name, request.prove)?;
+        let (line, proof) = container.checkpoint_now(Asked {
+            name: Some(request.name.clone()).filter(|n| !n.is_empty()),
+            prove: request.prove,
+            or_files: request.or_files,
+        })?;
         Ok(CheckpointResponse {
             line: json(&line)?,
             not_proved: match proof {

@@ -32,7 +32,7 @@ use crate::{
     coordinator::doors::Doors,
     rootfs::{self, Overlay, PutBackError, Replaced},
     sandbox::SandboxId,
-    store::Store,
+    store::{self, Store},
 };
 
 /// What has to be known to clean up after the shim has died: a file in the sandbox's run directory.
@@ -143,9 +143,10 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         make_netns(host, &sandbox, &bundle, &run_dir)?;
     }
 
-    let phase = match source {
-        Some(_) => Phase::CreatedCheckpoint,
-        None => Phase::Created,
+    let boots = source.as_ref().is_none_or(Source::boots);
+    let phase = match boots {
+        true => Phase::Created,
+        false => Phase::CreatedCheckpoint,
     };
     let stdio = StdioConfig {
         terminal: request.terminal,
@@ -176,7 +177,7 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         mounted,
         mounts: request.rootfs.iter().map(proto::mount_spec).collect(),
     });
-    if phase == Phase::Created {
+    if boots {
         start::create_init(&container)?;
     } else {
         // The client's side exists from now on; the processes come with Start.
@@ -218,7 +219,14 @@ fn source_of(
         );
         return Err(ShimError::new(Kind::Failed, text));
     }
-    log::info!("{sandbox}: starting from turn {turn}");
+    let kind = checkpoint.manifest.facts.kind;
+    match kind {
+        store::Kind::Full => log::info!("{sandbox}: starting from turn {turn}"),
+        store::Kind::Files => log::warn!(
+            "{sandbox}: booting on the files of turn {turn}, {}",
+            checkpoint.manifest.facts.notes.join("; ")
+        ),
+    }
     let scratch = store.scratch_dir();
     // All of it, checked, before anything of the sandbox is touched.
     let laid = checkpoint
@@ -226,6 +234,7 @@ fn source_of(
         .context(format_args!("{sandbox}: lay out turn {turn}"))?;
     Ok(Some(Source::Armed {
         turn,
+        kind,
         laid: Arc::new(laid),
         scratch,
     }))

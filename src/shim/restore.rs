@@ -29,7 +29,7 @@ use crate::{
         descriptors::{self, Stream},
     },
     sandbox::TurnNo,
-    store::Laid,
+    store::{self, Laid},
 };
 
 /// Where a container's processes come from instead of a boot.
@@ -44,6 +44,8 @@ pub enum Source {
     Armed {
         /// The turn to go back to.
         turn: TurnNo,
+        /// What its checkpoint brings back. Without processes Start boots.
+        kind: store::Kind,
         /// Its images, and its writable layer, which Create puts back.
         laid: Arc<Laid>,
         /// A directory on the same file system, which the store tidies.
@@ -52,6 +54,11 @@ pub enum Source {
 }
 
 impl Source {
+    /// Whether Start boots nevertheless: there are files, and no processes.
+    pub fn boots(&self) -> bool {
+        matches!(self, Self::Armed { kind, .. } if *kind == store::Kind::Files)
+    }
+
     /// Adds to an error what can be done about it.
     pub fn way_out(&self, mut error: ShimError) -> ShimError {
         if let Self::Armed { turn, .. } = self {
@@ -83,7 +90,7 @@ impl Source {
 
 impl Source {
     /// What was kept of the host's files; a client's images have none.
-    fn bundle(&self) -> Option<PathBuf> {
+    pub(super) fn bundle(&self) -> Option<PathBuf> {
         match self {
             Self::Client { .. } => None,
             Self::Armed { laid, .. } => Some(laid.bundle_dir()),

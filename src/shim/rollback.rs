@@ -35,7 +35,7 @@ use crate::{
     coordinator::rollback::{Failure, RolledBack, Step, Steps},
     rootfs::{self, Overlay, Replaced},
     sandbox::TurnNo,
-    store::Laid,
+    store::{self, Laid},
 };
 
 /// How long execs that are being started may take.
@@ -123,6 +123,7 @@ fn go_back(
     container.still_wanted().map_err(ended)?;
     let source = Source::Armed {
         turn,
+        kind: store::Kind::Full,
         laid: Arc::clone(laid),
         scratch: scratch.to_owned(),
     };

@@ -10,13 +10,14 @@ use serde_json::{Map, Value};
 use time::OffsetDateTime;
 
 use super::{
+    artefacts,
     container::{Container, Place},
     error::{Context, Kind, Result, ShimError},
     events::TaskEvent,
     io::{ConsoleSocket, IoContext, ProcessIo, StdioConfig},
     process::Process,
     reaper::{Exit, Watch},
-    restore,
+    restore::{self, Source},
     state::{Phase, Request},
 };
 use crate::{
@@ -90,7 +91,29 @@ pub fn attach(container: &Container, io: &ProcessIo, socket: Option<ConsoleSocke
 }
 
 /// Create, up to the point where init waits for Start.
+///
+/// Where it boots on the files of a checkpoint, what is kept beside them comes back, too.
 pub fn create_init(container: &Arc<Container>) -> Result<()> {
+    let source = container.source.as_ref();
+    let saved = source.and_then(Source::bundle);
+    let created = match &saved {
+        Some(saved) => artefacts::put_files_back(container, saved),
+        None => Ok(()),
+    }
+    .and_then(|()| boot(container))
+    .and_then(|()| match &saved {
+        Some(saved) => {
+            artefacts::put_limits_back(container, saved).inspect_err(|_| discard(container))
+        }
+        None => Ok(()),
+    });
+    created.map_err(|e| match source {
+        Some(source) => source.way_out(e),
+        None => e,
+    })
+}
+
+fn boot(container: &Arc<Container>) -> Result<()> {
     let io = open_io(container, &container.init)?;
     let (stdio, socket) = runtime_stdio(container, &io)?;
     let pid_file = container.bundle.join("init.pid");
@@ -174,7 +197,7 @@ fn handle_exit(work: impl FnOnce() + Send + 'static) {
 pub fn start_init(container: &Arc<Container>) -> Result<i32> {
     let _alone = container.alone(Request::Start)?;
     let _starting = Starting::new(container);
-    match &container.source {
+    match container.source.as_ref().filter(|source| !source.boots()) {
         None => container
             .runtime
             .start(container.sandbox.id())

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     coordinator::{
         cut,
-        turns::{Proof, Settings, Subject, Turns},
+        turns::{Asked, Proof, Settings, Subject, Turns},
     },
     inspector::{self, Watch},
     rootfs::Overlay,
@@ -26,10 +26,11 @@ use crate::{
 
 impl Subject for Container {
     fn parts(&self) -> std::result::Result<cut::Sandbox<'_>, String> {
-        if let Some(why) = self.spec.shared_with_others() {
-            return Err(format!("the sandbox cannot be checkpointed: {why}"));
-        }
         self.cut_parts().map_err(|e| e.to_string())
+    }
+
+    fn never_dumped(&self) -> Option<String> {
+        self.spec.shared_with_others().map(str::to_owned)
     }
 
     fn overlay(&self) -> std::result::Result<Overlay, String> {
@@ -142,11 +143,7 @@ impl Container {
     }
 
     /// Takes a checkpoint now, as a turn of its own.
-    pub(super) fn checkpoint_now(
-        &self,
-        name: Option<String>,
-        prove: bool,
-    ) -> Result<(JournalLine, Proof)> {
+    pub(super) fn checkpoint_now(&self, asked: Asked) -> Result<(JournalLine, Proof)> {
         let turns = self.turns.get().ok_or_else(|| {
             let text = format!(
                 "{}: {}",
@@ -156,7 +153,7 @@ impl Container {
             ShimError::new(Kind::FailedPrecondition, text)
         })?;
         turns
-            .checkpoint(name, prove)
+            .checkpoint(asked)
             .context(format_args!("{}: checkpoint", self.sandbox))
     }
 

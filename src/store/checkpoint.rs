@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Digest, Manifest, StoreError, objects::Objects};
+use super::{Digest, Kind, Manifest, StoreError, objects::Objects};
 use crate::sandbox::TurnNo;
 
 /// A checkpoint that is in the store.
@@ -30,6 +30,11 @@ impl Checkpoint {
     /// Which turn's.
     pub fn turn(&self) -> TurnNo {
         self.manifest.turn
+    }
+
+    /// Whether it brings back processes, and not files alone.
+    pub fn has_processes(&self) -> bool {
+        self.manifest.facts.kind == Kind::Full
     }
 
     pub(super) fn is_elsewhere(&self, packs: &Path) -> bool {

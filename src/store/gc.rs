@@ -154,8 +154,9 @@ impl SandboxStore {
 }
 
 impl SandboxWriter {
-    /// Lets checkpoints go that need not be kept, the oldest first; never the newest one, the one
-    /// that the sandbox goes on from, the armed one, or those with a name. Collects what they leave once that is much, or a limit demands it.
+    /// Lets checkpoints go that need not be kept, the oldest first; never the newest one, the newest
+    /// one with processes, the one that the sandbox goes on from, the armed one, or those with a name.
+    /// Collects what they leave once that is much, or a limit demands it.
     pub fn retain(&self, retention: &Retention) -> Result<Freed, StoreError> {
         let keep = retention.keep.max(1);
         let mut freed = Freed {
@@ -221,7 +222,8 @@ impl SandboxWriter {
                 if over > 0 {
                     log::warn!(
                         "{}: its checkpoints exceed the limit by {over} bytes, and none of them \
-                         may go: the newest one, the armed one and those with a name stay",
+                         may go: the newest one, the newest one with processes, the armed one and \
+                         those with a name stay",
                         self.id()
                     );
                 }
@@ -237,7 +239,12 @@ impl SandboxWriter {
         let mut turns = self.turns()?;
         turns.truncate(turns.len().saturating_sub(keep.max(1)));
         let named = self.names()?;
-        let stay = [self.armed()?, *self.guard().head.lock()];
+        let lock = self.guard();
+        let stay = [
+            self.armed()?,
+            *lock.head.lock(),
+            *lock.with_processes.lock(),
+        ];
         turns.retain(|turn| {
             !stay.contains(&Some(*turn)) && !named.values().any(|named| named == turn)
         });

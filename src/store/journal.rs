@@ -31,6 +31,9 @@ pub struct JournalLine {
     pub effects: Vec<Effect>,
     /// What crab did.
     pub action: Action,
+    /// What is part of a state and not in the checkpoint; `note` says why.
+    #[serde(default)]
+    pub missing: Vec<Missing>,
     /// How many came before the final dump.
     pub pre_dumps: u32,
     /// The digest of the checkpoint's manifest, if there is one.
@@ -88,6 +91,19 @@ pub enum Effect {
     Memory,
     /// The mount table.
     Mounts,
+    /// Written by a newer crab.
+    #[serde(untagged)]
+    Other(String),
+}
+
+/// What a checkpoint may lack.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Missing {
+    /// All processes.
+    Processes,
+    /// The files in a tmpfs.
+    Tmpfs,
     /// Written by a newer crab.
     #[serde(untagged)]
     Other(String),

@@ -49,4 +49,12 @@ impl SandboxStore {
         }
         self.get(newest).map(Some)
     }
+
+    /// The newest checkpoint that has processes. One that cannot be read is passed over: what it holds
+    /// nobody can have.
+    pub fn newest_with_processes(&self) -> Result<Option<Checkpoint>, StoreError> {
+        let kept = self.turns()?.into_iter().rev();
+        let mut readable = kept.filter_map(|turn| self.get(turn).ok());
+        Ok(readable.find(Checkpoint::has_processes))
+    }
 }

@@ -74,7 +74,8 @@ pub struct Facts {
     pub pipes: Vec<StdioPipe>,
     /// What a restore needs to know about the container; the shim's own.
     pub runtime: serde_json::Value,
-    /// What is missing, for people to read.
+    /// What is missing and why, for people to read. Of [`Kind::Files`] at least why there are no
+    /// processes.
     pub notes: Vec<String>,
     /// The turn whose dump the processes are, if it is an earlier one (D7a).
     #[serde(default)]
@@ -125,9 +126,9 @@ fn from_escaped<'de, D: Deserializer<'de>>(d: D) -> Result<PathBuf, D::Error> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
-    /// Files and processes, of one moment.
+    /// Files and processes.
     Full,
-    /// Files alone.
+    /// Files without processes, where these could not be kept: a start boots on them.
     Files,
 }
 

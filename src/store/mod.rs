@@ -63,7 +63,7 @@ pub use checkpoint::Checkpoint;
 pub use entry::{Content, DirRef, Node, TreeEntry};
 pub use error::StoreError;
 pub use gc::{Freed, Retention};
-pub use journal::{Action, BrokenLine, Effect, Journal, JournalLine, Sync, Trigger};
+pub use journal::{Action, BrokenLine, Effect, Journal, JournalLine, Missing, Sync, Trigger};
 pub use lay_out::Laid;
 pub use layer::LayerChanges;
 pub use manifest::{

@@ -11,8 +11,8 @@ use rustix::{
 };
 
 use super::{
-    Checkpoint, Contents, Digest, FORMAT, Facts, FileEntry, Manifest, SandboxStore, StoreError,
-    TreeEntry, TreeSummary,
+    Checkpoint, Contents, Digest, FORMAT, Facts, FileEntry, Kind, Manifest, SandboxStore,
+    StoreError, TreeEntry, TreeSummary,
     capture::{Ahead, Captured, Filling, Part, ReadAhead, Temporary},
     content::{Cut, FILE_CHUNK, PAGE_CHUNK},
     failpoint::failpoint,
@@ -43,6 +43,8 @@ pub enum Files<'a> {
 pub enum Images<'a> {
     /// CRIU's images are staged; none may be.
     Staged,
+    /// It has none; what is staged of them does not count.
+    None,
     /// They are those of an earlier checkpoint, which must still be in the store. The newest one will
     /// do, even if it has its processes from an earlier one itself.
     Same(&'a Checkpoint),
@@ -233,6 +235,9 @@ impl Pending {
         files::sync_dir(&self.store.packs_dir())?;
         failpoint("committed");
         *self.lock.head.lock() = None;
+        if manifest.facts.kind == Kind::Full {
+            *self.lock.with_processes.lock() = Some(self.turn);
+        }
         let digest = Digest::of(&json);
         let checkpoint = Checkpoint::new(self.store.packs_dir(), manifest, digest, stored);
         Ok((checkpoint, self.staging))
@@ -297,6 +302,7 @@ impl Pending {
         };
         let image = match images {
             Images::Same(of) => of.manifest.contents.image.clone(),
+            Images::None => Vec::new(),
             Images::Staged => keep_files(ingest, &self.staging.image, before(|c| &c.image))?,
         };
         let bundle = keep_files(ingest, &self.staging.bundle, before(|c| &c.bundle))?;

@@ -175,6 +175,8 @@ pub(super) struct Lock {
     /// What the sandbox goes on from, until there is a newer checkpoint: it may have been rolled back
     /// to one that is not the newest.
     pub(super) head: Mutex<Option<TurnNo>>,
+    /// The newest checkpoint that has processes.
+    pub(super) with_processes: Mutex<Option<TurnNo>>,
 }
 
 impl Drop for Lock {
@@ -240,12 +242,14 @@ impl SandboxWriter {
             log::warn!("{}: {e}", store.id());
             None
         });
+        let with_processes = store.newest_with_processes()?;
         let lock = Lock {
             file,
             index: Mutex::new(()),
             packs: Arc::default(),
             retired: Mutex::new(Retired::of(&store)?),
             head: Mutex::new(head.map(|checkpoint| checkpoint.turn())),
+            with_processes: Mutex::new(with_processes.map(|checkpoint| checkpoint.turn())),
         };
         Ok(Self {
             store,

@@ -49,15 +49,6 @@ impl Fingerprint {
         limits: Limits,
         stop: &dyn Fn() -> bool,
     ) -> Result<Option<Self>, TreeError> {
-        let shown = root.join(mount_point.strip_prefix("/").unwrap_or(mount_point));
-        let dir = open_mount(root, mount_point).map_err(failed("open", &shown))?;
-        let stat = rustix::fs::fstat(&dir).map_err(failed("stat", &shown))?;
-        if wide(stat.st_dev) != dev {
-            return Err(TreeError::Changed {
-                path: ShownPath::new(&shown),
-                what: "another file system is mounted there",
-            });
-        }
         let mut printer = Printer {
             digest: blake3::Hasher::new(),
             reader: Reader::new(stop),
@@ -65,13 +56,92 @@ impl Fingerprint {
             left: limits,
             beyond: false,
         };
-        match tree::walk(dir, &shown, Expect::Unchanged, stop, &mut printer) {
+        match walk(root, mount_point, dev, stop, &mut printer) {
             Err(TreeError::Stopped { .. }) if printer.beyond => Ok(None),
             Err(e) => Err(e),
             Ok(()) => Ok(Some(Self(Digest::from_bytes(
                 printer.digest.finalize().into(),
             )))),
         }
+    }
+}
+
+/// Whether a tmpfs holds a regular file, or so many names (`entries`) that this is as good as certain.
+/// The other arguments are those of [`Fingerprint::of`].
+pub fn holds_files(
+    root: &Path,
+    mount_point: &Path,
+    dev: u64,
+    entries: usize,
+    stop: &dyn Fn() -> bool,
+) -> Result<bool, TreeError> {
+    let mut search = Search {
+        left: entries,
+        found: false,
+    };
+    match walk(root, mount_point, dev, stop, &mut search) {
+        Err(TreeError::Stopped { .. }) if search.found => Ok(true),
+        Err(e) => Err(e),
+        Ok(()) => Ok(false),
+    }
+}
+
+/// Walks through what is mounted at `mount_point`; see [`Fingerprint::of`].
+fn walk(
+    root: &Path,
+    mount_point: &Path,
+    dev: u64,
+    stop: &dyn Fn() -> bool,
+    visitor: &mut impl Visitor,
+) -> Result<(), TreeError> {
+    let shown = root.join(mount_point.strip_prefix("/").unwrap_or(mount_point));
+    let dir = open_mount(root, mount_point).map_err(failed("open", &shown))?;
+    let stat = rustix::fs::fstat(&dir).map_err(failed("stat", &shown))?;
+    if wide(stat.st_dev) != dev {
+        return Err(TreeError::Changed {
+            path: ShownPath::new(&shown),
+            what: "another file system is mounted there",
+        });
+    }
+    tree::walk(dir, &shown, Expect::Unchanged, stop, visitor)
+}
+
+/// Ends the walk at the first file.
+struct Search {
+    left: usize,
+    found: bool,
+}
+
+impl Search {
+    fn look(&mut self, found: &Found<'_>) -> Result<(), TreeError> {
+        self.found = self.left == 0 || found.kind() == FileType::RegularFile;
+        self.left = self.left.saturating_sub(1);
+        match self.found {
+            // That is no error.
+            true => Err(TreeError::Stopped {
+                path: ShownPath::new(found.path),
+            }),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Visitor for Search {
+    fn enter(&mut self, dir: &Found<'_>) -> Result<(), TreeError> {
+        self.look(dir)
+    }
+
+    fn other(&mut self, found: &Found<'_>) -> Result<(), TreeError> {
+        self.look(found)
+    }
+
+    fn leave(&mut self, _: &Found<'_>) -> Result<(), TreeError> {
+        Ok(())
+    }
+
+    /// What is mounted on it is not in it.
+    fn mount(&mut self, _: usize, _: &CStr, _: &Path) -> Result<(), TreeError> {
+        Ok(())
     }
 }
 

@@ -35,5 +35,5 @@ mod tests;
 
 pub use apply::ApplyError;
 pub use changes::{Attributes, Candidate, Change, Comparison, LARGE, Now, Scope, What};
-pub use fingerprint::{Fingerprint, Limits};
+pub use fingerprint::{Fingerprint, Limits, holds_files};
 pub use index::Layer;

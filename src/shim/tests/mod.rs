@@ -52,6 +52,7 @@ mod sink;
 mod slow;
 mod states;
 mod turns;
+mod without_processes;
 
 /// No test waits longer than this for anything.
 const LIMIT: Duration = Duration::from_secs(20);

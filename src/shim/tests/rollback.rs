@@ -4,7 +4,7 @@ use containerd_shim::protos::api::UpdateTaskRequest;
 
 use super::{plan::Verb, *};
 use crate::{
-    coordinator::rollback::RolledBack,
+    coordinator::{rollback::RolledBack, turns::Asked},
     sandbox::TurnNo,
     shim::{error::ShimError, rollback::roll_back},
     store::{Action, Trigger},
@@ -15,17 +15,30 @@ impl Bed {
     fn gone_on(config: &str) -> Self {
         let bed = Self::protected(config);
         bed.machine.make_mortal();
-        bed.container("c").checkpoint_now(None, false).unwrap();
+        bed.container("c").checkpoint_now(Asked::default()).unwrap();
         bed.write("changed");
         bed
     }
 
-    fn write(&self, text: &str) {
+    pub(super) fn write(&self, text: &str) {
         fs::write(self.path("upper").join("file"), text).unwrap();
     }
 
-    fn file(&self) -> String {
+    pub(super) fn file(&self) -> String {
         fs::read_to_string(self.path("upper").join("file")).unwrap()
+    }
+
+    pub(super) fn update(&self, resources: &str) -> Answer<Empty> {
+        let resources = Any {
+            value: resources.into(),
+            ..Default::default()
+        };
+        let request = UpdateTaskRequest {
+            id: "c".into(),
+            resources: Some(resources).into(),
+            ..Default::default()
+        };
+        self.service.update(&context().1, request)
     }
 
     fn roll_back(&self, turn: u64) -> Result<RolledBack, ShimError> {
@@ -33,7 +46,7 @@ impl Bed {
     }
 
     /// The calls of the machine since the last one that begins with `since`.
-    fn calls_since(&self, since: &str) -> Vec<String> {
+    pub(super) fn calls_since(&self, since: &str) -> Vec<String> {
         let calls = self.machine.calls();
         let last = calls.iter().rposition(|call| call.starts_with(since));
         calls[last.unwrap()..].to_vec()
@@ -168,7 +181,7 @@ fn live_execs_end_with_137_and_are_no_turn() {
 #[test]
 fn what_does_not_exist_or_is_broken_is_refused_before_anything_is_touched() {
     let bed = Bed::gone_on("");
-    bed.container("c").checkpoint_now(None, false).unwrap();
+    bed.container("c").checkpoint_now(Asked::default()).unwrap();
     let pack = bed.store().dir().join("packs/2.pack");
     let mut bytes = fs::read(&pack).unwrap();
     // In the first block, behind the header.
@@ -302,7 +315,7 @@ fn the_streams_end_with_a_sandbox_that_could_not_be_brought_back() {
         bed.start("c", "").unwrap();
         let turn = bed
             .container("c")
-            .checkpoint_now(None, false)
+            .checkpoint_now(Asked::default())
             .unwrap()
             .0
             .turn;
@@ -490,24 +503,13 @@ fn a_paused_sandbox_comes_back_paused() {
 #[test]
 fn limits_that_the_client_has_changed_stay_changed() {
     let bed = Bed::gone_on("");
-    let update = |json: &str| {
-        let resources = Any {
-            value: json.as_bytes().to_vec(),
-            ..Default::default()
-        };
-        let request = UpdateTaskRequest {
-            id: "c".into(),
-            resources: Some(resources).into(),
-            ..Default::default()
-        };
-        bed.service.update(&context().1, request)
-    };
     bed.roll_back(1).unwrap();
     assert_eq!(bed.machine.count("update"), 0);
-    update(r#"{"memory":{"limit":1,"swap":2}}"#).unwrap();
-    update(r#"{"memory":{"limit":3},"pids":{"limit":4}}"#).unwrap();
+    bed.update(r#"{"memory":{"limit":1,"swap":2}}"#).unwrap();
+    bed.update(r#"{"memory":{"limit":3},"pids":{"limit":4}}"#)
+        .unwrap();
     bed.machine.fail(Verb::Update, "too low");
-    update(r#"{"pids":{"limit":0}}"#).unwrap_err();
+    bed.update(r#"{"pids":{"limit":0}}"#).unwrap_err();
     bed.roll_back(1).unwrap();
     let all = r#"update c {"memory":{"limit":3,"swap":2},"pids":{"limit":4}}"#;
     assert_eq!(bed.calls_since("restore"), ["restore c", all]);
@@ -523,7 +525,7 @@ fn a_turn_that_ended_before_and_was_not_taken_yet_is_none() {
     let start = bed.go(|bed| bed.start("c", "b"));
     blocked.wait();
     // Waits for the start of b, and the rollback for it.
-    let checkpoint = bed.go(|bed| bed.container("c").checkpoint_now(None, false));
+    let checkpoint = bed.go(|bed| bed.container("c").checkpoint_now(Asked::default()));
     assert!(checkpoint.waits());
     let back = bed.go(|bed| bed.roll_back(1));
     assert!(back.waits());

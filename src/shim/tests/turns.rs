@@ -4,6 +4,7 @@ use containerd_shim::protos::types::mount::Mount;
 
 use super::{plan::Verb, *};
 use crate::{
+    coordinator::turns::Asked,
     sandbox::SandboxId,
     store::{Action, JournalLine, SandboxStore, Store, Trigger},
 };
@@ -203,21 +204,6 @@ fn a_turn_that_cannot_be_saved_says_so_and_lets_the_next_begin() {
 }
 
 #[test]
-fn a_dump_that_fails_thaws_and_lets_the_next_begin() {
-    let bed = Bed::protected("");
-    bed.machine.fail(Verb::Checkpoint, "criu failed");
-    bed.turn("a");
-    let exec = bed.run_exec("c", "b");
-    assert!(!bed.machine.group("c").is_frozen());
-    bed.end(exec, 0, "exit c/b 0");
-    let lines = bed.journal(2);
-    let note = lines[0].note.as_deref().unwrap();
-    assert!(note.contains("criu failed"), "{note}");
-    assert_eq!(lines[1].action, Action::Full);
-    assert_eq!(bed.store().turns().unwrap(), [lines[1].turn]);
-}
-
-#[test]
 fn an_exec_that_fails_ends_no_turn() {
     let bed = Bed::protected("");
     bed.exec("c", "a").unwrap();
@@ -265,14 +251,15 @@ fn death_during_a_turn_is_told_and_lets_go_of_the_store() {
 #[test]
 fn a_checkpoint_by_hand_is_a_turn_with_a_name() {
     let bed = Bed::protected("");
-    let line = bed
-        .container("c")
-        .checkpoint_now(Some("base".into()), false);
+    let line = bed.container("c").checkpoint_now(Asked {
+        name: Some("base".into()),
+        ..Asked::default()
+    });
     let (line, _) = line.unwrap();
     assert_eq!(line.trigger, Trigger::Manual);
     assert_eq!(bed.store().named("base").unwrap(), line.turn);
     bed.pause("c").unwrap();
-    bed.container("c").checkpoint_now(None, false).unwrap();
+    bed.container("c").checkpoint_now(Asked::default()).unwrap();
     assert!(bed.machine.group("c").is_frozen());
     assert_eq!(bed.status("c", ""), Status::PAUSED);
     bed.resume("c").unwrap();
@@ -307,7 +294,10 @@ fn a_clients_checkpoint_waits_for_the_end_of_the_turns() {
 fn a_live_exec_forbids_a_checkpoint_by_hand() {
     let bed = Bed::protected("");
     let exec = bed.run_exec("c", "e");
-    let refused = bed.container("c").checkpoint_now(None, false).unwrap_err();
+    let refused = bed
+        .container("c")
+        .checkpoint_now(Asked::default())
+        .unwrap_err();
     assert!(refused.message.contains("live execs (e;"), "{refused}");
     bed.end(exec, 0, "exit c/e 0");
     bed.finish();

@@ -61,6 +61,76 @@ fn what_no_checkpoint_needs_goes_and_what_one_needs_stays() {
     assert!(first == noise(9999, 100_000));
 }
 
+/// One whose processes could not be kept: what CRIU left staged is none of it.
+fn without_processes(writer: &SandboxWriter, number: u64) -> Checkpoint {
+    let mut pending = writer.begin(TurnNo(number)).unwrap();
+    fill(&pending);
+    let facts = Facts {
+        kind: Kind::Files,
+        processes: 0,
+        processes_of: None,
+        references: Vec::new(),
+        notes: vec!["processes: process 7 uses io_uring".into()],
+        ..facts()
+    };
+    {
+        let upper = pending.upper_dir();
+        pending.capture(&upper, Part::Whole, &|| false).unwrap();
+        pending
+            .commit(facts, Images::None, Files::Captured)
+            .unwrap()
+            .0
+    }
+}
+
+#[test]
+fn the_newest_checkpoint_with_processes_is_kept_whatever_came_after_it() {
+    let bed = bed();
+    let writer = bed.writer();
+    bed.checkpoint(&writer, 1);
+    bed.checkpoint(&writer, 2);
+    for number in 3..=6 {
+        let checkpoint = without_processes(&writer, number);
+        assert!(!checkpoint.has_processes());
+        assert_eq!(checkpoint.manifest.contents.image, []);
+        assert!(checkpoint.manifest.contents.upper.is_some());
+    }
+    let limited = |limit| Retention {
+        keep: 2,
+        sandbox_limit: limit,
+        store_limit: None,
+    };
+    let gone =
+        |writer: &SandboxWriter, limit| numbers(writer.retain(&limited(limit)).unwrap().turns);
+    assert_eq!(gone(&writer, None), [1, 3, 4]);
+    // Also by one who did not see them made.
+    drop(writer);
+    let writer = bed.writer();
+    assert_eq!(gone(&writer, Some(1)), [5]);
+    assert_eq!(numbers(writer.turns().unwrap()), [2, 6]);
+    let newest = writer.newest_with_processes().unwrap().unwrap();
+    assert_eq!(newest.turn(), TurnNo(2));
+    for turn in writer.turns().unwrap() {
+        assert_eq!(writer.verify(turn).unwrap(), []);
+    }
+    bed.checkpoint(&writer, 7);
+    assert_eq!(gone(&writer, Some(1)), [2, 6]);
+    assert_eq!(numbers(writer.turns().unwrap()), [7]);
+}
+
+#[test]
+fn a_broken_checkpoint_does_not_hide_an_older_one_with_processes() {
+    let bed = bed();
+    let writer = bed.writer();
+    bed.checkpoint(&writer, 1);
+    let broken = bed.checkpoint(&writer, 2);
+    without_processes(&writer, 3);
+    let pack = writer.pack_path(broken.turn());
+    fs::write(&pack, "x").unwrap();
+    let newest = writer.newest_with_processes().unwrap().unwrap();
+    assert_eq!(newest.turn(), TurnNo(1));
+}
+
 #[test]
 fn a_limit_takes_the_oldest_and_never_the_newest() {
     let bed = bed();

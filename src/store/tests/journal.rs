@@ -10,6 +10,7 @@ pub(super) fn line(turn: u64) -> JournalLine {
         trigger: Trigger::Exec,
         effects: vec![Effect::Files, Effect::Other("devices".into())],
         action: Action::Full,
+        missing: vec![Missing::Tmpfs, Missing::Other("clocks".into())],
         pre_dumps: 0,
         checkpoint: Some(Digest::of(b"x")),
         changed_files: 2,
@@ -39,6 +40,7 @@ fn a_journal_line_has_exactly_the_documented_keys() {
         "trigger",
         "effects",
         "action",
+        "missing",
         "pre_dumps",
         "checkpoint",
         "changed_files",
@@ -57,6 +59,7 @@ fn a_journal_line_has_exactly_the_documented_keys() {
     keys.sort_unstable();
     assert_eq!(keys, documented);
     assert_eq!(json["effects"], serde_json::json!(["files", "devices"]));
+    assert_eq!(json["missing"], serde_json::json!(["tmpfs", "clocks"]));
     assert_eq!(json["trigger"], "exec");
 }
 

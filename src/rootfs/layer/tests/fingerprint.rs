@@ -150,6 +150,32 @@ fn a_mount_in_it_is_named_and_not_entered() {
     });
 }
 
+#[test]
+fn a_tmpfs_without_files_is_told_from_one_with_some() {
+    let shm = Shm::new();
+    let dev = fs::metadata(shm.0.path()).unwrap().dev();
+    let holds = |entries| {
+        let holds = holds_files(shm.0.path(), Path::new("/tmp"), dev, entries, &never);
+        holds.unwrap()
+    };
+    assert!(holds(1000));
+    fs::remove_file(shm.at("g")).unwrap();
+    assert!(holds(1000), "one below");
+    fs::remove_file(shm.at("d/f")).unwrap();
+    assert!(!holds(1000), "a directory and a link are none");
+    // The root, a directory, a link.
+    assert!(!holds(3));
+    assert!(holds(2), "more than anybody looks at");
+    if root() {
+        with_own_mounts(|| {
+            let tmpfs = Some("tmpfs");
+            mount(tmpfs, &shm.at("d"), tmpfs, MsFlags::empty(), None::<&str>).unwrap();
+            fs::write(shm.at("d/x"), "").unwrap();
+            assert!(!holds(1000), "what is mounted on it is another one");
+        });
+    }
+}
+
 /// In a thread of its own, whose mounts nobody else sees.
 pub(super) fn with_own_mounts(test: impl FnOnce() + Send) {
     std::thread::scope(|scope| {
