@@ -61,7 +61,7 @@ fn a_turn_whose_processes_cannot_be_dumped_keeps_its_files_and_says_why() {
         assert!(said.starts_with("without processes: "), "{said}");
         assert!(said.contains(IO_URING), "{said}");
     }
-    let laid = checkpoint.lay_out(&bed.store().scratch_dir()).unwrap();
+    let laid = checkpoint.lay_out_all(&bed.store().scratch_dir()).unwrap();
     let saved = fs::read_to_string(laid.upper_dir().join("file")).unwrap();
     assert_eq!(saved, "changed");
     // Once they can be dumped, they are.

@@ -268,7 +268,7 @@ fn read_everything(store: &SandboxStore) {
     let _ = store.get(TurnNo(1));
     let _ = store.verify(TurnNo(1));
     let _ = store.verify_packs();
-    let _ = lay_out(&store, TurnNo(1), &store.scratch_dir());
+    let _ = lay_out(store, TurnNo(1), &store.scratch_dir());
 }
 
 proptest! {

@@ -168,7 +168,7 @@ fn rarities(root: &Path) {
     fs::write(rare.join("setuid"), "#!").unwrap();
     std::os::unix::fs::chown(rare.join("setuid"), Some(1000), Some(70_000)).unwrap();
     fs::set_permissions(rare.join("setuid"), fs::Permissions::from_mode(0o6755)).unwrap();
-    fs::set_permissions(rare.join("dir/shut"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(rare.join("dir/shut"), fs::Permissions::from_mode(0o000)).unwrap();
 }
 
 /// user::rwx, user:1000:r--, group::r-x, mask::r-x, other::---

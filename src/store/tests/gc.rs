@@ -73,14 +73,10 @@ fn without_processes(writer: &SandboxWriter, number: u64) -> Checkpoint {
         notes: vec!["processes: process 7 uses io_uring".into()],
         ..facts()
     };
-    {
-        let upper = pending.upper_dir();
-        pending.capture(&upper, Part::Whole, &|| false).unwrap();
-        pending
-            .commit(facts, Images::None, Files::Captured)
-            .unwrap()
-            .0
-    }
+    let upper = pending.upper_dir();
+    pending.capture(&upper, Part::Whole, &|| false).unwrap();
+    let committed = pending.commit(facts, Images::None, Files::Captured);
+    committed.unwrap().0
 }
 
 #[test]
