@@ -130,7 +130,8 @@ impl Driver<'_> {
                 show(&self.watch.cut(&self.pids(order)?)?)
             }
             "durable" => {
-                self.watch.durable()?;
+                self.watch.durable();
+                self.watch.retire()?;
                 json!({})
             }
             "failed" => json!({}),
@@ -217,7 +218,8 @@ impl Driver<'_> {
             }
             None => self.layer = Some(Layer::read(self.upper()?, &|| false)?),
         }
-        self.watch.durable()?;
+        self.watch.durable();
+        self.watch.retire()?;
         Ok(answer)
     }
 

@@ -302,22 +302,19 @@ impl Inspection {
             self.known = None;
             return;
         };
-        let forgotten = match &mut self.watch {
-            Ok(watch) => watch.durable(),
-            Err(_) => return,
+        let Ok(watch) = &mut self.watch else {
+            return;
         };
+        watch.durable();
         let known = self.known.take();
-        let layer = forgotten
-            .map_err(|e| e.to_string())
-            .and(taken.layer)
-            .and_then(|outline| match (outline, known) {
-                (Outline::New(layer), _) => Ok(layer),
-                (Outline::Delta(delta), Some(mut known)) => match known.layer.apply(delta) {
-                    Ok(()) => Ok(known.layer),
-                    Err(e) => Err(e.to_string()),
-                },
-                (Outline::Delta(_), None) => Err("nothing to compare with".into()),
-            });
+        let layer = taken.layer.and_then(|outline| match (outline, known) {
+            (Outline::New(layer), _) => Ok(layer),
+            (Outline::Delta(delta), Some(mut known)) => match known.layer.apply(delta) {
+                Ok(()) => Ok(known.layer),
+                Err(e) => Err(e.to_string()),
+            },
+            (Outline::Delta(_), None) => Err("nothing to compare with".into()),
+        });
         match layer {
             Ok(layer) => {
                 let dump = Dump {
@@ -348,12 +345,8 @@ impl Inspection {
         let (Ok(watch), Some(mut known)) = (&mut self.watch, self.known.take()) else {
             return;
         };
-        let applied = watch.durable().map_err(|e| e.to_string());
-        let applied = applied.and_then(|()| {
-            let layer = &mut known.layer;
-            layer.apply(still.comparison).map_err(|e| e.to_string())
-        });
-        match applied {
+        watch.durable();
+        match known.layer.apply(still.comparison) {
             Ok(()) => {
                 known.turn = turn;
                 known.dump.settled = true;
@@ -384,9 +377,14 @@ impl Inspection {
         self.known.as_ref().map(|known| known.dump.turn)
     }
 
-    /// What can wait until the gate is open: digests out of the copy of the writable layer, and how the
-    /// processes settled after the thaw.
+    /// What can wait until the gate is open: epochs of the checkpoint are forgotten, digests are read out of
+    /// the copy of the writable layer, and it is seen how the processes settled after the thaw.
     pub(super) fn learn(&mut self, scene: &Scene<'_>, copy: &Path) {
+        if let Ok(watch) = &mut self.watch
+            && let Err(e) = watch.retire()
+        {
+            return self.lose(format!("cannot forget an epoch: {e}"));
+        }
         let (Some(known), Ok(watch)) = (&mut self.known, &self.watch) else {
             return;
         };
