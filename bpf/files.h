@@ -20,6 +20,9 @@ struct recent {
 	__u64 generation;
 	__u32 tgid;
 	__u32 bits; /* SEEN_*: what of it was noted */
+	__u64 epoch; /* the number of the one in which it was */
+	__u32 owner; /* slot + 1 of whose epoch; 0: in none */
+	__u32 unused;
 };
 
 struct memory {
@@ -33,6 +36,12 @@ struct {
 	__type(key, __u32);
 	__type(value, struct memory);
 } memories SEC(".maps");
+
+/* Whether what was noted in an epoch stands in the one that its slot is in now. */
+static __always_inline bool is_current(const struct recent *old)
+{
+	return !old->owner || old->epoch == epoch_number(old->owner - 1);
+}
 
 /*
  * Whether this CPU dealt with the same already. One program may interrupt another on a CPU: the second
@@ -49,7 +58,7 @@ static __always_inline bool known(struct memory *memory, const struct recent *no
 	barrier();
 	same = old->ino == now->ino && old->dev == now->dev && old->via == now->via &&
 	       old->cgroup == now->cgroup && old->generation == now->generation &&
-	       old->tgid == now->tgid && !(now->bits & ~old->bits);
+	       old->tgid == now->tgid && !(now->bits & ~old->bits) && is_current(old);
 	barrier();
 	memory->busy = 0;
 	return same;
@@ -161,10 +170,22 @@ static __always_inline bool is_memory(struct super_block *sb, unsigned long magi
 }
 
 /*
+ * Records it in the slot's epoch, and says in which. The number is read once: what is remembered stands in
+ * the epoch that is remembered.
+ */
+static __always_inline void record_and_tell(__u32 slot, const struct inode_key *key, __u32 bits,
+					    struct recent *now)
+{
+	now->owner = slot + 1;
+	now->epoch = epoch_number(slot);
+	record(slot, now->epoch, key, bits);
+}
+
+/*
  * An inode changed that the CPU does not remember. A program of its own, as its many registers and its
  * stack are not the business of the short way.
  */
-static __noinline int note(struct inode *inode, const struct recent *now)
+static __noinline int note(struct inode *inode, struct recent *now)
 {
 	volatile struct control *control = controls();
 	struct super_block *sb = inode->i_sb;
@@ -197,7 +218,7 @@ static __noinline int note(struct inode *inode, const struct recent *now)
 	} else if (!now->via) {
 		did(now->tgid, DID_FILE);
 	}
-	record(slot, &key, bits);
+	record_and_tell(slot, &key, bits, now);
 	return 0;
 }
 
@@ -209,7 +230,7 @@ static __always_inline bool fill(struct recent *now, struct inode_key *key)
 
 	if (!control)
 		return false;
-	/* Before the epoch is looked up: an entry made in an old epoch must carry an old number. */
+	/* Before the sandbox is looked up: what was found in an old generation must carry its number. */
 	now->generation = control->generation;
 	now->ino = key->ino;
 	now->dev = key->dev;

@@ -10,6 +10,8 @@
 
 /* Sandboxes that one host can watch at once. */
 #define CRAB_SLOTS 4096
+/* Epochs of one sandbox that the programs may write to: that of an even number, and of an odd one. */
+#define CRAB_SIDES 2
 /* Places in each CPU's memory of what it has just recorded; a power of two. */
 #define CRAB_RECENT 64
 
@@ -41,8 +43,6 @@ enum seen_bits {
 
 enum epoch_bits {
 	EPOCH_OVERFLOW = 1 << 0, /* an inode could not be recorded: everything may have changed */
-	EPOCH_MAPPED = 1 << 1,   /* a shared mapping of a file was made */
-	EPOCH_AIO = 1 << 2,      /* a ring of asynchronous I/O was made */
 };
 
 /* What happened besides changes of files. Set by the sandbox's own tasks alone. */

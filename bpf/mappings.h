@@ -9,7 +9,7 @@
 #include "files.h"
 
 /* A shared mapping was made that the CPU does not remember. */
-static __noinline int note_mapping(struct inode *inode, const struct recent *now)
+static __noinline int note_mapping(struct inode *inode, struct recent *now)
 {
 	volatile struct control *control = controls();
 	unsigned long magic = inode->i_sb->s_magic;
@@ -25,10 +25,6 @@ static __noinline int note_mapping(struct inode *inode, const struct recent *now
 	}
 	if (slot == NOBODY)
 		return 0;
-	if (magic == MAGIC_AIO || magic == MAGIC_ANON_INODE) {
-		set_epoch_bits(slot, EPOCH_AIO);
-		return 0;
-	}
 	if (is_pseudo(magic))
 		return 0;
 	if (is_memory(inode->i_sb, magic)) {
@@ -36,9 +32,8 @@ static __noinline int note_mapping(struct inode *inode, const struct recent *now
 			happened(slot, HAPPENED_MEMORY);
 	} else {
 		did(now->tgid, DID_FILE);
-		set_epoch_bits(slot, EPOCH_MAPPED);
 	}
-	record(slot, &key, bits);
+	record_and_tell(slot, &key, bits, now);
 	return 0;
 }
 

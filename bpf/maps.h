@@ -6,7 +6,10 @@
 #include "inspector.h"
 #include "kernel.h"
 
-/* One epoch of one sandbox: what changed in it. User space makes it and puts it into `epochs`. */
+/*
+ * One epoch of one sandbox: what changed in it. User space makes it and puts it into `epochs`, at its
+ * slot's place for even or for odd numbers.
+ */
 struct epoch {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -17,10 +20,19 @@ struct epoch {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__uint(max_entries, CRAB_SLOTS);
+	__uint(max_entries, CRAB_SIDES * CRAB_SLOTS);
 	__type(key, __u32);
 	__array(values, struct epoch);
 } epochs SEC(".maps");
+
+/* slot -> number of its epoch, which user space increments to begin another one. Mapped by every shim. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, CRAB_SLOTS);
+	__type(key, __u32);
+	__type(value, __u64);
+} epoch_numbers SEC(".maps");
 
 /* cgroup id (of cgroup v2's hierarchy) -> slot */
 struct {
@@ -100,39 +112,43 @@ static __always_inline void set_bits(__u32 *word, __u32 bits)
 		__sync_fetch_and_or(word, bits);
 }
 
-static __always_inline void set_own_bits(__u32 slot, enum own_keys which, __u32 bits)
+/* The number of the epoch that a slot is in. */
+static __always_inline __u64 epoch_number(__u32 slot)
 {
-	struct inode_key own = { .dev = which };
-	struct seen *seen;
-	void *epoch;
+	volatile __u64 *number = bpf_map_lookup_elem(&epoch_numbers, &slot);
 
-	epoch = bpf_map_lookup_elem(&epochs, &slot);
+	return number ? *number : 0;
+}
+
+static __always_inline void *epoch_of(__u32 slot, __u64 number)
+{
+	__u32 place = CRAB_SIDES * slot + number % CRAB_SIDES;
+
+	return bpf_map_lookup_elem(&epochs, &place);
+}
+
+static __always_inline void happened(__u32 slot, __u32 bits)
+{
+	void *epoch = epoch_of(slot, epoch_number(slot));
+	struct inode_key own = {};
+	struct seen *seen;
+
 	if (!epoch)
 		return;
+	own.dev = OWN_EVENTS;
 	seen = bpf_map_lookup_elem(epoch, &own);
 	if (seen)
 		set_bits(&seen->bits, bits);
 }
 
-static __always_inline void set_epoch_bits(__u32 slot, __u32 bits)
-{
-	set_own_bits(slot, OWN_HEADER, bits);
-}
-
-static __always_inline void happened(__u32 slot, __u32 bits)
-{
-	set_own_bits(slot, OWN_EVENTS, bits);
-}
-
 /* Not in a program of its own: a call costs more than the code. */
-static __always_inline void record(__u32 slot, const struct inode_key *key, __u32 bits)
+static __always_inline void record(__u32 slot, __u64 number, const struct inode_key *key, __u32 bits)
 {
 	struct inode_key header = {};
 	struct seen first = { .bits = bits };
+	void *epoch = epoch_of(slot, number);
 	struct seen *seen;
-	void *epoch;
 
-	epoch = bpf_map_lookup_elem(&epochs, &slot);
 	if (!epoch)
 		return;
 	seen = bpf_map_lookup_elem(epoch, key);

@@ -137,7 +137,8 @@ impl Driver<'_> {
                 show(&self.watch.cut(&self.pids(order)?)?)
             }
             "durable" => {
-                self.watch.durable()?;
+                self.watch.durable();
+                self.watch.retire()?;
                 json!({})
             }
             "failed" => json!({}),
@@ -235,7 +236,8 @@ impl Driver<'_> {
             }
             None => self.layer = Some(Layer::read(self.upper()?, &|| false)?),
         }
-        self.watch.durable()?;
+        self.watch.durable();
+        self.watch.retire()?;
         Ok(answer)
     }
 

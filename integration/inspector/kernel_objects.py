@@ -9,7 +9,7 @@ import struct
 import time
 
 CALL = {"x86_64": 321, "aarch64": 280}[platform.machine()]
-OBJ_GET, OBJ_GET_INFO_BY_FD = 7, 15
+MAP_LOOKUP, MAP_UPDATE, OBJ_GET, OBJ_GET_INFO_BY_FD = 1, 2, 7, 15
 NEXT_ID = {"prog": 11, "map": 12, "link": 31}
 FD_BY_ID = {"prog": 13, "map": 14, "link": 30}
 # Where struct bpf_prog_info and bpf_map_info have the name, of 16 bytes; a link has none.
@@ -76,6 +76,16 @@ def name(kind, number):
 def named(kind, wanted):
     """The ids of all objects of this name."""
     return {number for number in ids(kind) if name(kind, number) == wanted[:15]}
+
+
+def element(command, number, key, value):
+    """Looks up or updates what a map (its id) has at `key`; `value` is a bytearray of the map's size."""
+    fd = open_by_id("map", number)
+    try:
+        there = [(ctypes.c_char * len(part)).from_buffer(part) for part in (bytearray(key), value)]
+        bpf(command, bytearray(struct.pack("=IIQQQ", fd, 0, *(ctypes.addressof(part) for part in there), 0)))
+    finally:
+        os.close(fd)
 
 
 def of_fdinfo(path):

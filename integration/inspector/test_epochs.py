@@ -26,9 +26,11 @@ import mmap
 import os
 import random
 import signal
+import struct
 import time
 import traceback
 
+import kernel_objects
 import pytest
 import watcher
 
@@ -230,3 +232,79 @@ def test_every_write_is_in_one_of_two_neighbouring_epochs(bed, builds):
         wrong += lost_at_a_cut(cuts, cold)
         wrong += never_written(cuts, hot | cold)
     assert not wrong, f"{len(wrong)}: {wrong[:10]}"
+
+
+SEEN_CTIME, SEEN_MAPPED, SEEN_OUTSIDE = 1 << 0, 1 << 2, 1 << 4
+"""Of bpf/inspector.h."""
+LATE = 1 << 40
+"""Numbers from here on no inode has."""
+
+
+def epochs(driver):
+    """The ids of the maps in which a driver's sandbox is noted, or was."""
+    held = {number for kind, number in kernel_objects.of_process(driver.pid) if kind == "map"}
+    return held & kernel_objects.named("map", "epoch")
+
+
+HEADER = bytes(16)
+"""The key of an epoch's header: bits, and how many inodes there are."""
+
+
+def header(epoch):
+    value = bytearray(8)
+    kernel_objects.element(kernel_objects.MAP_LOOKUP, epoch, HEADER, value)
+    return struct.unpack("=II", value)
+
+
+def note(epoch, sandbox, inode, bits=SEEN_CTIME):
+    """As a program would that looked the epoch up some time ago. Other programs must not do so just now."""
+    device = os.major(sandbox.device) << 20 | os.minor(sandbox.device)
+    value = bytearray(struct.pack("=II", bits, 0))
+    kernel_objects.element(kernel_objects.MAP_UPDATE, epoch, struct.pack("=QII", inode, device, 0), value)
+    if inode >= LATE:
+        flags, count = header(epoch)
+        value = bytearray(struct.pack("=II", flags, count + 1))
+        kernel_objects.element(kernel_objects.MAP_UPDATE, epoch, HEADER, value)
+
+
+def after_a_cut(bed, builds):
+    """A sandbox and its driver, which has cut; the ended epoch, and what is in it."""
+    sandbox = bed.sandbox()
+    driver = bed.watcher(builds[0], sandbox).ready()
+    for order in ("cut", "durable"):
+        driver.ask(order)
+    sandbox.write()
+    written = driver.inodes()[1]
+    (ended,) = (epoch for epoch in epochs(driver) if header(epoch)[1])
+    assert driver.inodes("cut") == (None, written)
+    return sandbox, driver, ended, written
+
+
+def test_what_is_noted_after_the_cut_counts_until_the_next_one(bed, builds):
+    sandbox, driver, ended, written = after_a_cut(bed, builds)
+    note(ended, sandbox, LATE)
+    driver.ask("durable")
+    assert driver.inodes() == driver.inodes("cut") == (None, written | {LATE})
+    driver.ask("durable")
+    assert driver.inodes() == (None, set())
+    assert ended not in epochs(driver)
+
+
+def test_what_is_noted_in_the_place_of_an_ended_epoch_counts(bed, builds):
+    """A program may find the next epoch where it looks for one before the last."""
+    sandbox, driver, ended, _ = after_a_cut(bed, builds)
+    former = epochs(driver)
+    driver.ask("durable")
+    (following,) = epochs(driver) - former
+    note(following, sandbox, LATE)
+    assert driver.inodes() == driver.inodes("cut") == (None, {LATE})
+
+
+def test_a_mapping_of_an_outsider_that_is_noted_late_is_carried_for_ever(bed, builds):
+    sandbox, driver, ended, written = after_a_cut(bed, builds)
+    mapped = min(written)
+    note(ended, sandbox, mapped, SEEN_CTIME | SEEN_MAPPED | SEEN_OUTSIDE)
+    for _ in range(3):
+        driver.ask("durable")
+        assert mapped in driver.inodes()[1]
+        driver.ask("cut")

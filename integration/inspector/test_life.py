@@ -1,4 +1,4 @@
-"""The inspector is killed at every step of load, join, register, rotate and leave, and nobody else notices.
+"""The inspector is killed at every step of load, join, register, rotate, retire and leave, and nobody else notices.
 
 The programs are the host's, so a shim that dies must neither take them from the others nor leave them for ever.
 """
@@ -16,19 +16,20 @@ from watcher import CHECKOUT, Died, Refused
 
 LOAD = ["mounted", "loaded", "maps", "attached", "linked", "linked:6", "pinned", "renamed"]
 """In the loader, which is a child: the driver lives on and says so."""
-JOIN = ["sweeping", "claimed", "swapped", "overlay", "registered"]
-ROTATE = ["swapped:2", "ended", "cut"]
+JOIN = ["sweeping", "claimed", "put", "overlay", "registered"]
+ROTATE = ["put:2", "next", "ended", "cut"]
+RETIRE = ["put:3", "retired"]
 LEAVE = ["unregistering", "unregistered", "left", "removing", "unmounting"]
 LAST = ["removing", "unmounting"]
 """Only the last one that leaves does that."""
-ROUNDS, SECONDS = 30, 6
-"""The deaths at random moments: so many, or as many as fit."""
+ROUNDS, SECONDS, DEATHS = 30, 6, 3
+"""The deaths at random moments: so many lives, or as many as fit; but so many deaths, however busy the machine is."""
 
 
 def test_every_step_has_its_death():
     source = "".join(p.read_text() for p in (CHECKOUT / "src/inspector").glob("*.rs"))
     named = set(re.findall(r'failpoint\("(\w+)"\)', source))
-    assert named == {step.split(":")[0] for step in LOAD + JOIN + ROTATE + LEAVE}
+    assert named == {step.split(":")[0] for step in LOAD + JOIN + ROTATE + RETIRE + LEAVE}
 
 
 def die(bed, build, sandbox, step):
@@ -48,14 +49,17 @@ def die(bed, build, sandbox, step):
         victim.ready()
         victim.sees() if step in LEAVE else sandbox.write()
         bed.note()
-        victim.send("cut" if step in ROTATE else "quit")
+        orders = ["cut"] if step in ROTATE else ["cut", "durable"] if step in RETIRE else ["quit"]
+        victim.send(*orders)
+        if step in RETIRE:
+            victim.answer()
     with pytest.raises(Died) as died:
         victim.answer()
     assert died.value.code == -signal.SIGKILL
     victim.end()
 
 
-@pytest.mark.parametrize("step", LOAD + JOIN + ROTATE + LEAVE)
+@pytest.mark.parametrize("step", LOAD + JOIN + ROTATE + RETIRE + LEAVE)
 def test_the_next_one_works_after_a_death_at(step, bed, builds):
     build = builds[0]
     sandbox = bed.sandbox()
@@ -68,7 +72,7 @@ def test_the_next_one_works_after_a_death_at(step, bed, builds):
     bed.nothing_is_left(build)
 
 
-@pytest.mark.parametrize("step", LOAD + JOIN + ROTATE + [s for s in LEAVE if s not in LAST])
+@pytest.mark.parametrize("step", LOAD + JOIN + ROTATE + RETIRE + [s for s in LEAVE if s not in LAST])
 def test_those_beside_go_on_after_a_death_at(step, bed, builds):
     # Programs are loaded beside others only if those are of another build.
     build, beside = (builds[0], builds[1]) if step in LOAD else (builds[0], builds[0])
@@ -103,7 +107,11 @@ def test_a_death_at_any_moment(company, bed, builds):
     assert life().end() == 0
     whole = time.monotonic() - begin
     killed = 0
-    for turn in itertools.takewhile(lambda _: time.monotonic() < begin + SECONDS, range(ROUNDS)):
+
+    def goes_on(_):
+        return killed < DEATHS or time.monotonic() < begin + SECONDS
+
+    for turn in itertools.takewhile(goes_on, range(ROUNDS)):
         born, victim = time.monotonic(), life()
         try:
             victim.process.wait(chance.uniform(0, whole))
@@ -119,7 +127,7 @@ def test_a_death_at_any_moment(company, bed, builds):
             following.sees()
             bed.note()
             assert following.leave() == 0
-    assert killed > 2, "the moments are spread over its life"
+    assert killed >= DEATHS, "the moments are spread over its life"
     if bystander:
         bystander.sees()
         assert bystander.leave() == 0

@@ -1,27 +1,27 @@
-//! One consistent cut: latch, freeze, dump, look whether it held, capture, thaw (D7).
+//! One consistent cut: latch, start CRIU, freeze, let it dump, look whether it held, capture, thaw (D7).
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
-    thread,
+    thread::{self, Scope},
     time::{Duration, Instant},
 };
 
 use super::{
     doors::Doors,
+    early::{Early, Runner, Started},
     freeze::{Freeze, FreezeError, Held},
-    poison::{self, Snapshot, SnapshotError, Verdict},
+    poison::{self, Snapshot, Verdict},
 };
-use crate::{
-    cgroup::CgroupError,
-    runtime::{
-        self, OciRuntime, RuntimeError,
-        criu_conf::{self, CriuConf},
-        descriptors::{self, DescriptorsError, Stream},
-    },
+use crate::runtime::{
+    self, OciRuntime, RuntimeError,
+    criu_conf::CriuConf,
+    descriptors::{self, Stream},
 };
+
+pub use super::cut_error::CutError;
 
 /// How long a cut waits for execs that are half-way through the door.
 pub(super) const LATCH_LIMIT: Duration = Duration::from_secs(30);
@@ -57,135 +57,6 @@ pub struct Sandbox<'a> {
     pub scene: &'a dyn Scene,
     /// The directories of its overlay, the writable one first; none if it has no overlay.
     pub layers: Vec<PathBuf>,
-}
-
-/// Why there is no dump.
-#[derive(Debug, thiserror::Error)]
-pub enum CutError {
-    /// Some of its processes are not its own.
-    #[error("the sandbox's processes cannot be kept: {0}")]
-    Shared(String),
-    /// CRIU would drop these processes without a word (D9b).
-    #[error(
-        "the sandbox has {} that CRIU cannot dump, because they are no descendants of its init: \
-         wait for them or end them first",
-        list_execs(.execs, .pids)
-    )]
-    LiveExecs {
-        /// Execs that run.
-        execs: Vec<String>,
-        /// Host pids of all processes that would be lost.
-        pids: Vec<i32>,
-    },
-    /// CRIU would hang in the kernel: a task that is stopped never answers in a v1 freezer.
-    #[error(
-        "the sandbox has stopped processes (host pid {}), on which CRIU hangs with cgroup v1: \
-         continue or end them",
-        list(.0)
-    )]
-    Stopped(Vec<i32>),
-    /// A process stays in a state in which CRIU cannot dump it.
-    #[error("process {pid} (host pid) {state} all the time, and CRIU cannot dump it so")]
-    Unrest {
-        /// Its host pid.
-        pid: i32,
-        /// What it does, in words.
-        state: &'static str,
-    },
-    /// Another cut has taken longer than one may take.
-    #[error("another checkpoint of the sandbox does not end")]
-    Busy,
-    /// An exec was being started for too long.
-    #[error("an exec has been starting for {LATCH_LIMIT:?}")]
-    Latch,
-    /// The sandbox could not be frozen.
-    #[error("cannot freeze the sandbox: {0}")]
-    Freeze(#[from] FreezeError),
-    /// Its processes could not be listed.
-    #[error("cannot list the sandbox's processes: {0}")]
-    Procs(#[from] CgroupError),
-    /// A dump of these processes would fail, or be worth nothing.
-    #[error("the sandbox's processes cannot be kept: {}", why_not(.0))]
-    Poison(Verdict),
-    /// Whether they can be dumped is not known.
-    #[error("cannot tell whether the sandbox's processes can be kept: {0}")]
-    Unknown(#[from] SnapshotError),
-    /// CRIU failed.
-    #[error("{}{source}; CRIU's log says:\n{log}", sentence(.means))]
-    Dump {
-        /// What that means, if it is known.
-        means: Option<String>,
-        /// The runtime's answer.
-        source: RuntimeError,
-        /// The end of CRIU's log.
-        log: String,
-    },
-    /// The sandbox did not stand still.
-    #[error("the sandbox did not stand still during the dump ({0}): discarded")]
-    Disturbed(String),
-    /// stdio could not be saved.
-    #[error(transparent)]
-    Streams(#[from] DescriptorsError),
-    /// The part done by the caller.
-    #[error("{0}")]
-    Capture(String),
-}
-
-impl CutError {
-    /// What keeps the processes from being kept, if it is known that only they cannot be.
-    pub fn why(&self) -> String {
-        match self {
-            Self::Shared(why) => why.clone(),
-            Self::Poison(verdict) => why_not(verdict),
-            e => e.to_string(),
-        }
-    }
-
-    /// Whether only the processes stand in the way: its files can be kept, and are whole.
-    pub fn spares_files(&self) -> bool {
-        match self {
-            Self::Shared(_)
-            | Self::LiveExecs { .. }
-            | Self::Stopped(_)
-            | Self::Unrest { .. }
-            | Self::Poison(Verdict::FilesOnly(_))
-            | Self::Unknown(_)
-            | Self::Dump { .. }
-            | Self::Disturbed(_) => true,
-            Self::Busy
-            | Self::Latch
-            | Self::Freeze(_)
-            | Self::Procs(_)
-            | Self::Poison(Verdict::Fine | Verdict::Refuse(_))
-            | Self::Streams(_)
-            | Self::Capture(_) => false,
-        }
-    }
-}
-
-fn why_not(verdict: &Verdict) -> String {
-    match verdict {
-        Verdict::Fine => String::new(),
-        Verdict::FilesOnly(reasons) | Verdict::Refuse(reasons) => reasons.to_string(),
-    }
-}
-
-fn sentence(means: &Option<String>) -> String {
-    let means = means.as_ref();
-    means.map_or_else(String::new, |means| format!("{means}. "))
-}
-
-fn list(pids: &[i32]) -> String {
-    let pids: Vec<String> = pids.iter().map(ToString::to_string).collect();
-    pids.join(", ")
-}
-
-fn list_execs(execs: &[String], pids: &[i32]) -> String {
-    let pids = list(pids);
-    match execs {
-        [] => format!("processes (host pid {pids})"),
-        execs => format!("live execs ({}; host pid {pids})", execs.join(", ")),
-    }
 }
 
 /// What a cut found and took.
@@ -231,6 +102,25 @@ impl Sandbox<'_> {
                 return Err(CutError::Stopped(stopped));
             }
         }
+        let early = self.early(args).map_err(|e| CutError::home(args, &e))?;
+        thread::scope(|scope| {
+            let criu = match &early {
+                Some(early) => self.start(scope, early, args, None)?,
+                None => None,
+            };
+            self.cut_frozen(scope, args, early.as_ref(), criu, capture)
+        })
+    }
+
+    /// The part of a cut from the freeze on. `criu` waits to dump, if it could be started early.
+    fn cut_frozen<'scope, T>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        args: &'scope runtime::Checkpoint,
+        early: Option<&Early>,
+        criu: Option<Runner<'scope>>,
+        capture: impl FnOnce() -> Result<T, String>,
+    ) -> Result<Done<T>, CutError> {
         let Moment {
             held,
             begin,
@@ -241,14 +131,14 @@ impl Sandbox<'_> {
             Verdict::Fine => {}
             verdict => return Err(CutError::Poison(verdict)),
         }
-        if let Some(home) = &args.home {
-            let watched = snapshot.watched_paths(&self.layers);
-            CriuConf::add_watched(home, &watched)
-                .map_err(|e| CutError::Capture(format!("{home:?}: {e}")))?;
-        }
         self.scene.drain();
         let streams = self.scene.streams().map_err(CutError::Capture)?;
-        self.dump(args, &snapshot)?;
+        let criu = self.renew(scope, args, early, criu, &snapshot)?;
+        let dumped = match criu {
+            Some(criu) => criu.go(),
+            None => self.run_criu(args),
+        };
+        dumped.map_err(|source| CutError::dump(args, Some(&snapshot), source))?;
         if args.leave_running {
             self.check_stillness(&before)?;
         }
@@ -265,6 +155,64 @@ impl Sandbox<'_> {
             streams,
             captured,
         })
+    }
+
+    /// How CRIU is started before the freeze; None if it cannot be.
+    fn early(&self, args: &runtime::Checkpoint) -> io::Result<Option<Early>> {
+        let procs = self.freeze.cgroup().procs().unwrap_or_default();
+        let procs: BTreeSet<i32> = procs.into_iter().collect();
+        let init = self.scene.init_pid();
+        // They run, and may come and go: what counts is what is found in the freeze.
+        let Ok(snapshot) = Snapshot::read(&procs, init) else {
+            return Ok(None);
+        };
+        let is_fine = matches!(poison::judge(&snapshot), Verdict::Fine);
+        match is_fine && strangers(&procs, init).is_empty() {
+            true => Early::of(args, snapshot.watched_paths(&self.layers)),
+            false => Ok(None),
+        }
+    }
+
+    /// Starts CRIU, which waits; None if it does not.
+    fn start<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        early: &Early,
+        args: &'scope runtime::Checkpoint,
+        snapshot: Option<&Snapshot>,
+    ) -> Result<Option<Runner<'scope>>, CutError> {
+        let started = early.start(scope, || self.run_criu(args));
+        match started.map_err(|e| CutError::home(args, &e))? {
+            Started::Waits(criu) => Ok(Some(criu)),
+            Started::NotEarly => Ok(None),
+            Started::Failed(source) => Err(CutError::dump(args, snapshot, source)),
+        }
+    }
+
+    /// In the freeze: CRIU, told where the watched files are. It reads that when it starts.
+    fn renew<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        args: &'scope runtime::Checkpoint,
+        early: Option<&Early>,
+        criu: Option<Runner<'scope>>,
+        snapshot: &Snapshot,
+    ) -> Result<Option<Runner<'scope>>, CutError> {
+        let watched = snapshot.watched_paths(&self.layers);
+        let told = early.map(|its| &*its.watched).unwrap_or_default();
+        if watched == told {
+            return Ok(criu);
+        }
+        if let Some(home) = &args.home {
+            CriuConf::add_watched(home, &watched).map_err(|e| CutError::home(args, &e))?;
+        }
+        match (early, criu) {
+            (Some(early), Some(criu)) => {
+                criu.give_up();
+                self.start(scope, early, args, Some(snapshot))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Freezes at a moment when no connection waits to be accepted, as far as there is one, and
@@ -317,21 +265,12 @@ impl Sandbox<'_> {
         }
     }
 
-    fn dump(&self, args: &runtime::Checkpoint, snapshot: &Snapshot) -> Result<(), CutError> {
+    fn run_criu(&self, args: &runtime::Checkpoint) -> Result<(), RuntimeError> {
         // CRIU and an init that dies under its hands wait for each other. With --exit it is CRIU
         // that kills.
         let init = self.scene.init_pid();
         let stop = || args.leave_running && (self.freeze.is_dying() || is_dying(init));
-        self.runtime
-            .checkpoint(self.id, args, &stop)
-            .map_err(|source| {
-                let log = criu_conf::log_tail(&args.work_path.join("dump.log"));
-                CutError::Dump {
-                    means: poison::explain(&log, Some(snapshot)),
-                    source,
-                    log,
-                }
-            })
+        self.runtime.checkpoint(self.id, args, &stop)
     }
 
     /// CRIU thaws a v1 cgroup while it works. What then came or went is not in the images.
@@ -477,14 +416,5 @@ mod tests {
         drop(python.stdin.take());
         python.wait().unwrap();
         assert_eq!(unrest(pid), None);
-    }
-
-    #[test]
-    fn the_refusal_names_execs_and_pids() {
-        let error = CutError::LiveExecs {
-            execs: vec!["e1".into()],
-            pids: vec![7, 8],
-        };
-        assert!(error.to_string().contains("live execs (e1; host pid 7, 8)"));
     }
 }

@@ -339,18 +339,16 @@ impl Inspection {
         let Ok(watch) = &mut self.watch else {
             return;
         };
-        let forgotten = watch.durable().map_err(|e| e.to_string());
+        watch.durable();
         let known = self.known.take();
-        let layer = forgotten
-            .and(layer)
-            .and_then(|outline| match (outline, known) {
-                (Outline::New(layer), _) => Ok(layer),
-                (Outline::Delta(delta), Some(mut known)) => match known.layer.apply(delta) {
-                    Ok(()) => Ok(known.layer),
-                    Err(e) => Err(e.to_string()),
-                },
-                (Outline::Delta(_), None) => Err("nothing to compare with".into()),
-            });
+        let layer = layer.and_then(|outline| match (outline, known) {
+            (Outline::New(layer), _) => Ok(layer),
+            (Outline::Delta(delta), Some(mut known)) => match known.layer.apply(delta) {
+                Ok(()) => Ok(known.layer),
+                Err(e) => Err(e.to_string()),
+            },
+            (Outline::Delta(_), None) => Err("nothing to compare with".into()),
+        });
         match layer {
             Ok(mut layer) => {
                 layer.learn(&captured.contents);
@@ -371,12 +369,8 @@ impl Inspection {
         let (Ok(watch), Some(mut known)) = (&mut self.watch, self.known.take()) else {
             return;
         };
-        let applied = watch.durable().map_err(|e| e.to_string());
-        let applied = applied.and_then(|()| {
-            let layer = &mut known.layer;
-            layer.apply(still.comparison).map_err(|e| e.to_string())
-        });
-        match applied {
+        watch.durable();
+        match known.layer.apply(still.comparison) {
             Ok(()) => {
                 known.turn = turn;
                 known.layer.learn(&captured.contents);
@@ -410,8 +404,14 @@ impl Inspection {
         Some(dump.turn)
     }
 
-    /// What can wait until the gate is open: how the processes settled after the thaw.
+    /// What can wait until the gate is open: epochs of the checkpoint are forgotten, and it is seen how
+    /// the processes settled after the thaw.
     pub(super) fn settle(&mut self, scene: &Scene<'_>) {
+        if let Ok(watch) = &mut self.watch
+            && let Err(e) = watch.retire()
+        {
+            return self.lose(format!("cannot forget an epoch: {e}"));
+        }
         let (Some(known), Ok(watch)) = (&mut self.known, &self.watch) else {
             return;
         };

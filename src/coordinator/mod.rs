@@ -3,7 +3,9 @@
 mod changed;
 mod compare;
 pub mod cut;
+mod cut_error;
 pub mod doors;
+mod early;
 pub mod freeze;
 mod inspection;
 mod look;

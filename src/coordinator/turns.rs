@@ -329,20 +329,19 @@ impl Worker {
         self.store.append(&line, Durability::Later).map_err(text)?;
         self.exposed(gate, &mut line)?;
         let taken = taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
-        let Taken::Checkpoint(done) = taken else {
-            return Ok(line);
-        };
-        let (_, staging) = *done;
-        self.head = Some(turn);
-        if let Some(name) = asked.and_then(|asked| asked.name.as_deref()) {
-            self.store.name(name, turn).map_err(text)?;
-        }
         if let Some(inspection) = &mut self.inspection {
             scene(subject, &self.doors, |scene| {
                 inspection.settle(scene);
             })?;
         }
-        drop(staging);
+        let Taken::Checkpoint(done) = taken else {
+            return Ok(line);
+        };
+        self.head = Some(turn);
+        if let Some(name) = asked.and_then(|asked| asked.name.as_deref()) {
+            self.store.name(name, turn).map_err(text)?;
+        }
+        drop(done);
         // The turn is protected, whatever comes of this.
         if let Err(e) = self.store.retain(&self.settings.retention) {
             log::warn!("{}: old checkpoints take space: {e}", self.store.id());

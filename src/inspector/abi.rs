@@ -2,6 +2,8 @@
 
 /// Sandboxes that one host can watch at once.
 pub(super) const SLOTS: u32 = 4096;
+/// Epochs of one sandbox that the programs may write to: that of an even number, and of an odd one.
+pub(super) const SIDES: u32 = 2;
 
 /// An inode, as the programs name it. The key of zeros is an epoch's header.
 #[repr(C)]

@@ -13,7 +13,7 @@ use super::{
 
 /// Inodes that one epoch has room for at first. A bucket takes 16 bytes, at once; an inode that is
 /// recorded takes about 80.
-pub(super) const FIRST_ROOM: u32 = 8 << 10;
+pub(super) const FIRST_ROOM: u32 = 4 << 10;
 /// The most: about 25 MiB of the kernel's memory.
 const MOST_ROOM: u32 = 256 << 10;
 
@@ -34,7 +34,7 @@ const fn own(which: u32) -> InodeKey {
 /// What is dirty in an epoch.
 pub(super) struct Epoch {
     pub(super) map: MapHandle,
-    room: u32,
+    pub(super) room: u32,
     /// Events that the programs had missed when it began.
     pub(super) missed: u64,
     /// Inodes that can change in it without a sign.
@@ -43,8 +43,43 @@ pub(super) struct Epoch {
     pub(super) doubt: Option<String>,
 }
 
+/// How much has been noted in an epoch. Inodes are added and bits are set, never the reverse: between two
+/// readings of the same extent nothing has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Extent {
+    inodes: usize,
+    /// The sum of all words of bits, which grows with each bit.
+    bits: u64,
+}
+
+/// An epoch that has ended, and counts until a cut that has seen all of it is durable.
+pub(super) struct Ended {
+    pub(super) epoch: Epoch,
+    /// What the last cut has seen of it.
+    seen: Option<Extent>,
+}
+
+impl From<Epoch> for Ended {
+    fn from(epoch: Epoch) -> Self {
+        Self { epoch, seen: None }
+    }
+}
+
+impl Ended {
+    /// A cut is made: whatever is in it by now is seen.
+    pub(super) fn see(&mut self) -> io::Result<()> {
+        self.seen = Some(self.epoch.extent()?);
+        Ok(())
+    }
+
+    /// Whether the last cut has seen all that is in it now.
+    pub(super) fn is_seen(&self) -> io::Result<bool> {
+        Ok(self.seen == Some(self.epoch.extent()?))
+    }
+}
+
 impl Epoch {
-    pub(super) fn new(room: u32, missed: u64) -> io::Result<Self> {
+    pub(super) fn new(room: u32) -> io::Result<Self> {
         let options = libbpf_sys::bpf_map_create_opts {
             sz: size_of::<libbpf_sys::bpf_map_create_opts>() as _,
             map_flags: libbpf_sys::BPF_F_NO_PREALLOC,
@@ -58,7 +93,7 @@ impl Epoch {
         Ok(Self {
             map,
             room,
-            missed,
+            missed: 0,
             carried: HashSet::new(),
             doubt: None,
         })
@@ -97,6 +132,27 @@ impl Epoch {
         })
     }
 
+    /// How much has been noted in it so far.
+    fn extent(&self) -> io::Result<Extent> {
+        let header = self.header()?;
+        let inodes = self.inodes(&header)?;
+        let bits = inodes.iter().map(|(_, seen)| u64::from(seen.bits));
+        Ok(Extent {
+            inodes: inodes.len(),
+            bits: bits.sum::<u64>() + u64::from(header.bits),
+        })
+    }
+
+    /// The inodes that are in it; none if its header, read before, counts none.
+    fn inodes(&self, header: &Seen) -> io::Result<Vec<(InodeKey, Seen)>> {
+        if header.count == 0 {
+            return Ok(Vec::new());
+        }
+        let mut all = sys::entries::<InodeKey, Seen>(self.map.as_fd())?;
+        all.retain(|(key, _)| key.ino != 0);
+        Ok(all)
+    }
+
     /// Adds what happened in it.
     pub(super) fn add_to(&self, dirty: &mut Dirty) -> io::Result<()> {
         let header = self.header()?;
@@ -111,12 +167,8 @@ impl Epoch {
         for key in &self.carried {
             dirty.add(key, seen_bits::CARRIED);
         }
-        if header.count > 0 {
-            for (key, seen) in sys::entries::<InodeKey, Seen>(self.map.as_fd())? {
-                if key.ino != 0 {
-                    dirty.add(&key, seen.bits);
-                }
-            }
+        for (key, seen) in self.inodes(&header)? {
+            dirty.add(&key, seen.bits);
         }
         Ok(())
     }
@@ -124,10 +176,7 @@ impl Epoch {
     /// Inodes that somebody outside of the sandbox has mapped.
     pub(super) fn foreign(&self) -> io::Result<Vec<InodeKey>> {
         const BOTH: u32 = seen_bits::OUTSIDE | seen_bits::MAPPED;
-        if self.header()?.count == 0 {
-            return Ok(Vec::new());
-        }
-        let all = sys::entries::<InodeKey, Seen>(self.map.as_fd())?;
+        let all = self.inodes(&self.header()?)?;
         let foreign = all.into_iter().filter(|(_, seen)| seen.bits & BOTH == BOTH);
         Ok(foreign.map(|(key, _)| key).collect())
     }

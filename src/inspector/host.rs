@@ -7,19 +7,20 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::{fcntl::Flock, mount::umount};
 
 use super::{
-    abi::Plain,
+    abi::{Plain, SIDES},
     load::{self, LINK, failpoint},
     probes::ProbeSet,
     slots::{Slot, Slots},
-    sys::{self, ControlPage},
+    sys::{self, ControlPage, EpochNumbers},
 };
 
 /// How often joining starts anew because the last shim has just left.
@@ -64,6 +65,7 @@ pub(super) struct Host {
     place: Place,
     pub(super) probes: ProbeSet,
     epochs: MapHandle,
+    epoch_numbers: EpochNumbers,
     cgroups: MapHandle,
     overlays: MapHandle,
     pub(super) watched: MapHandle,
@@ -130,6 +132,7 @@ impl Host {
         Ok(Self {
             probes,
             epochs: map("epochs")?,
+            epoch_numbers: EpochNumbers::map(&map("epoch_numbers")?)?,
             cgroups: map("cgroups")?,
             overlays: map("overlays")?,
             watched: map("watched")?,
@@ -170,7 +173,7 @@ impl Host {
             }
         }
         for slot in dead {
-            remove(&self.epochs, &slot)?;
+            self.remove_epochs(slot)?;
             self.unwatch(slot)?;
         }
         Ok(())
@@ -234,20 +237,40 @@ impl Host {
         if get::<u32, u32>(&self.overlays, &key.overlay)? == Some(slot) {
             remove(&self.overlays, &key.overlay)?;
         }
-        remove(&self.epochs, &slot)?;
+        self.remove_epochs(slot)?;
         self.unwatch(slot)
     }
 
-    /// Begins an epoch. When this returns no program uses the former one any more.
-    pub(super) fn set_epoch(&self, slot: u32, epoch: &MapHandle) -> io::Result<()> {
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&epoch.as_fd());
-        // The kernel waits for running programs before it returns from this update. What a CPU
-        // remembers belongs to the former epoch until the number changes: a write between these two
-        // lines is found there, or in both; one after them here. (The other order would lose it.)
-        put(&self.epochs, &slot, &fd.cast_unsigned())?;
-        failpoint("swapped");
-        self.control.new_generation();
+    /// The number of the epoch that a slot is in.
+    pub(super) fn epoch_number(&self, slot: u32) -> io::Result<u64> {
+        Ok(self.number_of(slot)?.load(Ordering::SeqCst))
+    }
+
+    /// Puts an epoch where the programs will find it when its number comes. The kernel waits for running
+    /// programs before it returns from this update (an RCU grace period): none is left that may write to
+    /// the epoch that was there before.
+    pub(super) fn put_epoch(&self, slot: u32, number: u64, epoch: &MapHandle) -> io::Result<()> {
+        let fd = epoch.as_fd().as_raw_fd();
+        put(&self.epochs, &place(slot, number), &fd.cast_unsigned())?;
+        failpoint("put");
         Ok(())
+    }
+
+    /// Begins the epoch of the next number, which has been put in its place. A program that runs just now
+    /// may go on to write to the former one.
+    pub(super) fn next_epoch(&self, slot: u32) -> io::Result<()> {
+        self.number_of(slot)?.fetch_add(1, Ordering::SeqCst);
+        failpoint("next");
+        Ok(())
+    }
+
+    fn number_of(&self, slot: u32) -> io::Result<&AtomicU64> {
+        let number = self.epoch_numbers.of(slot);
+        number.ok_or_else(|| io::Error::other("no such slot"))
+    }
+
+    fn remove_epochs(&self, slot: u32) -> io::Result<()> {
+        (0..u64::from(SIDES)).try_for_each(|side| remove(&self.epochs, &place(slot, side)))
     }
 
     /// How many events were missed since the programs were loaded.
@@ -320,6 +343,11 @@ fn builds(bpffs: &Path) -> io::Result<Vec<String>> {
         }
     }
     Ok(found)
+}
+
+/// Where in `epochs` the programs look for a slot's epoch of this number.
+fn place(slot: u32, number: u64) -> u32 {
+    SIDES * slot + (number % u64::from(SIDES)) as u32
 }
 
 fn links(pins: &Path) -> io::Result<Vec<OwnedFd>> {

@@ -15,7 +15,7 @@ use std::{
 
 use libbpf_sys::{BPF_TRACE_ITER, bpf_prog_info};
 
-use super::abi::{Control, Plain};
+use super::abi::{Control, Plain, SLOTS};
 
 /// A bucket of a hash map is read as a whole, and has to fit.
 const BATCH: usize = 1024;
@@ -146,8 +146,45 @@ pub(super) fn missed(program: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(info.recursion_misses)
 }
 
-/// The map `control`, which all shims and programs of the host share.
-pub(super) struct ControlPage(NonNull<Control>);
+/// A map of the kind array, made with BPF_F_MMAPABLE, that all shims and programs of the host share.
+struct Shared<T> {
+    first: NonNull<T>,
+    count: usize,
+}
+
+impl<T> Shared<T> {
+    fn map(array: impl AsFd, count: usize) -> io::Result<Self> {
+        let fd = array.as_fd().as_raw_fd();
+        // SAFETY: a new mapping.
+        let first = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                count * size_of::<T>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                fd,
+                0,
+            )
+        };
+        if first == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        NonNull::new(first.cast())
+            .map(|first| Self { first, count })
+            .ok_or_else(|| io::Error::other("mapped at 0"))
+    }
+}
+
+impl<T> Drop for Shared<T> {
+    fn drop(&mut self) {
+        let bytes = self.count * size_of::<T>();
+        // SAFETY: mapped in `map` with the same size, and no reference outlives self.
+        unsafe { libc::munmap(self.first.as_ptr().cast(), bytes) };
+    }
+}
+
+/// The map `control`.
+pub(super) struct ControlPage(Shared<Control>);
 
 // SAFETY: its fields are only used as atomics.
 unsafe impl Send for ControlPage {}
@@ -156,29 +193,12 @@ unsafe impl Sync for ControlPage {}
 
 impl ControlPage {
     pub(super) fn map(control: impl AsFd) -> io::Result<Self> {
-        let fd = control.as_fd().as_raw_fd();
-        // SAFETY: a new mapping of a map that was made with BPF_F_MMAPABLE.
-        let page = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                size_of::<Control>(),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                fd,
-                0,
-            )
-        };
-        if page == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        NonNull::new(page.cast())
-            .map(Self)
-            .ok_or_else(|| io::Error::other("mapped at 0"))
+        Shared::map(control, 1).map(Self)
     }
 
     fn field(&self, field: impl Fn(*mut Control) -> *mut u64) -> &AtomicU64 {
         // SAFETY: mapped, aligned to a page, and shared with others that use atomics as well.
-        unsafe { AtomicU64::from_ptr(field(self.0.as_ptr())) }
+        unsafe { AtomicU64::from_ptr(field(self.0.first.as_ptr())) }
     }
 
     /// Makes every CPU forget what it remembers.
@@ -201,9 +221,25 @@ impl ControlPage {
     }
 }
 
-impl Drop for ControlPage {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `map` with the same size, and no reference outlives self.
-        unsafe { libc::munmap(self.0.as_ptr().cast(), size_of::<Control>()) };
+/// The map `epoch_numbers`.
+pub(super) struct EpochNumbers(Shared<u64>);
+
+// SAFETY: its words are only used as atomics.
+unsafe impl Send for EpochNumbers {}
+// SAFETY: as above.
+unsafe impl Sync for EpochNumbers {}
+
+impl EpochNumbers {
+    pub(super) fn map(numbers: impl AsFd) -> io::Result<Self> {
+        Shared::map(numbers, SLOTS as usize).map(Self)
+    }
+
+    /// The number of the epoch that a slot is in; None if there is no such slot.
+    pub(super) fn of(&self, slot: u32) -> Option<&AtomicU64> {
+        let slot = usize::try_from(slot)
+            .ok()
+            .filter(|its| *its < self.0.count)?;
+        // SAFETY: within the mapping, aligned, and shared with others that use atomics as well.
+        Some(unsafe { AtomicU64::from_ptr(self.0.first.as_ptr().add(slot)) })
     }
 }

@@ -80,7 +80,7 @@ fn the_file_of_slots_can_be_removed_twice_and_comes_back() {
 
 /// The room of the epoch after one with this header.
 fn room_after(room: u32, count: u32, bits: u32) -> u32 {
-    let epoch = Epoch::new(room, 0).unwrap();
+    let epoch = Epoch::new(room).unwrap();
     put(&epoch.map, &InodeKey::default(), &Seen { bits, count }).unwrap();
     epoch.next_room().unwrap()
 }

@@ -1,10 +1,10 @@
 //! One sandbox, watched.
 //!
 //! Changes are collected in *epochs*, a map of the kernel each. [`Watch::look`] reads what has changed
-//! since the last durable checkpoint, and resets nothing. [`Watch::cut`] ends an epoch, in the freeze
-//! in which the files are captured; [`Watch::durable`] forgets it, once nothing can take the checkpoint
-//! away again. If anything fails between the two, the ended epoch stays, and what it holds stays dirty
-//! (D4).
+//! since the last durable checkpoint, and resets nothing. [`Watch::prepare`] ends an epoch, [`Watch::cut`]
+//! reads it in the freeze in which the files are captured. [`Watch::durable`] says that nothing can take the
+//! checkpoint away again, and [`Watch::retire`] forgets what the cut has read, once no program adds to it.
+//! If anything fails in between, the ended epoch stays, and what it holds stays dirty (D4).
 
 use std::{
     collections::{HashMap, HashSet},
@@ -19,7 +19,7 @@ use std::{
 use super::{
     abi::{self, InodeKey, MAPPING_AIO, Mapping, Registers, SLOTS, Watched},
     dirty::{Dirty, Happened, Inode},
-    epoch::{Epoch, FIRST_ROOM},
+    epoch::{Ended, Epoch, FIRST_ROOM},
     host::{Host, Key, get, put, remove},
     load::failpoint,
     slots::Slot,
@@ -50,8 +50,12 @@ pub struct Watch {
     slot: Option<Slot>,
     key: Key,
     now: Epoch,
-    /// Ended, and not yet durable.
-    ended: Vec<Epoch>,
+    /// In its place already, for the time after `now`; None if the last ended one is still there.
+    next: Option<Epoch>,
+    /// Ended, and not yet in a durable checkpoint.
+    ended: Vec<Ended>,
+    /// In a durable checkpoint, as far as its cut has seen them. They count until they are retired.
+    captured: Vec<Ended>,
     /// So many were not durable that they are forgotten: everything may have changed.
     given_up: bool,
     /// Inodes that somebody outside of the sandbox has mapped: nobody tells when that ends.
@@ -79,7 +83,9 @@ impl Watch {
                 slot: Some(slot),
                 key,
                 now,
+                next: None,
                 ended: Vec::new(),
+                captured: Vec::new(),
                 given_up: false,
                 foreign: HashSet::new(),
                 watched: HashMap::new(),
@@ -100,9 +106,10 @@ impl Watch {
     fn register(host: &Host, slot: &Slot, key: &Key) -> io::Result<Epoch> {
         // What a dead shim may have left in this slot.
         host.unwatch(slot.number)?;
-        let mut now = Epoch::new(FIRST_ROOM, host.missed()?)?;
+        let mut now = Epoch::new(FIRST_ROOM)?;
+        now.missed = host.missed()?;
         now.doubt = Some("nothing has been captured yet".into());
-        host.set_epoch(slot.number, &now.map)?;
+        host.put_epoch(slot.number, host.epoch_number(slot.number)?, &now.map)?;
         host.register(slot.number, key)?;
         failpoint("registered");
         Ok(now)
@@ -136,7 +143,11 @@ impl Watch {
             happened: self.happened,
             ..Dirty::default()
         };
-        for epoch in self.ended.iter().chain([&self.now]) {
+        let ended = self.ended.iter().chain(&self.captured);
+        let ended = ended.map(|its| &its.epoch);
+        // The next one holds something if a program that had begun in an epoch before found its place
+        // taken.
+        for epoch in ended.chain([&self.now]).chain(&self.next) {
             epoch.add_to(&mut dirty)?;
         }
         if self.given_up {
@@ -148,34 +159,54 @@ impl Watch {
         Ok(dirty)
     }
 
-    /// Ends the epoch and begins another, before a cut. The kernel waits here for its running
-    /// programs, 8 to 16 ms, in which the sandbox need not stand still: what changes from here until
-    /// the cut is in the new epoch, so it counts for the cut and once more for the next turn, where
-    /// it is found to be equal.
+    /// Ends the epoch and begins another, before a cut. The sandbox need not stand still: what changes
+    /// from here until the cut is in the new epoch, so it counts for the cut and once more for the next
+    /// turn, where it is found to be equal.
     pub fn prepare(&mut self) -> io::Result<()> {
+        let mut next = self.take_next()?;
         // An event that is missed meanwhile counts for both epochs.
-        let mut next = Epoch::new(self.now.next_room()?, self.host.missed()?)?;
-        self.host.set_epoch(self.slot(), &next.map)?;
+        next.missed = self.host.missed()?;
         // Whatever fails from here on: the ended epoch counts until a cut is durable, and the new
         // one is not trusted before there was one.
         next.doubt = Some("the last cut was not finished".into());
-        self.ended.push(mem::replace(&mut self.now, next));
+        self.host.next_epoch(self.slot())?;
+        let ended = mem::replace(&mut self.now, next);
+        self.ended.push(ended.into());
         failpoint("ended");
         self.give_up()?;
         let missed = self.host.missed()?;
-        if let Some(ended) = self.ended.last_mut() {
-            if missed != ended.missed {
-                ended.doubt.get_or_insert_with(|| MISSED.into());
-            }
-            self.foreign.extend(ended.foreign()?);
+        if let Some(Ended { epoch, .. }) = self.ended.last_mut()
+            && missed != epoch.missed
+        {
+            epoch.doubt.get_or_insert_with(|| MISSED.into());
         }
         Ok(())
+    }
+
+    /// The epoch that has waited for its turn, or, if there is none or it is too small, a new one: then
+    /// the kernel waits for its running programs first.
+    fn take_next(&mut self) -> io::Result<Epoch> {
+        let room = self.now.next_room()?;
+        match self.next.take() {
+            Some(next) if next.room >= room => return Ok(next),
+            Some(small) => self.ended.push(small.into()),
+            None => {}
+        }
+        self.put_next(room)
+    }
+
+    /// Puts an epoch in the place of the last ended one. When this returns no program uses that any more.
+    fn put_next(&self, room: u32) -> io::Result<Epoch> {
+        let next = Epoch::new(room)?;
+        let number = self.host.epoch_number(self.slot())? + 1;
+        self.host.put_epoch(self.slot(), number, &next.map)?;
+        Ok(next)
     }
 
     /// A sandbox that can never be dumped must not fill the kernel's memory with epochs.
     fn give_up(&mut self) -> io::Result<()> {
         while self.ended.len() > MOST_ENDED {
-            let epoch = self.ended.remove(0);
+            let Ended { epoch, .. } = self.ended.remove(0);
             self.happened.0 |= epoch.happened()?.0;
             self.foreign.extend(epoch.foreign()?);
             self.given_up = true;
@@ -186,6 +217,11 @@ impl Watch {
     /// What may have changed up to here since the last durable cut. After [`Watch::prepare`], while
     /// the sandbox is frozen, or known to be idle. `pids` are its processes.
     pub fn cut(&mut self, pids: &[i32]) -> io::Result<Dirty> {
+        for ended in &mut self.ended {
+            // First, so that whatever comes while all the rest is read makes a difference.
+            ended.see()?;
+            self.foreign.extend(ended.epoch.foreign()?);
+        }
         self.foreign.extend(self.now.foreign()?);
         self.now.carried = self.still_written(pids)?;
         self.now.doubt = None;
@@ -221,13 +257,31 @@ impl Watch {
         Ok(())
     }
 
-    /// The last cut is durable: what was prepared for it is forgotten.
-    pub fn durable(&mut self) -> io::Result<()> {
-        for epoch in &self.ended {
-            self.happened.0 |= epoch.happened()?.0;
-        }
-        self.ended.clear();
+    /// The last cut is durable: what it has seen need not count any longer, once it is
+    /// [retired](Watch::retire).
+    pub fn durable(&mut self) {
+        self.captured.append(&mut self.ended);
         self.given_up = false;
+    }
+
+    /// Forgets what is in a durable checkpoint, and puts the next epoch in its place. The kernel waits here
+    /// for its running programs, 8 to 16 ms: for when nobody else waits.
+    ///
+    /// A program that began before [`Watch::prepare`] may have added something after the cut. What has more in
+    /// it now than the cut has seen counts for the next one, too.
+    pub fn retire(&mut self) -> io::Result<()> {
+        if self.next.is_none() {
+            let last = self.ended.last().or(self.captured.last());
+            let room = last.map_or(&self.now, |its| &its.epoch).next_room()?;
+            self.next = Some(self.put_next(room)?);
+        }
+        for ended in mem::take(&mut self.captured) {
+            match ended.is_seen()? {
+                true => self.happened.0 |= ended.epoch.happened()?.0,
+                false => self.ended.push(ended),
+            }
+        }
+        failpoint("retired");
         Ok(())
     }
 
@@ -280,8 +334,8 @@ impl Watch {
         }
         self.host.control.set_watching();
         self.host.control.new_generation();
-        for epoch in &mut self.ended {
-            epoch.forget_events()?;
+        for ended in self.ended.iter().chain(&self.captured) {
+            ended.epoch.forget_events()?;
         }
         self.now.forget_events()?;
         self.happened.0 &= Happened::REACH.0;

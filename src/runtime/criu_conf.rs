@@ -10,6 +10,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use super::empty_tar;
+
 /// CRIU's file of options below HOME.
 const CONF: &str = ".criu/default.conf";
 
@@ -52,19 +54,31 @@ impl CriuConf {
     /// Adds to options that [`CriuConf::write`] has written where watched files are, which CRIU
     /// could not find by itself.
     pub fn add_watched(home: &Path, paths: &[PathBuf]) -> io::Result<()> {
-        let mut file = fs::File::options().append(true).open(home.join(CONF))?;
-        for path in paths {
-            writeln!(file, "irmap-scan-path {}", path.display())?;
-        }
-        Ok(())
+        let watched = paths.iter().map(|path| ("irmap-scan-path", &**path));
+        add(home, watched)
     }
 
-    /// Writes the options below `home` and returns it, to be passed as HOME.
+    /// Adds a script that is run at CRIU's stages.
+    pub fn add_script(home: &Path, script: &Path) -> io::Result<()> {
+        add(home, [("action-script", script)].into_iter())
+    }
+
+    /// Writes the options below `home`, and what else a dump finds there, and returns it, to be passed as
+    /// HOME.
     pub fn write(&self, home: &Path) -> io::Result<PathBuf> {
         fs::create_dir_all(home.join(CONF).parent().unwrap_or(home))?;
+        empty_tar::install(home)?;
         fs::write(home.join(CONF), self.lines.join("\n") + "\n")?;
         Ok(home.to_owned())
     }
+}
+
+fn add<'a>(home: &Path, options: impl Iterator<Item = (&'a str, &'a Path)>) -> io::Result<()> {
+    let mut file = fs::File::options().append(true).open(home.join(CONF))?;
+    for (option, path) in options {
+        writeln!(file, "{option} {}", path.display())?;
+    }
+    Ok(())
 }
 
 /// The last lines of CRIU's log that say what went wrong.

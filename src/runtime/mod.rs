@@ -7,8 +7,10 @@
 mod calls;
 pub mod criu_conf;
 pub mod descriptors;
+pub mod empty_tar;
 mod log_file;
 pub mod runc;
+pub mod start_line;
 
 use std::{
     io,

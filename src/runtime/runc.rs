@@ -21,7 +21,7 @@ use nix::{
 
 use super::{
     Checkpoint, Create, Ended, Exec, OciRuntime, Restore, RuntimeError, Spawner, Stdio, calls,
-    log_file::LogFile,
+    empty_tar, log_file::LogFile,
 };
 
 /// What any other call than a dump may take. A hung runtime must not hang the shim for ever.
@@ -274,6 +274,7 @@ impl OciRuntime for Runc {
             }
             if let Some(home) = &args.home {
                 c.env("HOME", home);
+                c.envs(empty_tar::path(home).map(|path| ("PATH", path)));
             }
             c.arg(id);
         };

@@ -38,6 +38,7 @@ use crate::{
     config,
     control::{ControlSocket, SHIMS},
     inspector,
+    runtime::{empty_tar, start_line},
     sandbox::SandboxId,
 };
 
@@ -51,9 +52,17 @@ const FLUSH: Duration = Duration::from_secs(5);
 
 /// Does what the command line says.
 pub fn main() -> anyhow::Result<()> {
+    if empty_tar::is_called() {
+        return Ok(empty_tar::main()?);
+    }
     let args: Vec<_> = env::args_os().skip(1).collect();
     if args.first().is_some_and(|word| word == hold::WORD) {
         return hold::main();
+    }
+    if let [word, dir] = &args[..]
+        && word == start_line::WORD
+    {
+        return Ok(start_line::wait_at(Path::new(dir))?);
     }
     if let [word, run] = &args[..]
         && word == inspector::WORD

@@ -66,6 +66,20 @@ fn a_paused_container_stays_paused_through_a_checkpoint() {
 }
 
 #[test]
+fn criu_is_started_before_the_freeze_and_dumps_in_it() {
+    let bed = Bed::with("checkpoint_stops = false");
+    bed.run("c");
+    bed.machine.fail(Verb::Freeze, "a task does not stop");
+    let words = ["test/c", "a task does not stop"];
+    assert_names(bed.checkpoint("c"), Code::UNKNOWN, &words);
+    assert_eq!(bed.machine.count("checkpoint"), 1, "it was started");
+    let image = bed.path("images").join("inventory.img");
+    assert!(!image.exists(), "it was not let go");
+    bed.checkpoint("c").unwrap();
+    assert!(image.exists());
+}
+
+#[test]
 fn a_pause_that_fails_changes_nothing() {
     let bed = Bed::running();
     bed.machine.fail(Verb::Freeze, "a task does not stop");

@@ -6,7 +6,7 @@ use super::{
     fake::Machine,
     plan::{Plan, Verb},
 };
-use crate::runtime::{Checkpoint, Create, Exec, OciRuntime, Restore, RuntimeError};
+use crate::runtime::{Checkpoint, Create, Exec, OciRuntime, Restore, RuntimeError, start_line};
 
 pub type Answer = Result<(), RuntimeError>;
 
@@ -79,6 +79,10 @@ impl OciRuntime for FakeRuntime {
         self.0.record(format!("checkpoint {id}"));
         self.0.record_dump(args);
         fs::write(args.work_path.join("dump.log"), "CRIU was here\n").unwrap();
+        if args.leave_running {
+            let home = args.home.as_ref().unwrap();
+            start_line::wait_at(home).map_err(|e| refused("checkpoint", e.to_string()))?;
+        }
         let done = self.0.plan(Verb::Checkpoint);
         done.map_err(|e| refused("checkpoint", e))?;
         fs::write(args.image_path.join("descriptors.json"), "[]").unwrap();
