@@ -90,3 +90,5 @@ def test_a_turn_that_could_not_be_protected_is_not_one_that_changed_nothing():
     assert crab.is_none(line) and not crab.is_unprotected(line)
     for change in ({"effects": ["files"]}, {"trigger": "manual"}):
         assert not crab.is_none(line | change) and crab.is_unprotected(line | change)
+    # Its files alone are not what a replay expects.
+    assert crab.is_unprotected(line | {"action": "files", "effects": ["files"], "checkpoint": "x", "missing": ["processes"]})

@@ -16,8 +16,7 @@ use super::turns::{Job, Subject, Turns, Worker};
 use crate::{
     sandbox::TurnNo,
     store::{
-        Action, Checkpoint, Digest, Effect, JournalLine, Laid, StoreError, Sync as Durability,
-        Trigger,
+        Checkpoint, Digest, Effect, JournalLine, Laid, StoreError, Sync as Durability, Trigger,
     },
 };
 
@@ -163,25 +162,10 @@ impl Worker {
         let turn = self.next_turn().map_err(Failure::untouched)?;
         let from = TurnNo(turn.0.saturating_sub(1));
         steps.done(Step::Verify);
-        let mut line = JournalLine {
-            turn,
-            trigger: Trigger::Rollback,
-            effects: vec![Effect::Files, Effect::Processes, Effect::Memory],
-            action: Action::Skip,
-            missing: Vec::new(),
-            pre_dumps: 0,
-            checkpoint: Some(checkpoint.digest),
-            changed_files: 0,
-            bytes_captured: 0,
-            bytes_written: 0,
-            look_us: 0,
-            freeze_us: 0,
-            durable_us: None,
-            exposed_us: 0,
-            started_at,
-            ended_at: started_at,
-            note: Some(format!("rolled back from turn {from} to turn {to}")),
-        };
+        let mut line = JournalLine::new(turn, Trigger::Rollback, started_at, started_at);
+        line.effects = vec![Effect::Files, Effect::Processes, Effect::Memory];
+        line.checkpoint = Some(checkpoint.digest);
+        line.note = Some(format!("rolled back from turn {from} to turn {to}"));
         // Before anything is touched: a sandbox must not go on from where the journal does not know
         // of. Whoever dies in the middle has been told to go there, too.
         let told = self.store.append(&line, Durability::Now);

@@ -17,7 +17,7 @@ use super::{
     references::References,
     stand_still::stand_still,
     stored_images::StoredImages,
-    turns::{ShutGate, Subject, Worker, differing, micros, scene, text},
+    turns::{Asked, ShutGate, Subject, Worker, differing, micros, scene, text},
     without_processes::Rest,
 };
 use crate::{
@@ -52,6 +52,17 @@ pub(super) enum WithoutProcesses {
     Yes,
     /// Yes, unless the checkpoint before lacks them, too, and holds these very files.
     IfFilesChanged,
+}
+
+impl WithoutProcesses {
+    /// What is wanted by whoever `asked`, or else after a turn.
+    pub(super) fn of(asked: Option<&Asked>) -> Self {
+        match asked {
+            None => Self::IfFilesChanged,
+            Some(asked) if asked.or_files => Self::Yes,
+            Some(_) => Self::No,
+        }
+    }
 }
 
 /// What was taken.

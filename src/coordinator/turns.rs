@@ -30,8 +30,7 @@ use crate::{
     rootfs::Overlay,
     sandbox::TurnNo,
     store::{
-        Action, Checkpoint, JournalLine, Retention, SandboxWriter, StoreError, Sync as Durability,
-        Trigger,
+        Checkpoint, JournalLine, Retention, SandboxWriter, StoreError, Sync as Durability, Trigger,
     },
 };
 
@@ -272,25 +271,9 @@ impl Worker {
         let parent = self.parent().map_err(text)?;
         let turn = self.next_turn().map_err(text)?;
         let ended_at = OffsetDateTime::now_utc();
-        let mut line = JournalLine {
-            turn,
-            trigger: asked.map_or(Trigger::Exec, |_| Trigger::Manual),
-            effects: Vec::new(),
-            action: Action::Skip,
-            missing: Vec::new(),
-            pre_dumps: 0,
-            checkpoint: None,
-            changed_files: 0,
-            bytes_captured: 0,
-            bytes_written: 0,
-            look_us: 0,
-            freeze_us: 0,
-            durable_us: None,
-            exposed_us: 0,
-            started_at: self.doors.take_turn_start().unwrap_or(ended_at),
-            ended_at,
-            note: None,
-        };
+        let started_at = self.doors.take_turn_start().unwrap_or(ended_at);
+        let trigger = asked.map_or(Trigger::Exec, |_| Trigger::Manual);
+        let mut line = JournalLine::new(turn, trigger, started_at, ended_at);
         let look = self.look(subject, parent, &mut line);
         if asked.is_none() && look.effects.is_empty() {
             line.note = look.note;
@@ -307,11 +290,7 @@ impl Worker {
             parent,
             only_files: look.only_files && asked.is_none(),
             large: look.large,
-            without_processes: match asked {
-                None => WithoutProcesses::IfFilesChanged,
-                Some(asked) if asked.or_files => WithoutProcesses::Yes,
-                Some(_) => WithoutProcesses::No,
-            },
+            without_processes: WithoutProcesses::of(asked),
         };
         let taken = self.take(subject, &order, gate, &mut line);
         match &taken {

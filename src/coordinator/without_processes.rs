@@ -170,6 +170,12 @@ impl Worker {
         if let Some(inspection) = &mut self.inspection {
             inspection.layer_durable(order.turn, taken.outline, &taken.captured);
         }
+        let before = order.parent.and_then(|parent| self.store.get(parent).ok());
+        if before.is_none_or(|before| before.has_processes()) {
+            // Once; as long as it goes on, `crab ps` and `crab log` say so.
+            let (id, turn) = (self.store.id(), order.turn);
+            log::warn!("{id}: turn {turn} is kept {}", notes.join("; "));
+        }
         line.action = Action::Files;
         line.missing = vec![Missing::Processes];
         if taken

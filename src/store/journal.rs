@@ -62,6 +62,36 @@ pub struct JournalLine {
     pub note: Option<String>,
 }
 
+impl JournalLine {
+    /// A turn of which nothing is known yet but when it was.
+    pub fn new(
+        turn: TurnNo,
+        trigger: Trigger,
+        started_at: OffsetDateTime,
+        ended_at: OffsetDateTime,
+    ) -> Self {
+        Self {
+            turn,
+            trigger,
+            effects: Vec::new(),
+            action: Action::Skip,
+            missing: Vec::new(),
+            pre_dumps: 0,
+            checkpoint: None,
+            changed_files: 0,
+            bytes_captured: 0,
+            bytes_written: 0,
+            look_us: 0,
+            freeze_us: 0,
+            durable_us: None,
+            exposed_us: 0,
+            started_at,
+            ended_at,
+            note: None,
+        }
+    }
+}
+
 /// Why a turn ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
