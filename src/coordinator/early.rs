@@ -67,6 +67,7 @@ impl Early {
         scope: &'scope Scope<'scope, '_>,
         run: impl FnOnce() -> Result<(), RuntimeError> + Send + 'scope,
     ) -> io::Result<Started<'scope>> {
+        self.line.arm()?;
         // The runtime dies with the thread that starts it, which waits for it.
         let thread = Builder::new()
             .name("criu".into())

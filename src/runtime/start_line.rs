@@ -11,7 +11,7 @@ use std::{
     os::{
         fd::{AsFd, AsRawFd},
         unix::{
-            fs::PermissionsExt,
+            fs::{PermissionsExt, symlink},
             net::{UnixListener, UnixStream},
         },
     },
@@ -25,6 +25,8 @@ pub const WORD: &str = "wait-for-cut";
 const SOCKET: &str = "line";
 const SCRIPT: &str = "wait";
 const GO: u8 = b'g';
+/// What CRIU runs at its later stages, while the sandbox stands still: it starts sooner than a shell.
+const NOTHING: &str = "/bin/true";
 /// How soon it is noticed that CRIU has ended instead, in milliseconds.
 const STEP: u8 = 10;
 
@@ -38,25 +40,45 @@ pub struct StartLine {
 pub struct Waiting(UnixStream);
 
 impl StartLine {
-    /// Makes the socket and the script in a directory of its own.
+    /// Makes the socket in a directory of its own.
     pub fn draw(dir: &Path) -> io::Result<Self> {
-        let socket = dir.join(SOCKET);
-        if let Err(e) = fs::remove_file(&socket)
-            && e.kind() != io::ErrorKind::NotFound
-        {
-            return Err(e);
-        }
+        make_room(&dir.join(SOCKET))?;
         let at = fs::File::open(dir)?;
         let listener = UnixListener::bind(address(&at))?;
         let script = dir.join(SCRIPT);
+        Ok(Self { listener, script })
+    }
+
+    /// Makes the script: before each start of a CRIU.
+    pub fn arm(&self) -> io::Result<()> {
+        let dir = self.script.parent().unwrap_or(Path::new("/"));
         let text = format!(
             "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = pre-dump ] || exit 0\nexec '{}' {WORD} '{}'\n",
             env::current_exe()?.display(),
             dir.display(),
         );
-        fs::write(&script, text)?;
-        fs::set_permissions(&script, fs::Permissions::from_mode(0o700))?;
-        Ok(Self { listener, script })
+        let new = self.new_script()?;
+        fs::write(&new, text)?;
+        fs::set_permissions(&new, fs::Permissions::from_mode(0o700))?;
+        fs::rename(new, &self.script)
+    }
+
+    /// Puts a program that does nothing in the place of the script, which a shell has read by now.
+    fn disarm(&self) -> io::Result<()> {
+        if !Path::new(NOTHING).exists() {
+            return Ok(());
+        }
+        let new = self.new_script()?;
+        symlink(NOTHING, &new)?;
+        fs::rename(new, &self.script)
+    }
+
+    /// A name for what is to take the script's place. A link that a shim has left there as it died must
+    /// not be written through.
+    fn new_script(&self) -> io::Result<PathBuf> {
+        let new = self.script.with_extension("new");
+        make_room(&new)?;
+        Ok(new)
     }
 
     /// What CRIU is to run.
@@ -74,7 +96,11 @@ impl StartLine {
             match poll(&mut fds, step) {
                 Ok(0) if ended => return Ok(None),
                 Ok(0) | Err(nix::errno::Errno::EINTR) => {}
-                Ok(_) => return self.listener.accept().map(|(its, _)| Some(Waiting(its))),
+                Ok(_) => {
+                    let (waiting, _) = self.listener.accept()?;
+                    self.disarm()?;
+                    return Ok(Some(Waiting(waiting)));
+                }
                 Err(e) => return Err(e.into()),
             }
         }
@@ -99,6 +125,14 @@ pub fn wait_at(dir: &Path) -> io::Result<()> {
     match told {
         [GO] => Ok(()),
         other => Err(io::Error::other(format!("told {other:?}"))),
+    }
+}
+
+/// What is not there need not be removed.
+fn make_room(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
     }
 }
 
@@ -130,7 +164,10 @@ mod tests {
         for go in [true, false] {
             thread::scope(|scope| {
                 let runner = scope.spawn(|| wait_at(dir.path()));
+                line.arm().unwrap();
+                assert!(fs::read_to_string(line.script()).unwrap().contains(WORD));
                 let waiting = line.wait(|| false).unwrap().unwrap();
+                assert_eq!(fs::read_link(line.script()).unwrap(), Path::new(NOTHING));
                 assert!(!runner.is_finished());
                 match go {
                     true => waiting.go().unwrap(),
@@ -139,6 +176,16 @@ mod tests {
                 assert_eq!(runner.join().unwrap().is_ok(), go);
             });
         }
+    }
+
+    #[test]
+    fn what_a_dead_shim_has_left_is_not_written_through() {
+        let (dir, line) = line();
+        let other = dir.path().join("other");
+        fs::write(&other, "its own").unwrap();
+        symlink(&other, line.script().with_extension("new")).unwrap();
+        line.arm().unwrap();
+        assert_eq!(fs::read_to_string(other).unwrap(), "its own");
     }
 
     #[test]

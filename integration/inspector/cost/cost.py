@@ -292,7 +292,14 @@ def memory(place: Place) -> list[str]:
         maps.update(sizes)
         return sum(sizes.values())
 
+    def rest() -> None:
+        """As after a turn: the next epoch waits."""
+        for child in states.children:
+            for order in ("cut", "durable"):
+                child.order(order)
+
     states.register(1)
+    rest()
     one = taken()
     worker = Bench(root, place.cgroup("memory"), place.base / "bench")
     worker.do("create", EPOCH_INODES)
@@ -300,6 +307,7 @@ def memory(place: Place) -> list[str]:
     full = taken() - one
     states.leave()
     states.register(100)
+    rest()
     each = (taken() - one) // 99
     states.leave()
     print("\n| kernel memory | KiB | limit |\n|---|--:|--:|")
