@@ -31,7 +31,7 @@ bench: build driver ## beside containerd's own shim; what turns and rollbacks co
 	integration/inspector/cost/run
 
 fuzz: driver ## longer random tests of what reads foreign input, and of the inspector
-	PROPTEST_CASES=$${CASES:-20000} $(CARGO) test --release --locked --lib -- no_list_of_mounts no_bytes shim::tests::random rootfs::layer store::tests::trees
+	PROPTEST_CASES=$${CASES:-20000} $(CARGO) test --release --locked --lib -- no_list_of_mounts no_bytes shim::tests::random rootfs::layer store::tests::trees store::tests::reuse
 	integration/testbed/enter -- python3 -B /src/integration/inspector/fuzz.py --turns $${TURNS:-20000} --seed $${SEED:-2024}
 
 soak: build driver ## the end-to-end tests with chaos in them, again and again; many power losses; a thousand rollbacks of one sandbox

@@ -17,8 +17,8 @@ use anyhow::{Context, Result, bail};
 use crab::{
     sandbox::{SandboxId, TurnNo},
     store::{
-        Action, Checkpoint, Facts, Files, Host, Images, JournalLine, Kind, LayerChanges, Part,
-        Pending, Retention, SandboxStore, SandboxWriter, Store, Sync, Trigger,
+        Checkpoint, Facts, Files, Host, Images, JournalLine, Kind, LayerChanges, Part, Pending,
+        Retention, SandboxStore, SandboxWriter, Store, Sync, Trigger,
     },
 };
 use rustix::fs::FileType;
@@ -352,25 +352,7 @@ fn moment(turn: TurnNo) -> OffsetDateTime {
 }
 
 fn line(turn: TurnNo) -> JournalLine {
-    JournalLine {
-        turn,
-        trigger: Trigger::Exec,
-        effects: Vec::new(),
-        missing: Vec::new(),
-        action: Action::Skip,
-        pre_dumps: 0,
-        checkpoint: None,
-        changed_files: 0,
-        bytes_captured: 0,
-        bytes_written: 0,
-        look_us: 0,
-        freeze_us: 0,
-        durable_us: None,
-        exposed_us: 0,
-        started_at: moment(turn),
-        ended_at: moment(turn),
-        note: None,
-    }
+    JournalLine::new(turn, Trigger::Exec, moment(turn), moment(turn))
 }
 
 /// Whatever a reader can see of a store, and what is wrong with it.

@@ -626,17 +626,21 @@ fn an_interruption_leaves_one_whole_layer_and_the_next_put_back_clears_up() {
     }
 }
 
+fn unmounted(layer: &Layer) -> Overlay {
+    Overlay {
+        lowerdirs: vec!["/".into()],
+        upperdir: layer.path.clone(),
+        workdir: layer.path.with_file_name("work"),
+        options: vec![],
+        mountpoint: None,
+    }
+}
+
 #[test]
 fn a_layer_that_cannot_be_built_leaves_the_old_one() {
     let dir = tmp();
     let (layer, _) = states(dir.path());
-    let overlay = Overlay {
-        lowerdirs: vec!["/".into()],
-        upperdir: layer.path.clone(),
-        workdir: dir.path().join("active/work"),
-        options: vec![],
-        mountpoint: None,
-    };
+    let overlay = unmounted(&layer);
     let error = put_back(&mut from(&dir.path().join("absent")), &overlay).unwrap_err();
     assert!(matches!(error, PutBackError::Build(_)), "{error}");
     assert_eq!(fs::read_to_string(layer.path.join("state")).unwrap(), "old");
@@ -650,13 +654,7 @@ fn names_that_both_layers_share_are_gone_from_the_old_one_at_once() {
     for name in ["sub/shared", "own"] {
         fs::write(layer.path.join(name), name).unwrap();
     }
-    let overlay = Overlay {
-        lowerdirs: vec!["/".into()],
-        upperdir: layer.path.clone(),
-        workdir: dir.path().join("active/work"),
-        options: vec![],
-        mountpoint: None,
-    };
+    let overlay = unmounted(&layer);
     let mut build = |new: &Path, old: &Path| {
         fs::create_dir(new).unwrap();
         fs::hard_link(old.join("sub/shared"), new.join("shared")).map_err(|e| e.to_string())

@@ -219,11 +219,12 @@ impl Pending {
         let Some(filling) = self.filling.take() else {
             return Err(self.unfit("no pack was begun"));
         };
+        // The lock is let go last, when the temporary file is gone.
         let Filling {
+            _packs,
             file,
             mut ingest,
             layer,
-            _packs,
             ..
         } = filling;
         let contents = self.contents(&mut ingest, &facts, images, (files, layer))?;

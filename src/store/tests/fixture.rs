@@ -3,14 +3,18 @@
 use std::{
     collections::BTreeMap,
     ffi::{CString, OsStr, OsString},
-    os::unix::{
-        ffi::OsStrExt,
-        fs::{FileTypeExt, MetadataExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileTypeExt, MetadataExt},
+        },
     },
     path::PathBuf,
 };
 
 use super::*;
+use crate::tree;
 
 /// One name of a tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -186,6 +190,17 @@ pub fn acl() -> Vec<u8> {
         acl.extend(id.to_le_bytes());
     }
     acl
+}
+
+/// Makes `depth` directories `d`, one in the other, and returns the innermost.
+pub fn make_deep(root: &Path, depth: usize) -> OwnedFd {
+    fs::create_dir(root).unwrap();
+    let mut dir = tree::open_root(root).unwrap();
+    for _ in 0..depth {
+        rustix::fs::mkdirat(&dir, c"d", rustix::fs::Mode::RWXU).unwrap();
+        dir = tree::open_dir(&tree::look_at(dir.as_fd(), c"d").unwrap()).unwrap();
+    }
+    dir
 }
 
 /// Bytes that do not compress.

@@ -15,21 +15,10 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
 use super::{fixture::*, *};
 use crate::tree::{self, TreeError, remove_tree};
 
-/// Makes `depth` directories, one in the other, and returns the innermost.
-fn make_deep(root: &Path, depth: usize) -> OwnedFd {
-    fs::create_dir(root).unwrap();
-    let mut dir = tree::open_root(root).unwrap();
-    for _ in 0..depth {
-        rustix::fs::mkdirat(&dir, c"deep", Mode::RWXU).unwrap();
-        dir = tree::open_dir(&tree::look_at(dir.as_fd(), c"deep").unwrap()).unwrap();
-    }
-    dir
-}
-
 fn open_deep(root: &Path, depth: usize) -> OwnedFd {
     let mut dir = tree::open_root(root).unwrap();
     for _ in 0..depth {
-        dir = tree::open_dir(&tree::look_at(dir.as_fd(), c"deep").unwrap()).unwrap();
+        dir = tree::open_dir(&tree::look_at(dir.as_fd(), c"d").unwrap()).unwrap();
     }
     dir
 }

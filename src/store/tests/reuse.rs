@@ -137,7 +137,11 @@ fn a_layer_with_one_of_everything_is_the_same_whatever_it_shares() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+    #![proptest_config(ProptestConfig {
+        failure_persistence: None,
+        cases: ProptestConfig::default().cases.min(2000) / 4,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn what_comes_back_does_not_depend_on_what_is_there(

@@ -316,28 +316,17 @@ fn one_name_of_many_changes_one_page() {
     }
 }
 
-/// Makes so many directories in each other.
-fn deep(upper: &Path, depth: u64) {
-    fs::create_dir(upper).unwrap();
-    let mut dir = crate::tree::open_root(upper).unwrap();
-    for _ in 0..depth {
-        rustix::fs::mkdirat(&dir, "d", rustix::fs::Mode::RWXU).unwrap();
-        let fd = crate::tree::look_at(std::os::fd::AsFd::as_fd(&dir), c"d").unwrap();
-        dir = crate::tree::open_dir(&fd).unwrap();
-    }
-}
-
 #[test]
 fn a_deep_tree_comes_back() {
     let bed = bed();
     let writer = bed.writer();
     let pending = writer.begin(TurnNo(1)).unwrap();
-    let depth = 3000;
-    deep(&pending.upper_dir(), depth);
+    let depth = 3000usize;
+    make_deep(&pending.upper_dir(), depth);
     let made = commit(pending, Part::Whole);
     assert_eq!(
         made.manifest.contents.upper.as_ref().unwrap().entries,
-        depth + 1
+        depth as u64 + 1
     );
     assert_eq!(writer.verify(TurnNo(1)).unwrap(), []);
     let laid = made.lay_out_all(&writer.scratch_dir()).unwrap();
@@ -347,7 +336,7 @@ fn a_deep_tree_comes_back() {
         changed: Vec::new(),
     };
     let pending = writer.begin(TurnNo(2)).unwrap();
-    deep(&pending.upper_dir(), depth - 1);
+    make_deep(&pending.upper_dir(), depth - 1);
     let less = commit(
         pending,
         Part::Changes {
@@ -355,7 +344,7 @@ fn a_deep_tree_comes_back() {
             changes: &changes,
         },
     );
-    assert_eq!(less.manifest.contents.upper.unwrap().entries, depth);
+    assert_eq!(less.manifest.contents.upper.unwrap().entries, depth as u64);
 }
 
 #[test]
