@@ -57,7 +57,7 @@ pub(super) fn install(home: &Path) -> io::Result<()> {
     {
         return Err(e);
     }
-    symlink(env::current_exe()?, link)
+    symlink(super::own_program(), link)
 }
 
 /// The PATH with which that tar is found before any other.
@@ -185,6 +185,6 @@ mod tests {
         let path = path(home.path()).unwrap();
         let first = env::split_paths(&path).next().unwrap();
         let linked = fs::read_link(first.join(TAR)).unwrap();
-        assert_eq!(linked, env::current_exe().unwrap());
+        assert_eq!(linked, crate::runtime::own_program());
     }
 }

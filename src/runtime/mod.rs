@@ -214,3 +214,9 @@ pub trait OciRuntime: Send + Sync {
     /// Changes limits; `resources` is the JSON of OCI `LinuxResources`.
     fn update(&self, id: &str, resources: &[u8]) -> Result<(), RuntimeError>;
 }
+
+/// This very program, for others to run as long as this process lives: by name it may be another one
+/// since an upgrade, or gone.
+pub fn own_program() -> PathBuf {
+    format!("/proc/{}/exe", std::process::id()).into()
+}

@@ -6,7 +6,7 @@
 //! drawn the line dies or changes its mind, the connection ends without it, and CRIU gives up.
 
 use std::{
-    env, fs,
+    fs,
     io::{self, Read, Write},
     os::{
         fd::{AsFd, AsRawFd},
@@ -54,7 +54,7 @@ impl StartLine {
         let dir = self.script.parent().unwrap_or(Path::new("/"));
         let text = format!(
             "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = pre-dump ] || exit 0\nexec '{}' {WORD} '{}'\n",
-            env::current_exe()?.display(),
+            super::own_program().display(),
             dir.display(),
         );
         let new = self.new_script()?;

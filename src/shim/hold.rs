@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context, bail};
 
-use crate::cgroup::Cgroup;
+use crate::{cgroup::Cgroup, runtime::own_program};
 
 /// The word on the command line that means [`main`].
 pub const WORD: &str = "hold-restored";
@@ -24,7 +24,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// Writes the script that CRIU is to run, and returns where it is.
 pub fn write_script(dir: &Path) -> io::Result<PathBuf> {
     let path = dir.join("hold");
-    let exe = env::current_exe()?;
+    let exe = own_program();
     let text = format!("#!/bin/sh\nexec '{}' {WORD}\n", exe.display());
     fs::write(&path, text)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o700))?;
