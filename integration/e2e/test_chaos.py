@@ -123,6 +123,38 @@ def test_shims_that_die_at_random_moments_leave_nothing():
     assert [path.name for path in left] == []
 
 
+EXECS = """
+import os, sys, threading, time
+for _ in range(8):
+    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+os.execv(sys.executable, [sys.executable, "-Sc", os.environ["EXECS"]])
+"""
+
+
+def test_a_shim_that_dies_while_its_container_cannot_finish_freezing_leaves_nothing():
+    """A thread whose execve waits for the others' end, and they are frozen already: a v1 freezer stays FREEZING until it is
+    thawed, and runc 1.1 waits for ever to hear what a container is. `runc init` is such a program, just after the start."""
+    with Ctr(CRAB, "sh", "-c", "while :; do python3 -Sc \"$EXECS\"; done", options=["--env", f"EXECS={EXECS}"]) as container:
+        freezer = container.cgroup("freezer") / "freezer.state"
+
+        def stuck():
+            freezer.write_text("FROZEN")
+            end = time.monotonic() + 0.05
+            while time.monotonic() < end:
+                if freezer.read_text() == "FROZEN\n":
+                    freezer.write_text("THAWED")
+                    return False
+                time.sleep(0.001)
+            return True
+
+        until(stuck, "it cannot freeze", 60)
+        start = time.monotonic()
+        os.kill(container.shim, signal.SIGKILL)
+        until(lambda: container.status is None and not container.bundle.exists(), "containerd has cleaned up")
+        assert not freezer.exists()
+        assert time.monotonic() - start < 4, "containerd gives a clean-up 5 s"
+
+
 CONTAINERS, SECONDS = (10, 4) if QUICK else (50, 20)
 
 

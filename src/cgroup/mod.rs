@@ -19,7 +19,7 @@ pub use freezer::FreezerState;
 pub use oom::OomWatch;
 pub use path::Mounts;
 pub use remains::named;
-pub use remove::remove;
+pub use remove::{kill, remove};
 
 use std::{
     collections::{BTreeMap, BTreeSet},

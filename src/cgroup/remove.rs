@@ -1,4 +1,4 @@
-//! Removing a cgroup that no runtime answers for any more.
+//! Killing and removing a cgroup that no runtime answers for any more.
 
 use std::{
     fs, io,
@@ -25,20 +25,21 @@ impl Cgroup {
     }
 }
 
-/// Kills what is left in a cgroup, and removes its directories. Those that are gone already are no
-/// error; one that is no cgroup, or is the root of its hierarchy, is refused.
+/// Kills what is left in a cgroup, also if it is frozen or cannot finish freezing, and waits for
+/// nothing. Directories that are gone are no error; one that is no cgroup, or is the root of its
+/// hierarchy, is refused.
+pub fn kill(directories: &[PathBuf]) -> Result<(), CgroupError> {
+    refuse_others(directories)?;
+    directories.iter().try_for_each(|dir| kill_in(dir))
+}
+
+/// Kills what is left in a cgroup, and removes its directories, under the same conditions.
 pub fn remove(directories: &[PathBuf]) -> Result<(), CgroupError> {
-    for dir in directories.iter().filter(|dir| dir.exists()) {
-        let parent = dir.parent().unwrap_or(dir);
-        if !dir.join("cgroup.procs").exists() || !parent.join("cgroup.procs").exists() {
-            let why = io::Error::other("it is no cgroup below another one");
-            return Err(CgroupError::io("remove", dir, why));
-        }
-    }
+    refuse_others(directories)?;
     let end = Instant::now() + LIMIT;
     for dir in directories {
         loop {
-            kill(dir)?;
+            kill_in(dir)?;
             match remove_tree(dir, DEPTH) {
                 Ok(()) => break,
                 Err(e) if Instant::now() > end => return Err(CgroupError::io("remove", dir, e)),
@@ -49,8 +50,19 @@ pub fn remove(directories: &[PathBuf]) -> Result<(), CgroupError> {
     Ok(())
 }
 
+fn refuse_others(directories: &[PathBuf]) -> Result<(), CgroupError> {
+    for dir in directories.iter().filter(|dir| dir.exists()) {
+        let parent = dir.parent().unwrap_or(dir);
+        if !dir.join("cgroup.procs").exists() || !parent.join("cgroup.procs").exists() {
+            let why = io::Error::other("it is no cgroup below another one");
+            return Err(CgroupError::io("remove", dir, why));
+        }
+    }
+    Ok(())
+}
+
 /// Kills everything inside. Each look kills what the last one could not see yet.
-fn kill(dir: &Path) -> Result<(), CgroupError> {
+fn kill_in(dir: &Path) -> Result<(), CgroupError> {
     let mut pids = Default::default();
     collect_procs(dir, &mut pids)?;
     for pid in pids {

@@ -104,6 +104,8 @@ pub trait Host: Send + Sync {
     fn overlay(&self, rootfs: &Path) -> Result<Overlay, String>;
     /// Unmounts it; one that is not mounted is no error.
     fn unmount(&self, target: &Path) -> Result<(), String>;
+    /// Kills what is in a cgroup, whatever its freezer says.
+    fn kill_cgroup(&self, directories: &[PathBuf]) -> Result<(), String>;
     /// Kills what is left in a cgroup and removes its directories, those that are there.
     fn remove_cgroup(&self, directories: &[PathBuf]) -> Result<(), String>;
     /// Begins to watch what changes in a sandbox.
@@ -234,6 +236,10 @@ impl Host for Linux {
 
     fn unmount(&self, target: &Path) -> Result<(), String> {
         rootfs::unmount(target).map_err(|e| e.to_string())
+    }
+
+    fn kill_cgroup(&self, directories: &[PathBuf]) -> Result<(), String> {
+        cgroup::kill(directories).map_err(|e| e.to_string())
     }
 
     fn remove_cgroup(&self, directories: &[PathBuf]) -> Result<(), String> {

@@ -103,8 +103,9 @@ fn dead() -> (Bed, PathBuf) {
 fn assert_cleared(bed: &Bed, bundle: &std::path::Path) {
     let calls = bed.machine.calls();
     assert_eq!(
-        calls[calls.len() - 3..],
+        calls[calls.len() - 4..],
         [
+            r#"kill cgroup ["/test/c"]"#.into(),
             "delete --force c".into(),
             r#"remove cgroup ["/test/c"]"#.into(),
             format!("unmount {}", bundle.join("rootfs").display()),
@@ -134,7 +135,11 @@ fn a_dead_shims_sandbox_is_cleared_by_others_once_containerd_has_forgotten_it() 
     let calls = bed.machine.calls();
     assert_eq!(
         calls[before.len()..],
-        ["delete --force c", r#"remove cgroup ["/test/c"]"#]
+        [
+            r#"kill cgroup ["/test/c"]"#,
+            "delete --force c",
+            r#"remove cgroup ["/test/c"]"#
+        ]
     );
     assert!(!bed.run_dir("c").exists());
 }

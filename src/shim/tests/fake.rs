@@ -355,6 +355,11 @@ impl Host for Machine {
         self.plan(Verb::Unmount)
     }
 
+    fn kill_cgroup(&self, directories: &[PathBuf]) -> Result<(), String> {
+        self.record(format!("kill cgroup {directories:?}"));
+        Ok(())
+    }
+
     fn remove_cgroup(&self, directories: &[PathBuf]) -> Result<(), String> {
         self.record(format!("remove cgroup {directories:?}"));
         Ok(())
