@@ -10,5 +10,6 @@ pub mod rootfs;
 pub mod runtime;
 pub mod sandbox;
 pub mod shim;
+pub mod slot_lock;
 pub mod store;
 pub mod tree;
