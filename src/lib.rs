@@ -1,10 +1,15 @@
 //! crab: a containerd shim v2 that gives every agent sandbox a restore point after each turn.
 
+// What tests share with examples names the crate as examples do.
+#[cfg(test)]
+extern crate self as crab;
+
 pub mod cgroup;
 pub mod cli;
 pub mod config;
 pub mod control;
 pub mod coordinator;
+pub mod engine;
 pub mod inspector;
 pub mod rootfs;
 pub mod runtime;
