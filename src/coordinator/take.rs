@@ -9,6 +9,7 @@ use std::{collections::BTreeMap, fs, path::Path, sync::Arc, time::Duration};
 use time::OffsetDateTime;
 
 use super::{
+    budget::{Budget, Spending},
     doors::Doors,
     inspection::{Inspection, Look, Still, Taken},
     references::References,
@@ -18,12 +19,13 @@ use super::{
 };
 use crate::{
     config::Gate,
+    engine::Work,
     rootfs::{self, CaptureStats, LayerChanges, Prestaged, layer::Comparison},
     runtime::{self, criu_conf::CriuConf, descriptors::Stream},
     sandbox::TurnNo,
     store::{
         self, Action, Checkpoint, Facts, Files, Host, Images, JournalLine, Kind, Pending, Staging,
-        StdioPipe,
+        StdioPipe, Trigger,
     },
     tree::remove_tree,
 };
@@ -47,7 +49,7 @@ enum Tried {
 }
 
 impl Worker {
-    /// Takes the cut and makes it durable.
+    /// Takes the cut and makes it durable, within the host's budget.
     pub(super) fn take(
         &mut self,
         subject: &dyn Subject,
@@ -55,16 +57,53 @@ impl Worker {
         gate: &mut ShutGate,
         line: &mut JournalLine,
     ) -> Result<(Checkpoint, Staging), String> {
+        let join = |worker: &Self| {
+            let name = worker.store.id().to_string();
+            Budget::join(&worker.settings.budget, &name, &worker.doors)
+        };
+        let mut budget = self.budget.take().unwrap_or_else(|| join(self));
+        let taken = self.take_with(subject, order, gate, line, &mut budget);
+        self.budget = Some(budget);
+        taken
+    }
+
+    fn take_with(
+        &mut self,
+        subject: &dyn Subject,
+        order: &Order,
+        gate: &mut ShutGate,
+        line: &mut JournalLine,
+        budget: &mut Budget,
+    ) -> Result<(Checkpoint, Staging), String> {
+        let urgent = line.trigger == Trigger::Manual;
         if order.only_files {
-            match self.take_files(subject, order, gate, line)? {
-                Tried::Done(checkpoint) => return Ok(*checkpoint),
-                Tried::Not(look) => {
+            let mut spending = budget.ask(Work::Files, urgent)?;
+            let tried = self.take_files(subject, order, gate, line, &mut spending);
+            match tried {
+                Ok(Tried::Done(taken)) => {
+                    remark(line, spending.note());
+                    spending.durable(taken.0.stored);
+                    return Ok(*taken);
+                }
+                Ok(Tried::Not(look)) => {
+                    spending.failed();
                     line.effects = look.effects;
                     line.note = look.note;
                 }
+                Err(e) => {
+                    spending.failed();
+                    return Err(e);
+                }
             }
         }
-        self.take_all(subject, order, gate, line)
+        let mut spending = budget.ask(Work::Dump, urgent)?;
+        let taken = self.take_all(subject, order, gate, line, &mut spending);
+        remark(line, spending.note());
+        match &taken {
+            Ok((checkpoint, _)) => spending.durable(checkpoint.stored),
+            Err(_) => spending.failed(),
+        }
+        taken
     }
 
     /// Processes and files.
@@ -74,6 +113,7 @@ impl Worker {
         order: &Order,
         gate: &mut ShutGate,
         line: &mut JournalLine,
+        spending: &mut Spending<'_>,
     ) -> Result<(Checkpoint, Staging), String> {
         let overlay = subject.overlay()?;
         let pending = self.store.begin(order.turn).map_err(text)?;
@@ -115,6 +155,7 @@ impl Worker {
         }
         line.freeze_us = micros(done.frozen);
         let captured = &done.captured;
+        spending.captured(Some(pending.image_dir()), captured.stats.bytes, done.frozen);
         let changes = seen.as_ref().and_then(Taken::changes);
         line.changed_files = changes.map_or(captured.stats.entries(), |its| its.len() as u64);
         let references = seen.as_ref().and_then(Taken::references);
@@ -166,6 +207,7 @@ impl Worker {
         order: &Order,
         gate: &mut ShutGate,
         line: &mut JournalLine,
+        spending: &mut Spending<'_>,
     ) -> Result<Tried, String> {
         let (Some(parent), Some(inspection)) = (order.parent, &mut self.inspection) else {
             return Ok(Tried::Not(Look::everything("nothing to compare with")));
@@ -216,6 +258,7 @@ impl Worker {
             line.exposed_us = micros(gate.open());
         }
         line.freeze_us = micros(done.frozen);
+        spending.captured(None, captured.stats.bytes, done.frozen);
         line.changed_files = still.comparison.len() as u64;
         if let Some(then) = &self.artefacts
             && *then != artefacts
@@ -246,6 +289,14 @@ impl Worker {
         line.bytes_captured = captured.stats.bytes;
         Ok(Tried::Done(Box::new((checkpoint, staging))))
     }
+}
+
+/// Adds something to what the journal says.
+fn remark(line: &mut JournalLine, said: Option<String>) {
+    line.note = match (line.note.take(), said) {
+        (Some(note), Some(said)) => Some(format!("{note}; {said}")),
+        (note, said) => note.or(said),
+    };
 }
 
 /// How a turn's processes are dumped.
