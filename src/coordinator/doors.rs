@@ -226,12 +226,15 @@ pub struct Entering {
 }
 
 impl Entering {
-    /// The exec runs.
-    pub fn started(self) {
+    /// The exec runs. True when a turn ended with that, as in [`Doors::leave`]: the last exec that counts
+    /// has left while this one, which doesn't, was on the doorstep.
+    #[must_use]
+    pub fn started(self) -> bool {
         let mut state = self.doors.state.lock();
         state.starting -= 1;
         state.inside.insert(self.exec_id, self.is_turn);
         self.doors.changed.notify_all();
+        state.end_turn()
     }
 
     /// The exec never ran. True when a turn ended with that, as in [`Doors::leave`].
@@ -288,9 +291,9 @@ mod tests {
     #[test]
     fn a_turn_ends_with_the_last_exec_that_counts() {
         let doors = Doors::new();
-        doors.enter("a", true).started();
-        doors.enter("b", true).started();
-        doors.enter("health", false).started();
+        assert!(!doors.enter("a", true).started());
+        assert!(!doors.enter("b", true).started());
+        assert!(!doors.enter("health", false).started());
         assert!(!doors.leave("a"));
         assert!(doors.leave("b"));
         doors.open();
@@ -306,9 +309,26 @@ mod tests {
     }
 
     #[test]
+    fn a_turn_that_waited_for_a_start_that_does_not_count_ends_with_it() {
+        let doors = Doors::new();
+        assert!(!doors.enter("a", true).started());
+        let entering = doors.enter("health", false);
+        assert!(!doors.leave("a"), "nobody knows yet whether more comes");
+        assert!(entering.started());
+        doors.open();
+        assert!(!doors.leave("health"));
+        // One that counts goes on with the turn.
+        assert!(!doors.enter("a", true).started());
+        let entering = doors.enter("b", true);
+        assert!(!doors.leave("a"));
+        assert!(!entering.started());
+        assert!(doors.leave("b"));
+    }
+
+    #[test]
     fn a_turn_that_waited_for_a_start_ends_when_that_fails() {
         let doors = Doors::new();
-        doors.enter("a", true).started();
+        assert!(!doors.enter("a", true).started());
         let entering = doors.enter("b", true);
         assert!(!doors.leave("a"));
         assert!(entering.failed());
@@ -317,17 +337,17 @@ mod tests {
     #[test]
     fn the_next_exec_waits_until_the_last_turn_is_durable() {
         let doors = Doors::new();
-        doors.enter("a", true).started();
+        assert!(!doors.enter("a", true).started());
         assert!(doors.leave("a"));
         let (sender, entered) = mpsc::channel();
         let other = Arc::clone(&doors);
         let waiter = thread::spawn(move || {
-            other.enter("b", true).started();
+            assert!(!other.enter("b", true).started());
             sender.send(()).unwrap();
         });
         until_one_waits(&doors);
         // A health check passes meanwhile.
-        doors.enter("health", false).started();
+        assert!(!doors.enter("health", false).started());
         assert!(entered.recv_timeout(Duration::from_millis(50)).is_err());
         assert!(doors.open() >= Duration::from_millis(50));
         entered.recv_timeout(SOON).unwrap();
@@ -373,12 +393,12 @@ mod tests {
         let doors = Doors::new();
         let entering = doors.enter("a", true);
         assert!(doors.latch(Duration::from_millis(20)).is_none());
-        entering.started();
+        assert!(!entering.started());
         let latched = doors.latch(SOON).unwrap();
         let (sender, entered) = mpsc::channel();
         let other = Arc::clone(&doors);
         let waiter = thread::spawn(move || {
-            other.enter("health", false).started();
+            assert!(!other.enter("health", false).started());
             sender.send(()).unwrap();
         });
         assert!(entered.recv_timeout(Duration::from_millis(50)).is_err());
@@ -390,19 +410,19 @@ mod tests {
     #[test]
     fn a_turn_that_is_undone_has_no_end() {
         let doors = Doors::new();
-        doors.enter("a", true).started();
+        assert!(!doors.enter("a", true).started());
         let void = doors.void_turn();
         assert!(!doors.leave("a"));
         drop(void);
         assert_eq!(doors.take_turn_start(), None);
-        doors.enter("b", true).started();
+        assert!(!doors.enter("b", true).started());
         assert!(doors.leave("b"));
     }
 
     #[test]
     fn a_turn_that_could_not_be_undone_ends_as_ever() {
         let doors = Doors::new();
-        doors.enter("a", true).started();
+        assert!(!doors.enter("a", true).started());
         drop(doors.void_turn());
         assert!(doors.leave("a"));
         assert!(doors.take_turn_start().is_some());
@@ -411,10 +431,10 @@ mod tests {
     #[test]
     fn the_dying_wait_for_nothing() {
         let doors = Doors::new();
-        doors.enter("a", true).started();
+        assert!(!doors.enter("a", true).started());
         assert!(doors.leave("a"));
         doors.give_up();
-        doors.enter("b", true).started();
+        assert!(!doors.enter("b", true).started());
         assert!(!doors.leave("b"));
     }
 }

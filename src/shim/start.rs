@@ -298,7 +298,9 @@ pub fn start_exec(container: &Arc<Container>, exec_id: &str) -> Result<i32> {
     }
     match run_exec(container, &process) {
         Ok((pid, watch)) => {
-            entering.started();
+            if entering.started() {
+                container.turn_ended();
+            }
             container
                 .events
                 .send(TaskEvent::ExecStarted(TaskExecStarted {
