@@ -1,7 +1,11 @@
 //! What a capture of changes alone takes, put upon the checkpoint before, has to give the layer as it
 //! is: by the snapshots of the test's own.
 
-use std::{cell::RefCell, collections::BTreeSet, os::unix::fs::symlink};
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeSet,
+    os::unix::fs::symlink,
+};
 
 use super::{fixture::*, *};
 use crate::{
@@ -273,6 +277,34 @@ fn what_is_no_longer_what_was_compared_is_an_error() {
             "{what}: {error:?}"
         );
     }
+}
+
+#[test]
+fn what_changes_while_it_is_captured_is_an_error() {
+    let bed = everything();
+    let (layer, replica) = (bed.read(), Replica::of(&bed));
+    // Large enough for the stop function to be asked within the file.
+    fs::write(bed.at("dir/sub/one"), noise(1, 1 << 20)).unwrap();
+    let comparison = bed.compare(&layer, &[], Scope::Everything);
+    let asked = Cell::new(0);
+    let meddle = || {
+        asked.set(asked.get() + 1);
+        if asked.get() == 4 {
+            write(&bed, "dir/sub/one", b"!", 0);
+        }
+        false
+    };
+    let base = replica.newest.borrow().clone();
+    let part = Part::Changes {
+        base: &base,
+        changes: &changes(&comparison),
+    };
+    let error = replica.begin().capture(&bed.upper(), part, &meddle);
+    assert!(asked.get() >= 4);
+    assert!(
+        matches!(error, Err(StoreError::Tree(TreeError::Changed { .. }))),
+        "{error:?}"
+    );
 }
 
 const LARGE: usize = 5 << 20;
