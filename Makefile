@@ -25,10 +25,12 @@ driver: ## what drives inspector and store in their tests
 	@integration/host-tools
 	$(CARGO) build --release --locked --example inspector --example store
 
-bench: build driver ## beside containerd's own shim; what turns and rollbacks cost; what the inspector costs the host
+bench: build driver ## beside containerd's own shim; what turns and rollbacks cost; what the inspector and the engine cost the host
 	integration/bench/run
 	integration/testbed/enter -- python3 -B /src/integration/bench/turns.py
 	integration/inspector/cost/run
+	$(CARGO) run --release --locked --example engine_cost
+	$(CARGO) run --release --locked --example engine_sim
 
 fuzz: driver ## longer random tests of what reads foreign input, and of the inspector
 	PROPTEST_CASES=$${CASES:-20000} $(CARGO) test --release --locked --lib -- no_list_of_mounts no_bytes shim::tests::random rootfs::layer store::tests::trees store::tests::reuse

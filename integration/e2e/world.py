@@ -9,8 +9,9 @@ RUN = ("/run/crab", "/run/containerd/s", "/run/containerd/runc", "/run/container
        "/run/docker/runtime-runc", "/var/lib/docker/containers", "/var/run/docker/containerd")
 SHARED = {"/run/crab", "/run/crab/runc", "/run/crab/s", "/run/crab/shims"}
 """Directories that are made with the first sandbox and may stay. So may those of a namespace, one level below."""
-KEPT = {"/run/crab/bpf.lock"}
-"""A file that is locked can't be removed without a race: whoever waits for it would have the lock of no file."""
+KEPT = {"/run/crab/bpf.lock", "/run/crab/engine.v1"}
+"""A file that is locked can't be removed without a race: whoever waits for it would have the lock of no file. And what
+the host has spent on checkpoints is known beyond the last sandbox."""
 
 
 def mounts():

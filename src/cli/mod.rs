@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 wrong usage.
 
 mod docker;
+mod engine;
 mod gc;
 mod log;
 mod ps;
@@ -91,6 +92,12 @@ enum Verb {
         /// Container id, a unique prefix of it, or a Docker name; with @TURN or @NAME one checkpoint
         sandbox: Option<String>,
     },
+    /// Show the host's budget for checkpoints, who has it, and who waits for it
+    Engine {
+        /// In Prometheus' text format, for its node exporter's textfile collector
+        #[arg(long, conflicts_with = "json")]
+        prometheus: bool,
+    },
     /// Free the space of what no checkpoint needs any more. Running sandboxes do so themselves
     Gc {
         /// Container id, a unique prefix of it, or a Docker name; without it, all
@@ -165,6 +172,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         } => restore::run(&context, &sandbox, cancel, start),
         Verb::Rollback { sandbox } => rollback::run(&context, &sandbox),
         Verb::Verify { sandbox } => verify::run(&context, sandbox.as_deref()),
+        Verb::Engine { prometheus } => engine::run(&context, &config.engine.limits(), prometheus),
         Verb::Gc {
             sandbox,
             keep,

@@ -83,7 +83,7 @@ fn newest(scope: &Scope, sandbox: &Sandbox) -> Option<(Held, Checkpoint)> {
 }
 
 /// Columns as wide as their widest cell; the last one as it is.
-fn table<const N: usize>(rows: &[[String; N]]) -> anyhow::Result<()> {
+pub(super) fn table<const N: usize>(rows: &[[String; N]]) -> anyhow::Result<()> {
     let widths: Vec<usize> = (0..N)
         .map(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0))
         .collect();

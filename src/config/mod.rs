@@ -20,12 +20,15 @@ pub use schema::{ConfigError, Place};
 
 use std::{
     fs, io,
+    num::{NonZeroU64, NonZeroUsize},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use options::Options;
 use protobuf::well_known_types::any::Any;
+
+use crate::engine::Limits;
 
 /// The host's file.
 pub const FILE: &str = "/etc/crab/config.toml";
@@ -86,6 +89,38 @@ pub struct Config {
     pub exec_linger: Duration,
     /// How long CRIU's dump may take. Default 60 s; 1 s to 10 min.
     pub dump_timeout: Duration,
+    /// What the checkpoints of all sandboxes may cost the host. *Host only.*
+    pub engine: Engine,
+}
+
+/// See [`Config::engine`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Engine {
+    /// Bytes a second that are written in the long run. Default none (`"unlimited"`); at least 1 MiB.
+    pub rate: Option<NonZeroU64>,
+    /// Bytes that may be written at once after a pause. Default 256 MiB; at least 1 MiB.
+    pub burst: u64,
+    /// Dumps that run at once. Default 0, for as many as the host has CPUs, and at least two; at
+    /// most 1024.
+    pub dumps: u32,
+    /// Bytes that are captured and not yet written. Default 1 GiB; at least 1 MiB.
+    pub undrained: u64,
+}
+
+impl Engine {
+    /// These, as the engine takes them.
+    pub fn limits(&self) -> Limits {
+        let cpus = || std::thread::available_parallelism().map_or(2, NonZeroUsize::get);
+        Limits {
+            rate: self.rate,
+            burst: self.burst,
+            dumps: match self.dumps {
+                0 => u32::try_from(cpus().max(2)).unwrap_or(u32::MAX),
+                dumps => dumps,
+            },
+            undrained: self.undrained,
+        }
+    }
 }
 
 /// See [`Config::orphan_output`].
@@ -155,6 +190,12 @@ impl Default for Config {
             tcp: Tcp::Close,
             exec_linger: Duration::from_secs(1),
             dump_timeout: Duration::from_secs(60),
+            engine: Engine {
+                rate: None,
+                burst: 256 << 20,
+                dumps: 0,
+                undrained: 1 << 30,
+            },
         }
     }
 }

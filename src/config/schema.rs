@@ -1,6 +1,6 @@
 //! The keys: what each accepts, and what is said when it does not.
 
-use std::{fmt, ops::RangeInclusive, path::PathBuf, time::Duration};
+use std::{fmt, num::NonZeroU64, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use toml::{Table, Value};
 
@@ -112,7 +112,14 @@ const KEYS: &[(&str, Kind, Scope)] = &[
     ("tcp", Kind::Text, Scope::Sandbox),
     ("exec_linger", Kind::Text, Scope::Sandbox),
     ("dump_timeout", Kind::Text, Scope::Sandbox),
+    ("engine.rate", Kind::Text, Scope::Host),
+    ("engine.burst", Kind::Text, Scope::Host),
+    ("engine.dumps", Kind::Number, Scope::Host),
+    ("engine.undrained", Kind::Text, Scope::Host),
 ];
+
+/// Keys may stand in a table of their own: `engine.rate = …`, or `[engine]` and `rate = …`.
+const TABLE: &str = "engine";
 
 /// runc's keys as containerd's own configuration spells them: who switches a Kubernetes runtime
 /// from runc to crab keeps its `options` table. There a zero value says nothing.
@@ -147,10 +154,25 @@ pub(super) fn apply_toml(
             Some((_, Some(name))) => set(config, place, name, value)?,
             // containerd passes the name of the options' type along with them.
             None if key == "TypeUrl" && *place == Place::Options => {}
-            _ => set(config, place, key, value)?,
+            _ => set_all(config, place, key, value)?,
         }
     }
     Ok(())
+}
+
+/// Sets one key, or those of a table of keys.
+fn set_all(
+    config: &mut Config,
+    place: &Place,
+    key: &str,
+    value: &Value,
+) -> Result<(), ConfigError> {
+    match value.as_table().filter(|_| key == TABLE) {
+        Some(table) => table
+            .iter()
+            .try_for_each(|(name, value)| set(config, place, &format!("{key}.{name}"), value)),
+        None => set(config, place, key, value),
+    }
 }
 
 /// Applies one annotation, `key` being what follows the prefix.
@@ -251,6 +273,10 @@ fn assign(config: &mut Config, key: &str, value: &Value) -> Result<(), String> {
         "tcp" => config.tcp = one_of(value, &[("close", Tcp::Close), ("keep", Tcp::Keep)])?,
         "exec_linger" => config.exec_linger = duration(value, seconds(0)..=seconds(60))?,
         "dump_timeout" => config.dump_timeout = duration(value, seconds(1)..=seconds(600))?,
+        "engine.rate" => config.engine.rate = rate(value)?,
+        "engine.burst" => config.engine.burst = size(value)?,
+        "engine.dumps" => config.engine.dumps = number(value, 0..=1024)?,
+        "engine.undrained" => config.engine.undrained = size(value)?,
         _ => {
             let hint = suggestion(key, keys());
             return Err(format!("unknown key {:?}{hint}", short(key)));
@@ -286,6 +312,22 @@ fn size(value: &Value) -> Result<u64, String> {
     let text = text(value, WHAT)?;
     match units::size(text) {
         Ok(size) if size >= 1 << 20 => Ok(size),
+        Ok(_) => Err(expected(value, WHAT)),
+        Err(e) => Err(format!("{}: {e}", expected(value, WHAT))),
+    }
+}
+
+/// Bytes a second, or any number of them.
+fn rate(value: &Value) -> Result<Option<NonZeroU64>, String> {
+    const WHAT: &str =
+        "\"unlimited\", or a size of at least 1MiB for each second, such as \"200MB\"";
+    if value.as_str() == Some("unlimited") {
+        return Ok(None);
+    }
+    let text = text(value, WHAT)?;
+    // People will write the second, too.
+    match units::size(text.strip_suffix("/s").unwrap_or(text)) {
+        Ok(size) if size >= 1 << 20 => Ok(NonZeroU64::new(size)),
         Ok(_) => Err(expected(value, WHAT)),
         Err(e) => Err(format!("{}: {e}", expected(value, WHAT))),
     }

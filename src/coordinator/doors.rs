@@ -13,6 +13,8 @@ use std::{
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use time::OffsetDateTime;
 
+use crate::engine::Caller;
+
 /// Nobody waits longer than this at the door, whatever holds it shut (D11).
 pub const GATE_LIMIT: Duration = Duration::from_secs(120);
 
@@ -35,6 +37,8 @@ struct State {
     first_wait: Option<Instant>,
     /// When the first exec of the current turn entered.
     turn_start: Option<OffsetDateTime>,
+    /// The checkpoint that waits for the host's budget.
+    caller: Option<Arc<Caller>>,
     /// No more cuts: whoever waits may go on and meet its end.
     dying: bool,
 }
@@ -85,6 +89,9 @@ impl Doors {
                 state.waiting += 1;
                 state.first_wait.get_or_insert(begin);
                 waited = true;
+                if let Some(caller) = &state.caller {
+                    caller.promote();
+                }
             }
             let end = begin + GATE_LIMIT;
             if self.changed.wait_until(&mut state, end).timed_out() {
@@ -128,6 +135,21 @@ impl Doors {
         state.closed = state.closed.saturating_sub(1);
         self.changed.notify_all();
         state.first_wait.map_or(Duration::ZERO, |t| t.elapsed())
+    }
+
+    /// Says which checkpoint waits for the host's budget: it becomes urgent when a turn waits at the
+    /// gate, and is given up when the sandbox is to die.
+    pub fn set_caller(&self, caller: Option<Arc<Caller>>) {
+        let mut state = self.state.lock();
+        if let Some(caller) = &caller {
+            if state.waiting > 0 {
+                caller.promote();
+            }
+            if state.dying {
+                caller.give_up();
+            }
+        }
+        state.caller = caller;
     }
 
     /// Waits until no other cut is under way; none may begin as long as this is held. A client's
@@ -180,7 +202,12 @@ impl Doors {
 
     /// The sandbox is to die.
     pub fn give_up(&self) {
-        self.state.lock().dying = true;
+        let mut state = self.state.lock();
+        state.dying = true;
+        if let Some(caller) = &state.caller {
+            caller.give_up();
+        }
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -326,6 +353,39 @@ mod tests {
         entered.recv_timeout(SOON).unwrap();
         waiter.join().unwrap();
         assert_eq!(doors.open(), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_turn_at_the_gate_makes_the_checkpoint_urgent_whichever_comes_first() {
+        for caller_is_first in [true, false] {
+            let doors = Doors::new();
+            let caller = Caller::new();
+            assert!(!doors.enter("a", true).started());
+            assert!(doors.leave("a"));
+            if caller_is_first {
+                doors.set_caller(Some(Arc::clone(&caller)));
+            }
+            assert!(!caller.is_urgent());
+            let other = Arc::clone(&doors);
+            let waiter = thread::spawn(move || other.enter("b", true).started());
+            until_one_waits(&doors);
+            if !caller_is_first {
+                doors.set_caller(Some(Arc::clone(&caller)));
+            }
+            assert!(caller.is_urgent());
+            doors.open();
+            waiter.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_of_the_dying_is_given_up_whichever_comes_first() {
+        let (doors, before, after) = (Doors::new(), Caller::new(), Caller::new());
+        doors.set_caller(Some(Arc::clone(&before)));
+        assert!(!before.has_given_up());
+        doors.give_up();
+        doors.set_caller(Some(Arc::clone(&after)));
+        assert!(before.has_given_up() && after.has_given_up());
     }
 
     #[test]

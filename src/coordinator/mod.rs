@@ -1,5 +1,6 @@
 //! When to act: turn boundaries, the doors of a sandbox, its freezer, and the consistent cut.
 
+pub mod budget;
 mod changed;
 mod compare;
 pub mod cut;

@@ -10,6 +10,7 @@ use std::{collections::BTreeMap, fs, path::Path, sync::Arc, time::Duration};
 use time::OffsetDateTime;
 
 use super::{
+    budget::{Budget, Spending},
     cut::{self, CutError},
     doors::Doors,
     inspection::{Inspection, Still, Taken as Found, ToRead},
@@ -22,13 +23,14 @@ use super::{
 };
 use crate::{
     config::Gate,
+    engine::Work,
     inspector::Inode,
     rootfs::layer::Comparison,
     runtime::{self, criu_conf::CriuConf, descriptors::Stream},
     sandbox::TurnNo,
     store::{
         Action, Captured, Checkpoint, Facts, Files, Host, Images, JournalLine, Kind, LayerChanges,
-        Part, Pending, Staging, StdioPipe,
+        Part, Pending, Staging, StdioPipe, Trigger,
     },
 };
 
@@ -88,7 +90,7 @@ struct Dumped {
 }
 
 impl Worker {
-    /// Takes the cut and makes it durable.
+    /// Takes the cut and makes it durable, within the host's budget.
     pub(super) fn take(
         &mut self,
         subject: &dyn Subject,
@@ -96,16 +98,52 @@ impl Worker {
         gate: &mut ShutGate,
         line: &mut JournalLine,
     ) -> Result<Taken, String> {
+        let join = |worker: &Self| {
+            let name = worker.store.id().to_string();
+            Budget::join(&worker.settings.budget, &name, &worker.doors)
+        };
+        let mut budget = self.budget.take().unwrap_or_else(|| join(self));
+        let taken = self.take_with(subject, order, gate, line, &mut budget);
+        self.budget = Some(budget);
+        taken
+    }
+
+    fn take_with(
+        &mut self,
+        subject: &dyn Subject,
+        order: &Order,
+        gate: &mut ShutGate,
+        line: &mut JournalLine,
+        budget: &mut Budget,
+    ) -> Result<Taken, String> {
+        let urgent = line.trigger == Trigger::Manual;
         if order.only_files {
-            match self.take_files(subject, order, gate, line)? {
-                Tried::Done(checkpoint) => return Ok(Taken::Checkpoint(checkpoint)),
-                Tried::Not(look) => {
+            let mut spending = budget.ask(Work::Files, urgent)?;
+            match self.take_files(subject, order, gate, line, &mut spending) {
+                Ok(Tried::Done(taken)) => {
+                    remark(line, spending.note());
+                    spending.durable(taken.0.stored);
+                    return Ok(Taken::Checkpoint(taken));
+                }
+                Ok(Tried::Not(look)) => {
+                    spending.failed();
                     line.effects = look.effects;
                     line.note = look.note;
                 }
+                Err(e) => {
+                    spending.failed();
+                    return Err(e);
+                }
             }
         }
-        self.take_all(subject, order, gate, line)
+        let mut spending = budget.ask(Work::Dump, urgent)?;
+        let taken = self.take_all(subject, order, gate, line, &mut spending);
+        remark(line, spending.note());
+        match &taken {
+            Ok(Taken::Checkpoint(done)) => spending.durable(done.0.stored),
+            Ok(Taken::Nothing) | Err(_) => spending.failed(),
+        }
+        taken
     }
 
     /// Processes and files; or files alone, if the processes cannot be kept and that is wanted then.
@@ -115,6 +153,7 @@ impl Worker {
         order: &Order,
         gate: &mut ShutGate,
         line: &mut JournalLine,
+        spending: &mut Spending<'_>,
     ) -> Result<Taken, String> {
         let mut pending = self.store.begin(order.turn).map_err(text)?;
         pending.prepare().map_err(text)?;
@@ -149,12 +188,17 @@ impl Worker {
                     why: e.why(),
                     held_before,
                 };
-                return self.take_rest(subject, order, rest, gate, line);
+                return self.take_rest(subject, order, rest, gate, line, spending);
             }
         };
         if self.settings.gate == Gate::Async {
             line.exposed_us = micros(gate.open());
         }
+        spending.captured(
+            Some(pending.image_dir()),
+            dumped.done.captured.bytes,
+            dumped.done.frozen,
+        );
         let taken = self.keep(subject, order, pending, dumped, line)?;
         // The checkpoint exists from here on: nothing may make its turn count as unprotected.
         if let Err(e) = fs::remove_dir_all(&args.work_path) {
@@ -263,6 +307,7 @@ impl Worker {
         order: &Order,
         gate: &mut ShutGate,
         line: &mut JournalLine,
+        spending: &mut Spending<'_>,
     ) -> Result<Tried, String> {
         let (Some(parent), Some(inspection)) = (order.parent, &mut self.inspection) else {
             return Ok(Tried::Not(Look::everything("nothing to compare with")));
@@ -308,6 +353,7 @@ impl Worker {
             line.exposed_us = micros(gate.open());
         }
         line.freeze_us = micros(done.frozen);
+        spending.captured(None, captured.bytes, done.frozen);
         line.changed_files = still.comparison.len() as u64;
         if let Some(then) = &self.artefacts
             && *then != artefacts
@@ -334,6 +380,14 @@ impl Worker {
         line.bytes_captured = captured.bytes;
         Ok(Tried::Done(Box::new((checkpoint, staging))))
     }
+}
+
+/// Adds something to what the journal says.
+fn remark(line: &mut JournalLine, said: Option<String>) {
+    line.note = match (line.note.take(), said) {
+        (Some(note), Some(said)) => Some(format!("{note}; {said}")),
+        (note, said) => note.or(said),
+    };
 }
 
 /// How a turn's processes are dumped.

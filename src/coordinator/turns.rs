@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use time::OffsetDateTime;
 
 use super::{
+    budget::{Budget, HostBudget},
     cut,
     doors::Doors,
     inspection::{Inspection, Scene},
@@ -98,6 +99,8 @@ pub struct Settings {
     pub skip_unchanged: bool,
     /// Whether processes that merely ran count as unchanged (D6c).
     pub consistent_cut: bool,
+    /// What the host may spend on checkpoints.
+    pub budget: HostBudget,
 }
 
 type Reply = Sender<Result<(JournalLine, Proof), String>>;
@@ -151,6 +154,7 @@ impl Turns {
             store,
             doors: Arc::clone(&doors),
             settings,
+            budget: None,
             last_turn: None,
             head: None,
             void_before: None,
@@ -211,6 +215,8 @@ pub(super) struct Worker {
     pub(super) store: SandboxWriter,
     pub(super) doors: Arc<Doors>,
     pub(super) settings: Settings,
+    /// Our part of the host's budget, from the first checkpoint on.
+    pub(super) budget: Option<Budget>,
     /// The newest number given away.
     last_turn: Option<TurnNo>,
     /// The checkpoint that the sandbox goes on from.

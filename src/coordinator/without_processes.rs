@@ -8,6 +8,7 @@ use std::{collections::BTreeMap, time::Duration};
 use time::OffsetDateTime;
 
 use super::{
+    budget::Spending,
     inspection::Outline,
     memory_files::Mounts,
     stand_still::stand_still,
@@ -65,6 +66,7 @@ impl Worker {
         rest: Rest,
         gate: &mut ShutGate,
         line: &mut JournalLine,
+        spending: &mut Spending<'_>,
     ) -> Result<Taken, String> {
         let Rest {
             mut pending,
@@ -78,6 +80,7 @@ impl Worker {
         line.freeze_us = micros(held.saturating_sub(held_before));
         let files =
             cut.map_err(|e| format!("its processes cannot be kept ({why}), nor its files: {e}"))?;
+        spending.captured(None, files.captured.bytes, held.saturating_sub(held_before));
         if self.settings.gate == Gate::Async {
             line.exposed_us = micros(gate.open());
         }

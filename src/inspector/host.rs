@@ -19,9 +19,10 @@ use super::{
     abi::{Plain, SIDES},
     load::{self, LINK, failpoint},
     probes::ProbeSet,
-    slots::{Slot, Slots},
+    slots::Slots,
     sys::{self, ControlPage, EpochNumbers},
 };
+use crate::slot_lock::SlotLock;
 
 /// How often joining starts anew because the last shim has just left.
 const ATTEMPTS: usize = 10;
@@ -95,7 +96,7 @@ impl Host {
     pub(super) fn join(
         run: &Path,
         load: &dyn Fn() -> Result<(), String>,
-    ) -> Result<(Self, Slot), String> {
+    ) -> Result<(Self, SlotLock), String> {
         let place = Place::below(run);
         fs::create_dir_all(run).map_err(|e| format!("{}: {e}", run.display()))?;
         for _ in 0..ATTEMPTS {
@@ -148,7 +149,7 @@ impl Host {
     }
 
     /// Under the lock.
-    fn claim(&self) -> io::Result<Slot> {
+    fn claim(&self) -> io::Result<SlotLock> {
         self.sweep()?;
         self.place
             .slots
@@ -284,7 +285,7 @@ impl Host {
 
     /// Leaves; the last one removes the programs. Nothing is left behind if this fails half-way that
     /// the next [`Host::join`] or [`sweep`] does not find.
-    pub(super) fn leave(&self, slot: Slot) -> Result<(), String> {
+    pub(super) fn leave(&self, slot: SlotLock) -> Result<(), String> {
         let _alone = self.place.lock()?;
         drop(slot);
         failpoint("left");

@@ -10,8 +10,9 @@ use super::{
     epoch::{Epoch, FIRST_ROOM},
     host::put,
     probes::ProbeSet,
-    slots::{Slot, Slots},
+    slots::Slots,
 };
+use crate::slot_lock::SlotLock;
 
 fn slots() -> (tempfile::TempDir, Slots) {
     let dir = tempfile::tempdir().unwrap();
@@ -19,7 +20,7 @@ fn slots() -> (tempfile::TempDir, Slots) {
     (dir, slots)
 }
 
-fn claim(slots: &Slots) -> Slot {
+fn claim(slots: &Slots) -> SlotLock {
     slots.claim().unwrap().unwrap()
 }
 
@@ -28,13 +29,13 @@ fn a_slot_is_one_owners_until_it_is_dropped() {
     let (_dir, slots) = slots();
     assert!(slots.all_free().unwrap());
     let (first, second) = (claim(&slots), claim(&slots));
-    assert_eq!((first.number, second.number), (0, 1));
+    assert_eq!((first.number(), second.number()), (0, 1));
     assert!(!slots.is_free(0).unwrap() && !slots.is_free(1).unwrap());
     assert!(slots.is_free(2).unwrap());
     drop(first);
     assert!(slots.is_free(0).unwrap() && !slots.is_free(1).unwrap());
     assert!(!slots.all_free().unwrap());
-    assert_eq!(claim(&slots).number, 0, "the lowest that is free");
+    assert_eq!(claim(&slots).number(), 0, "the lowest that is free");
     drop(second);
     assert!(slots.all_free().unwrap());
 }
@@ -43,7 +44,7 @@ fn a_slot_is_one_owners_until_it_is_dropped() {
 fn a_dropped_slot_is_free_even_while_a_child_has_its_descriptor() {
     let (_dir, slots) = slots();
     let slot = claim(&slots);
-    let inherited = slot.file.try_clone().unwrap();
+    let inherited = slot.file().try_clone().unwrap();
     drop(slot);
     assert!(slots.all_free().unwrap());
     drop(inherited);
@@ -62,10 +63,10 @@ fn the_last_slot_is_given_and_then_none() {
     };
     fcntl(&others, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
     let last = claim(&slots);
-    assert_eq!(last.number, SLOTS - 1);
+    assert_eq!(last.number(), SLOTS - 1);
     assert!(slots.claim().unwrap().is_none());
     drop(others);
-    assert_eq!(claim(&slots).number, 0);
+    assert_eq!(claim(&slots).number(), 0);
 }
 
 #[test]
@@ -75,7 +76,7 @@ fn the_file_of_slots_can_be_removed_twice_and_comes_back() {
     slots.remove().unwrap();
     slots.remove().unwrap();
     assert_eq!(dir.path().read_dir().unwrap().count(), 0);
-    assert_eq!(claim(&slots).number, 0);
+    assert_eq!(claim(&slots).number(), 0);
 }
 
 /// The room of the epoch after one with this header.

@@ -22,9 +22,9 @@ use super::{
     epoch::{Ended, Epoch, FIRST_ROOM},
     host::{Host, Key, get, put, remove},
     load::failpoint,
-    slots::Slot,
     sys::{self, Whom},
 };
+use crate::slot_lock::SlotLock;
 
 /// Epochs that wait for a durable cut.
 const MOST_ENDED: usize = 4;
@@ -47,7 +47,7 @@ pub struct Subject {
 /// One sandbox, watched until this is dropped, or [`Watch::leave`] is called.
 pub struct Watch {
     host: Host,
-    slot: Option<Slot>,
+    slot: Option<SlotLock>,
     key: Key,
     now: Epoch,
     /// In its place already, for the time after `now`; None if the last ended one is still there.
@@ -93,7 +93,7 @@ impl Watch {
             }),
             Err(e) => {
                 let undone = host
-                    .unregister(slot.number, &key)
+                    .unregister(slot.number(), &key)
                     .map_err(|e| e.to_string());
                 if let Err(e) = host.leave(slot).and(undone) {
                     log::warn!("the inspector: {e}");
@@ -103,14 +103,14 @@ impl Watch {
         }
     }
 
-    fn register(host: &Host, slot: &Slot, key: &Key) -> io::Result<Epoch> {
+    fn register(host: &Host, slot: &SlotLock, key: &Key) -> io::Result<Epoch> {
         // What a dead shim may have left in this slot.
-        host.unwatch(slot.number)?;
+        host.unwatch(slot.number())?;
         let mut now = Epoch::new(FIRST_ROOM)?;
         now.missed = host.missed()?;
         now.doubt = Some("nothing has been captured yet".into());
-        host.put_epoch(slot.number, host.epoch_number(slot.number)?, &now.map)?;
-        host.register(slot.number, key)?;
+        host.put_epoch(slot.number(), host.epoch_number(slot.number())?, &now.map)?;
+        host.register(slot.number(), key)?;
         failpoint("registered");
         Ok(now)
     }
@@ -368,14 +368,14 @@ impl Watch {
         let Some(slot) = self.slot.take() else {
             return Ok(());
         };
-        let unregistered = self.host.unregister(slot.number, &self.key);
+        let unregistered = self.host.unregister(slot.number(), &self.key);
         failpoint("unregistered");
         self.host.leave(slot)?;
         unregistered.map_err(|e| format!("cannot unregister from the inspector: {e}"))
     }
 
     fn slot(&self) -> u32 {
-        self.slot.as_ref().map_or(SLOTS, |slot| slot.number)
+        self.slot.as_ref().map_or(SLOTS, |slot| slot.number())
     }
 }
 

@@ -45,6 +45,12 @@ impl RunDir {
         &self.0
     }
 
+    /// The directory of all of crab below which it is.
+    pub fn run(&self) -> &Path {
+        // run/s/NAMESPACE/ID
+        self.0.ancestors().nth(3).unwrap_or(&self.0)
+    }
+
     /// Where the network namespace is bound.
     pub fn netns(&self) -> PathBuf {
         self.0.join("netns")

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     coordinator::{
+        budget::HostBudget,
         cut,
         turns::{Asked, Proof, Settings, Subject, Turns},
     },
@@ -107,6 +108,10 @@ impl Container {
             dump_limit: self.config.dump_timeout,
             skip_unchanged: self.config.skip_unchanged,
             consistent_cut: self.config.consistent_cut,
+            budget: HostBudget {
+                run: self.run_dir.run().to_owned(),
+                limits: self.config.engine.limits(),
+            },
         };
         let this: Weak<Self> = Arc::downgrade(self);
         let started = Store::open(&self.config.store)

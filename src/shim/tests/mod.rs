@@ -35,6 +35,7 @@ use self::{
 };
 use super::{container::Container, service::Service};
 
+mod budget;
 mod create;
 mod delete;
 mod events;

@@ -1,0 +1,6 @@
+//! What the engine is tried with: for its unit tests, and for the example `engine_sim`.
+
+pub mod audit;
+mod checks;
+pub mod random;
+pub mod simulation;

@@ -1,0 +1,172 @@
+//! A turn's part of the host's budget for checkpoints (D10).
+//!
+//! It is asked for after the look and before anything is latched or frozen, and settled when the
+//! checkpoint is durable. An exec that comes to the gate meanwhile makes it urgent.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::doors::Doors;
+use crate::engine::{
+    Caller, Dump, Estimator, Grant, Limits, Member, Request, Situation, Terms, Work, plan,
+};
+
+/// Longer than this no turn waits for the budget: its promise to be durable comes first. Shorter
+/// than [`GATE_LIMIT`](super::doors::GATE_LIMIT), after which the gate would open without it.
+const LONGEST: Duration = Duration::from_secs(60);
+/// A wait that the journal mentions.
+const WORTH_SAYING: Duration = Duration::from_millis(100);
+/// What a sandbox's first capture of files is taken for.
+const FIRST_FILES: u64 = 1 << 20;
+
+/// Where the host's budget is, and how large.
+#[derive(Debug, Clone)]
+pub struct HostBudget {
+    /// crab's directory below /run.
+    pub run: PathBuf,
+    /// What all sandboxes may spend.
+    pub limits: Limits,
+}
+
+/// One sandbox's dealings with it.
+pub(super) struct Budget {
+    member: Member,
+    doors: Arc<Doors>,
+    history: History,
+}
+
+/// What its checkpoints were.
+struct History {
+    estimator: Estimator,
+    last_dump: Option<Dump>,
+    last_files: u64,
+}
+
+impl Budget {
+    pub(super) fn join(host: &HostBudget, name: &str, doors: &Arc<Doors>) -> Self {
+        Self {
+            member: Member::join(&host.run, name, host.limits, Terms::default()),
+            doors: Arc::clone(doors),
+            history: History {
+                estimator: Estimator::default(),
+                last_dump: None,
+                last_files: FIRST_FILES,
+            },
+        }
+    }
+
+    /// Waits until the checkpoint may begin. `urgent`: somebody waits for it already.
+    pub(super) fn ask(&mut self, work: Work, urgent: bool) -> Result<Spending<'_>, String> {
+        let caller = Caller::new();
+        if urgent {
+            caller.promote();
+        }
+        self.doors.set_caller(Some(Arc::clone(&caller)));
+        let request = self.history.request(work);
+        let granted = self.member.acquire_or_force(&request, &caller, LONGEST);
+        self.doors.set_caller(None);
+        Ok(Spending {
+            grant: granted.map_err(|e| e.to_string())?,
+            history: &mut self.history,
+            drain: None,
+        })
+    }
+}
+
+impl History {
+    /// What a checkpoint will probably need. Nothing is known of the memory that a dump would find, and
+    /// no pre-dumps are taken yet, so neither the agent's absence nor the tokens matter to the plan.
+    fn request(&self, work: Work) -> Request {
+        let situation = Situation {
+            files: self.last_files,
+            files_changed: true,
+            processes_changed: work == Work::Dump,
+            memory: None,
+            last_dump: self.last_dump,
+            tokens: None,
+            wait: Duration::ZERO,
+            can_pre_dump: false,
+        };
+        let plan = plan(&situation, self.estimator.costs());
+        Request {
+            work,
+            tokens: plan.tokens,
+            staged: plan.staged,
+            expected: plan.capture,
+        }
+    }
+}
+
+/// A checkpoint that may be taken. One that fails is charged for what it has written: nothing, if it
+/// was not captured.
+#[must_use]
+pub(super) struct Spending<'a> {
+    grant: Grant<'a>,
+    history: &'a mut History,
+    /// What was captured, and when the drain began.
+    drain: Option<(u64, Instant)>,
+}
+
+impl Spending<'_> {
+    /// The sandbox runs again. `images`: the directory with the dump, if there is one.
+    pub(super) fn captured(&mut self, images: Option<&Path>, files: u64, frozen: Duration) {
+        let image = images.map_or(0, bytes_in);
+        let history = &mut *self.history;
+        history.last_files = files;
+        if images.is_some() {
+            let dump = Dump {
+                bytes: image,
+                took: frozen,
+            };
+            history.estimator.dumped(dump);
+            history.last_dump = Some(dump);
+        } else {
+            history.estimator.files_captured(files, frozen);
+        }
+        let staged = image.saturating_add(files);
+        self.drain = Some((staged, Instant::now()));
+        self.grant
+            .captured(staged, history.estimator.costs().drain(staged).1);
+    }
+
+    /// It is durable, and has added so many bytes to the store.
+    pub(super) fn durable(self, written: u64) {
+        if let Some((staged, begin)) = self.drain {
+            let estimator = &mut self.history.estimator;
+            estimator.drained(staged, written, begin.elapsed());
+        }
+        self.grant.settle(written);
+    }
+
+    /// It has come to nothing.
+    pub(super) fn failed(self) {
+        if self.drain.is_none() {
+            self.grant.settle(0);
+        }
+    }
+
+    /// What the journal is to say, if anything.
+    pub(super) fn note(&self) -> Option<String> {
+        let waited = self.grant.waited.as_secs_f64();
+        if self.grant.is_forced {
+            Some(format!("beyond the host's budget, after {waited:.1} s"))
+        } else if self.grant.waited >= WORTH_SAYING {
+            Some(format!("waited {waited:.1} s for the host's budget"))
+        } else {
+            None
+        }
+    }
+}
+
+/// The size of a directory's files. What cannot be read counts for nothing: it is an estimate.
+fn bytes_in(dir: &Path) -> u64 {
+    let files = fs::read_dir(dir).into_iter().flatten().flatten();
+    files
+        .filter_map(|file| file.metadata().ok())
+        .map(|meta| meta.len())
+        .fold(0, u64::saturating_add)
+}

@@ -1,0 +1,225 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::engine::planner::MOST_PRE_DUMPS;
+
+fn situation() -> Situation {
+    Situation {
+        files: 10 * MB,
+        files_changed: true,
+        processes_changed: true,
+        memory: Some(500 * MB),
+        last_dump: None,
+        tokens: None,
+        wait: Duration::from_secs(30),
+        can_pre_dump: true,
+    }
+}
+
+#[test]
+fn what_is_taken_follows_what_changed() {
+    let quiet = Situation {
+        files_changed: false,
+        processes_changed: false,
+        ..situation()
+    };
+    let files = Situation {
+        files_changed: true,
+        ..quiet
+    };
+    let processes = Situation {
+        processes_changed: true,
+        can_pre_dump: false,
+        ..quiet
+    };
+    let cases = [
+        (quiet, Action::Nothing, Reason::Unchanged),
+        (files, Action::Files, Reason::OnlyFiles),
+        (
+            processes,
+            Action::Full { pre_dumps: 0 },
+            Reason::NoDirtyPages,
+        ),
+    ];
+    for (situation, action, reason) in cases {
+        let plan = plan(&situation, &Costs::default());
+        assert_eq!((plan.action, plan.reason), (action, reason));
+    }
+    assert_eq!(plan(&quiet, &Costs::default()).tokens, 0);
+}
+
+#[test]
+fn pre_dumps_pay_for_large_dumps_that_hardly_change_and_for_no_small_ones() {
+    let costs = Costs {
+        change_rate: 5e6,
+        ..Costs::default()
+    };
+    let large = plan(&situation(), &costs);
+    assert_eq!(large.action, Action::Full { pre_dumps: 1 });
+    assert_eq!(large.reason, Reason::ShorterFreeze);
+    let cases = [
+        (
+            Reason::TooSmall,
+            Situation {
+                memory: Some(20 * MB),
+                ..situation()
+            },
+        ),
+        (
+            Reason::TooSlow,
+            Situation {
+                wait: ms(500),
+                ..situation()
+            },
+        ),
+        (
+            Reason::TooFewTokens,
+            Situation {
+                tokens: Some(510 * MB),
+                ..situation()
+            },
+        ),
+        (
+            Reason::NoDirtyPages,
+            Situation {
+                can_pre_dump: false,
+                ..situation()
+            },
+        ),
+    ];
+    for (reason, situation) in cases {
+        let plan = plan(&situation, &costs);
+        assert_eq!(
+            (plan.action, plan.reason),
+            (Action::Full { pre_dumps: 0 }, reason)
+        );
+    }
+}
+
+#[test]
+fn a_sandbox_with_many_processes_is_known_by_its_last_dump() {
+    let alone = plan(
+        &Situation {
+            can_pre_dump: false,
+            ..situation()
+        },
+        &Costs::default(),
+    );
+    let crowd = Situation {
+        can_pre_dump: false,
+        last_dump: Some(Dump {
+            bytes: MB,
+            took: Duration::from_secs(2),
+        }),
+        ..situation()
+    };
+    let crowd = plan(&crowd, &Costs::default());
+    assert!(crowd.frozen > alone.frozen + ms(1900), "{:?}", crowd.frozen);
+}
+
+prop_compose! {
+    fn costs()(
+        dump_start in 1_u64..500, pre in 1_u64..500, files_start in 0_u64..50, drain_start in 0_u64..50,
+        dump_rate in 1e7..1e10, files_rate in 1e7..1e10, drain_rate in 1e6..1e10,
+        written_share in 0.001..1.5, change_rate in 1e6..1e10,
+    ) -> Costs {
+        Costs {
+            dump_start: ms(dump_start), pre_dump_freeze: ms(pre), files_start: ms(files_start),
+            drain_start: ms(drain_start), dump_rate, files_rate, drain_rate, written_share, change_rate,
+        }
+    }
+}
+
+prop_compose! {
+    fn situations()(
+        files in 0_u64..1 << 32, memory in prop::option::of(0_u64..1 << 36),
+        last in prop::option::of((0_u64..1 << 36, 0_u64..100_000)),
+        tokens in prop::option::of(0_u64..1 << 36), wait in 0_u64..120_000,
+        files_changed: bool, processes_changed: bool, can_pre_dump: bool,
+    ) -> Situation {
+        Situation {
+            files, files_changed, processes_changed, memory,
+            last_dump: last.map(|(bytes, took)| Dump { bytes, took: ms(took) }),
+            tokens, wait: ms(wait), can_pre_dump,
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_pre_dump_is_planned_only_where_it_pays(now in situations(), costs in costs()) {
+        let chosen = plan(&now, &costs);
+        let plain = plan(&Situation { can_pre_dump: false, ..now }, &costs);
+        if let Action::Full { pre_dumps: rounds @ 1.. } = chosen.action {
+            prop_assert!(rounds <= MOST_PRE_DUMPS && now.can_pre_dump);
+            prop_assert!(chosen.frozen < plain.frozen, "it freezes for longer");
+            prop_assert!(chosen.durable <= now.wait.max(plain.durable), "somebody waits for it");
+            prop_assert!(now.tokens.is_none_or(|tokens| chosen.tokens <= tokens), "it is not paid");
+            // However fast the rest is: what the rounds save is more than their own freezes.
+            prop_assert!(plain.frozen - chosen.frozen < plain.frozen - costs.pre_dump_freeze * rounds);
+        } else {
+            prop_assert_eq!(chosen.frozen, plain.frozen);
+        }
+    }
+
+    #[test]
+    fn more_to_do_costs_more(now in situations(), costs in costs(), more in 0_u64..1 << 34) {
+        let plain = Situation { can_pre_dump: false, ..now };
+        let before = plan(&plain, &costs);
+        for after in [
+            Situation { files: now.files + more, ..plain },
+            Situation { memory: now.memory.map(|memory| memory + more), ..plain },
+        ] {
+            let after = plan(&after, &costs);
+            prop_assert!(after.tokens >= before.tokens && after.staged >= before.staged);
+            prop_assert!(after.frozen >= before.frozen && after.durable >= before.durable);
+        }
+    }
+
+    #[test]
+    fn more_time_and_more_tokens_never_make_the_freeze_longer(
+        now in situations(), costs in costs(), more in 0_u64..1 << 34,
+    ) {
+        let before = plan(&now, &costs);
+        for after in [
+            Situation { wait: now.wait + Duration::from_micros(more), ..now },
+            Situation { tokens: now.tokens.map(|tokens| tokens + more), ..now },
+        ] {
+            prop_assert!(plan(&after, &costs).frozen <= before.frozen);
+        }
+    }
+
+    #[test]
+    fn what_is_learnt_stays_within_reason(
+        seen in prop::collection::vec((any::<u64>(), 0_u64..1 << 40, any::<u64>(), 0_u8..4), 0..40),
+        now in situations(),
+    ) {
+        let mut estimator = Estimator::default();
+        for (bytes, micros, written, what) in seen {
+            let took = Duration::from_micros(micros);
+            match what {
+                0 => estimator.dumped(Dump { bytes, took }),
+                1 => estimator.files_captured(bytes, took),
+                2 => estimator.drained(bytes, written, took),
+                _ => estimator.changed(bytes, took),
+            }
+        }
+        let costs = estimator.costs();
+        for rate in [costs.dump_rate, costs.files_rate, costs.drain_rate, costs.change_rate] {
+            prop_assert!((1e6..=1e11).contains(&rate), "{}", rate);
+        }
+        plan(&now, costs);
+    }
+
+    #[test]
+    fn a_host_of_any_speed_is_known_after_some_dumps(rate in 2e7..5e9_f64) {
+        let mut estimator = Estimator::default();
+        for _ in 0..40 {
+            let took = |bytes: u64| ms(30) + Duration::from_secs_f64(bytes as f64 / rate);
+            estimator.dumped(Dump { bytes: 100 * MB, took: took(100 * MB) });
+            estimator.dumped(Dump { bytes: MB, took: took(MB) });
+        }
+        let found = estimator.costs().dump_rate;
+        prop_assert!((0.9 * rate..1.1 * rate).contains(&found), "{} for {}", found, rate);
+    }
+}
