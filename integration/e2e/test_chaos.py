@@ -7,8 +7,10 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import statistics
+import subprocess
 import threading
 import time
 
@@ -20,6 +22,7 @@ from taskapi import PROCESS, Shim, any_of
 QUICK = os.environ.get("CRAB_E2E_QUICK") == "1"
 SEED = int(os.environ.get("CRAB_E2E_SEED", 0)) or random.SystemRandom().randrange(1, 1 << 32)
 LOG = pathlib.Path("/var/log/bed/containerd.log")
+RUN, STORE = (pathlib.Path(at, "default") for at in ("/run/crab/s", "/var/lib/crab"))
 CYCLES = 60 if QUICK else 300
 
 
@@ -153,6 +156,28 @@ def test_a_shim_that_dies_while_its_container_cannot_finish_freezing_leaves_noth
         until(lambda: container.status is None and not container.bundle.exists(), "containerd has cleaned up")
         assert not freezer.exists()
         assert time.monotonic() - start < 4, "containerd gives a clean-up 5 s"
+
+
+HEAP = "import os, time; heap = [os.urandom(1 << 20) for _ in range(100)]; open('/ready', 'w'); time.sleep(1000)"
+
+
+def test_a_shim_that_dies_in_a_dump_leaves_nothing():
+    """CRIU goes on without it, and freezes the sandbox again when it fails."""
+    print(f"CRAB_E2E_SEED={SEED}")
+    rng = random.Random(SEED)
+    opt_in = ["--annotation", "dev.crab.enabled=true"]
+    for _ in range(2 if QUICK else 6):
+        with Ctr(CRAB, "python3", "-c", HEAP, options=opt_in, name="dump") as container:
+            until(lambda: container.sh("[ ! -e /ready ] || echo y"), "it has its memory")
+            log, shim = RUN / container.id / "criu-turn-work" / "dump.log", container.shim
+            until(lambda: not log.exists(), "the dumps of these turns are over")
+            client = subprocess.Popen(["crab", "checkpoint", container.id], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            until(lambda: log.exists() or client.poll() is not None, "CRIU dumps")
+            time.sleep(rng.uniform(0, 0.15))  # its length is what is tried out; nothing is waited for
+            os.kill(shim, signal.SIGKILL)
+            client.communicate()
+            until(lambda: container.status is None and not container.bundle.exists(), "containerd has cleaned up")
+        shutil.rmtree(STORE / container.id)
 
 
 CONTAINERS, SECONDS = (10, 4) if QUICK else (50, 20)

@@ -14,6 +14,21 @@ KEPT = {"/run/crab/bpf.lock", "/run/crab/engine.v1"}
 the host has spent on checkpoints is known beyond the last sandbox."""
 
 
+class Task(str):
+    """A process. It stays the same one when it executes another program: `runc init` becomes the container's own."""
+
+    def __new__(cls, pid, start, argv):
+        self = super().__new__(cls, f"process {pid} (started at {start}): {' '.join(argv)[:300]}")
+        self.key = pid, start
+        return self
+
+    def __eq__(self, other):
+        return isinstance(other, Task) and self.key == other.key
+
+    def __hash__(self):
+        return hash(self.key)
+
+
 def mounts():
     lines = pathlib.Path("/proc/self/mountinfo").read_text().splitlines()
     return {f"mount {line.split()[4]} ({line.split(' - ')[1].split()[0]})" for line in lines}
@@ -57,7 +72,7 @@ def tasks():
             break
         ours |= more
     kept = {pid: task for pid, task in found.items() if pid not in ours | daemons}
-    return {f"process {pid} (started at {start}): {' '.join(argv)[:300]}" for pid, (start, _, argv) in kept.items()}
+    return {Task(pid, start, argv) for pid, (start, _, argv) in kept.items()}
 
 
 def snapshot():

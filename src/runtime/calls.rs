@@ -1,12 +1,14 @@
 //! Calls of the runtime that a dead shim has left under way.
 //!
 //! A runtime lives on when the shim that has called it is killed, and would write down and start
-//! what somebody else is just cleaning up.
+//! what somebody else is just cleaning up. So does CRIU, its child: the one that dumps freezes the
+//! sandbox again when its processes die under it.
 
 use std::{
     fs, io,
     os::unix::ffi::OsStrExt,
     path::Path,
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -17,12 +19,20 @@ use nix::{
     unistd::Pid,
 };
 
+/// The variable that marks the children of a call.
+const MARK: &str = "CRAB_RUNTIME_CALL";
 /// How long a killed call may take to be gone.
 const LIMIT: Duration = Duration::from_secs(2);
 const PAUSE: Duration = Duration::from_millis(2);
 
+/// Marks a call's children, which have its environment, as those of a call about `id`.
+pub(super) fn mark(command: &mut Command, root: &Path, id: &str) {
+    command.env(MARK, root.join(id));
+}
+
 /// Kills every call about a container, and returns when they are gone. They are known by their
-/// command lines: both `root` and `id` are words of it.
+/// command lines, of which both `root` and `id` are words, and their children by their [`mark`]. A
+/// process in a sandbox that marks itself so is killed if it can be seen from here: its own loss.
 pub(super) fn end(root: &Path, id: &str) -> io::Result<()> {
     let end = Instant::now() + LIMIT;
     loop {
@@ -53,6 +63,8 @@ fn find(root: &Path, id: &str) -> io::Result<Vec<i32>> {
             && words.any(|word| word == id.as_bytes())
     };
     let mut found = Vec::new();
+    let marked = [MARK.as_bytes(), b"=", root.join(id).as_os_str().as_bytes()].concat();
+    let is_marked = |environ: &[u8]| environ.split(|byte| *byte == 0).any(|word| word == marked);
     for entry in fs::read_dir("/proc")? {
         let entry = entry?;
         let name = entry.file_name();
@@ -60,8 +72,8 @@ fn find(root: &Path, id: &str) -> io::Result<Vec<i32>> {
             continue;
         };
         // One that has ended has none: it need not be reaped to be gone.
-        let cmdline = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if is_call(&cmdline) {
+        let read = |file| fs::read(entry.path().join(file)).unwrap_or_default();
+        if is_call(&read("cmdline")) || is_marked(&read("environ")) {
             found.push(pid);
         }
     }
@@ -70,7 +82,7 @@ fn find(root: &Path, id: &str) -> io::Result<Vec<i32>> {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Command, Stdio};
+    use std::process::Stdio;
 
     use super::*;
 
@@ -94,6 +106,25 @@ mod tests {
         };
         started(one.id(), "c1");
         started(other.id(), "c12");
+        end(root.path(), "c1").unwrap();
+        assert!(!one.wait().unwrap().success());
+        assert_eq!(find(root.path(), "c12").unwrap(), [other.id() as i32]);
+        drop(other.stdin.take());
+        other.wait().unwrap();
+    }
+
+    #[test]
+    fn a_calls_child_that_outlives_it_is_ended_and_no_others() {
+        let root = tempfile::tempdir().unwrap();
+        let child = |id: &str| {
+            let mut command = Command::new("sh");
+            mark(&mut command, root.path(), id);
+            command.args(["-c", "read line"]).stdin(Stdio::piped());
+            command.spawn().unwrap()
+        };
+        // spawn() returns when the program has been executed.
+        let (mut one, mut other) = (child("c1"), child("c12"));
+        assert_eq!(find(root.path(), "c1").unwrap(), [one.id() as i32]);
         end(root.path(), "c1").unwrap();
         assert!(!one.wait().unwrap().success());
         assert_eq!(find(root.path(), "c12").unwrap(), [other.id() as i32]);

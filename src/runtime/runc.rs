@@ -276,6 +276,7 @@ impl OciRuntime for Runc {
                 c.env("HOME", home);
                 c.envs(empty_tar::path(home).map(|path| ("PATH", path)));
             }
+            calls::mark(c, &self.root, id);
             c.arg(id);
         };
         self.run_by("checkpoint", None, prepare, spawn)
@@ -301,6 +302,7 @@ impl OciRuntime for Runc {
             }
             inherit(c, args.extra_fds);
             neutral_oom_score(c);
+            calls::mark(c, &self.root, args.id);
             c.arg(args.id);
         })
     }

@@ -139,24 +139,30 @@ pub(super) fn clear(host: &dyn Host, sandbox: &SandboxId, remains: Option<&Remai
     }
     let runtime = host.runtime(&config, sandbox.namespace(), run_dir.path());
     let states = config.root.join(sandbox.namespace());
-    // The cgroup is known before the runtime has written down anything; in a rollback, the runtime
-    // has been made to forget the container.
-    let mut cgroup = remains.map_or_else(Vec::new, |r| r.cgroup.clone());
-    if let Some(path) = remains.and_then(|r| r.cgroups_path.as_deref()) {
-        cgroup.extend(host.cgroup_named(path, sandbox.id()));
-    }
+    // Known before the runtime has written down anything; in a rollback, the runtime has been made
+    // to forget the container.
+    let cgroup = || {
+        let mut dirs = remains.map_or_else(Vec::new, |r| r.cgroup.clone());
+        if let Some(path) = remains.and_then(|r| r.cgroups_path.as_deref()) {
+            dirs.extend(host.cgroup_named(path, sandbox.id()));
+        }
+        dirs
+    };
     prove::remove(host, &*runtime, &states, sandbox, &run_dir);
-    if remains.is_some_and(|r| !r.cgroup.is_empty()) {
-        // It may have died in a rollback, and a restore goes on without it.
-        attempt(sandbox, "end a restore", runtime.end_calls(sandbox.id()));
-    }
+    // It may have died in a Create, a dump or a rollback: what goes on without it would make cgroups
+    // and freeze them behind our back.
+    attempt(
+        sandbox,
+        "end the runtime's calls",
+        runtime.end_calls(sandbox.id()),
+    );
     // Before the runtime is asked: the shim may have died while it froze the sandbox, and runc 1.1
     // waits without a limit for a cgroup that is FREEZING. It stays so while one of its threads
     // waits in execve for the end of others that are frozen already.
-    attempt(sandbox, "kill", host.kill_cgroup(&cgroup));
+    attempt(sandbox, "kill", host.kill_cgroup(&cgroup()));
     attempt(sandbox, "delete", runtime.delete(sandbox.id(), true));
     // A runtime that ended with its shim, half-way, may have made a cgroup and no state.
-    attempt(sandbox, "remove the cgroup", host.remove_cgroup(&cgroup));
+    attempt(sandbox, "remove the cgroup", host.remove_cgroup(&cgroup()));
     if let Some(rootfs) = remains.and_then(|r| r.mounted.as_deref())
         && rootfs.exists()
     {

@@ -136,6 +136,7 @@ fn a_dead_shims_sandbox_is_cleared_by_others_once_containerd_has_forgotten_it() 
     assert_eq!(
         calls[before.len()..],
         [
+            "end calls c",
             r#"kill cgroup ["/test/c"]"#,
             "delete --force c",
             r#"remove cgroup ["/test/c"]"#
