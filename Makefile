@@ -28,6 +28,7 @@ driver: ## what drives inspector and store in their tests
 bench: build driver ## beside containerd's own shim; what turns and rollbacks cost; what the inspector and the engine cost the host
 	integration/bench/run
 	integration/testbed/enter -- python3 -B /src/integration/bench/turns.py
+	integration/testbed/enter -- python3 -B /src/integration/bench/density.py
 	integration/inspector/cost/run
 	$(CARGO) run --release --locked --example engine_cost
 	$(CARGO) run --release --locked --example engine_sim
@@ -38,6 +39,7 @@ fuzz: driver ## longer random tests of what reads foreign input, and of the insp
 
 soak: build driver ## the end-to-end tests with chaos in them, again and again; many power losses; a thousand rollbacks of one sandbox
 	for i in $$(seq $${ROUNDS:-10}); do CRAB_SOAK=1 integration/e2e/run -k 'chaos or armed or restart or rollback or equality or power' || exit 1; done
+	CRAB_E2E_SECONDS=$${SECONDS_OF_CHAOS:-600} integration/e2e/run -s test_engine_chaos.py
 	for i in $$(seq $${ROUNDS:-10}); do CRAB_SOAK=1 integration/power/run -s || exit 1; done
 	CRAB_E2E_CYCLES=$${CYCLES:-1000} integration/e2e/run -s test_rollback.py -k random_cycles
 
