@@ -43,6 +43,7 @@ use crate::{
 /// SANDBOX@TURN or SANDBOX@NAME; crab log lists the turns.
 #[derive(Parser)]
 #[command(
+    name = "crab",
     version,
     disable_help_subcommand = true,
     max_term_width = 80,
@@ -81,7 +82,10 @@ enum Verb {
         #[arg(long, value_name = "N")]
         last: Option<usize>,
     },
-    /// Show one checkpoint: what it holds, where it comes from, why it is kept
+    /// Show one checkpoint
+    ///
+    /// What it holds, what its turn changed, what it takes, what it continues and what continues it,
+    /// why it is kept, and whether a trial restore has proved it.
     Show {
         /// SANDBOX, SANDBOX@TURN or SANDBOX@NAME; without @ the checkpoint that it goes on from
         #[arg(value_parser = scope::sandbox_or_turn)]
@@ -117,11 +121,13 @@ enum Verb {
         #[arg(long)]
         or_files: bool,
     },
-    /// Make a stopped container's next start restore a checkpoint instead of booting
+    /// Arm a stopped container: its next start restores a checkpoint
+    ///
+    /// Whoever starts it, files and processes come back instead of a boot. For a turn that changed
+    /// nothing, they are those of the checkpoint before it. On a checkpoint without processes the
+    /// start boots.
     Restore {
-        /// SANDBOX, SANDBOX@TURN or SANDBOX@NAME; without @ the newest checkpoint. For a turn that
-        /// changed nothing, that is the checkpoint before it. On a checkpoint without processes the
-        /// start boots
+        /// SANDBOX, SANDBOX@TURN or SANDBOX@NAME; without @ the newest checkpoint
         #[arg(value_parser = scope::sandbox_or_turn)]
         sandbox: String,
         /// Take it back: the next start boots
@@ -132,18 +138,25 @@ enum Verb {
         start: bool,
     },
     /// Take a running sandbox back to one of its checkpoints, in place
+    ///
+    /// Its files and processes are what they were then. Its clients see the same container, and
+    /// execs that run end with 137. Nothing is deleted: later turns can be gone back to as well.
     Rollback {
         /// SANDBOX@TURN or SANDBOX@NAME
         #[arg(value_parser = rollback::target)]
         sandbox: String,
     },
-    /// Check the checkpoints of one sandbox, or of all, against their digests
+    /// Check checkpoints against their digests
+    ///
+    /// Those of one sandbox, or of all; without @ every byte of their packs as well.
     Verify {
         /// Container id, a unique prefix of it, or a Docker name; with @TURN or @NAME one checkpoint
         #[arg(value_parser = scope::sandbox_or_turn)]
         sandbox: Option<String>,
     },
-    /// Show the host's budget for checkpoints, who has it, and who waits for it
+    /// Show the host's budget for checkpoints
+    ///
+    /// What may be written, who has it, and who waits for it.
     Engine {
         /// In Prometheus' text format, for its node exporter's textfile collector
         #[arg(long, conflicts_with = "json")]
@@ -262,7 +275,46 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        use clap::CommandFactory;
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn help_fits_80_columns_and_each_verb_has_a_line() {
+        let mut command = Args::command();
+        command.build();
+        let summary = command.render_help().to_string();
+        for verb in command.get_subcommands_mut() {
+            let help = verb.render_long_help().to_string();
+            let short = verb.render_help().to_string();
+            for line in help.lines().chain(short.lines()).chain(summary.lines()) {
+                assert!(line.chars().count() <= 80, "{line}");
+            }
+            let name = verb.get_name();
+            let begins = |line: &&str| line.trim_start().starts_with(&format!("{name} "));
+            let line = summary.lines().find(begins);
+            // One that goes on in a second line is too long to be read at a glance.
+            let about = verb
+                .get_about()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert_eq!(
+                line.is_some_and(|line| line.ends_with(&about)),
+                !verb.is_hide_set(),
+                "{name}: {summary}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_verb_has_a_manual_page() {
+        let dir = tempfile::tempdir().unwrap();
+        generate::man(Args::command(), dir.path()).unwrap();
+        let page = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+        assert!(page("crab.1").contains("crab\\-show(1)"));
+        for verb in Args::command().get_subcommands() {
+            if !verb.is_hide_set() {
+                assert!(page(&format!("crab-{}.1", verb.get_name())).contains(".SH SYNOPSIS"));
+            }
+        }
     }
 }

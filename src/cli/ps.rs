@@ -27,7 +27,9 @@ pub(super) fn run(scope: &Scope) -> anyhow::Result<ExitCode> {
     let run = Path::new(RUN);
     let mut all = Vec::new();
     let mut code = ExitCode::SUCCESS;
-    for Surveyed { sandboxes, answer } in client::survey(run, &run_dirs(run)) {
+    for Surveyed { sandboxes, answer } in
+        client::survey(run, &run_dirs(run), scope.namespace.as_deref())
+    {
         match answer {
             Ok(answer) => {
                 let here = answer.sandboxes.into_iter();

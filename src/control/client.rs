@@ -181,8 +181,13 @@ pub struct Surveyed {
 }
 
 /// Asks all running shims below `run` (`/run/crab`). One that ends meanwhile is not mentioned.
-/// `run_dirs`: those of the sandboxes that there may be.
-pub fn survey(run: &Path, run_dirs: &[(SandboxId, PathBuf)]) -> Vec<Surveyed> {
+/// `run_dirs`: those of the sandboxes that there may be. A shim whose sandboxes are known and in other
+/// namespaces is not asked.
+pub fn survey(
+    run: &Path,
+    run_dirs: &[(SandboxId, PathBuf)],
+    namespace: Option<&str>,
+) -> Vec<Surveyed> {
     let dir = run.join(SHIMS);
     sweep(&dir);
     let mut owners: BTreeMap<PathBuf, Vec<SandboxId>> = BTreeMap::new();
@@ -196,6 +201,11 @@ pub fn survey(run: &Path, run_dirs: &[(SandboxId, PathBuf)]) -> Vec<Surveyed> {
     let mut sockets: Vec<PathBuf> = sockets
         .filter(|path| path.extension().is_some_and(|kind| kind == "sock"))
         .collect();
+    let is_wanted = |socket: &PathBuf| {
+        let owners = owners.get(socket).filter(|_| namespace.is_some());
+        owners.is_none_or(|all| all.iter().any(|one| Some(one.namespace()) == namespace))
+    };
+    sockets.retain(is_wanted);
     sockets.sort();
     let ask = |socket: &PathBuf| {
         let sandboxes = owners.get(socket).cloned().unwrap_or_default();
@@ -314,4 +324,121 @@ fn ask<T>(
         }
         e => e,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        os::unix::{fs::symlink, net::UnixListener},
+        sync::Arc,
+    };
+
+    use ttrpc::{Server, TtrpcContext, get_status};
+
+    use super::*;
+    use crate::control::{
+        ControlSocket,
+        api::{self, Control, RollbackResponse},
+    };
+
+    /// A shim with one sandbox, which refuses checkpoints.
+    struct Refusing;
+
+    impl Control for Refusing {
+        fn checkpoint(
+            &self,
+            _: &TtrpcContext,
+            _: CheckpointRequest,
+        ) -> ttrpc::Result<CheckpointResponse> {
+            let status = get_status(Code::FAILED_PRECONDITION, "the disk is full");
+            Err(ttrpc::Error::RpcStatus(status))
+        }
+
+        fn rollback(
+            &self,
+            _: &TtrpcContext,
+            _: RollbackRequest,
+        ) -> ttrpc::Result<RollbackResponse> {
+            Ok(RollbackResponse::default())
+        }
+
+        fn list(&self, _: &TtrpcContext, _: ListRequest) -> ttrpc::Result<ListResponse> {
+            Ok(ListResponse {
+                sandboxes: vec![Sandbox {
+                    id: "c1".into(),
+                    namespace: "default".into(),
+                    ..Default::default()
+                }],
+                version: "0.0.9".into(),
+                ..Default::default()
+            })
+        }
+    }
+
+    /// The run directory of default/c1 and the directory of sockets.
+    fn places(run: &Path) -> (SandboxId, PathBuf) {
+        let sandbox = SandboxId::new("default", "c1").unwrap();
+        let run_dir = run.join("s/default/c1");
+        fs::create_dir_all(&run_dir).unwrap();
+        fs::create_dir_all(run.join(SHIMS)).unwrap();
+        (sandbox, run_dir)
+    }
+
+    #[test]
+    fn what_a_shim_refuses_names_the_sandbox() {
+        let run = tempfile::tempdir().unwrap();
+        let (sandbox, run_dir) = places(run.path());
+        let socket = ControlSocket::serve(&run.path().join(SHIMS), Arc::new(Refusing)).unwrap();
+        ControlSocket::link(socket.path(), &run_dir).unwrap();
+        assert!(is_running(&run_dir, &sandbox));
+        let e = checkpoint(&run_dir, &sandbox, CheckpointRequest::default()).unwrap_err();
+        assert_eq!(e.to_string(), "default/c1: the disk is full");
+        assert!(state(&run_dir, &sandbox).unwrap().is_some());
+        let known = [(sandbox, run_dir)];
+        let found = survey(run.path(), &known, Some("default"));
+        assert_eq!(found[0].sandboxes[0], known[0].0);
+        assert_eq!(found[0].answer.as_ref().unwrap().version, "0.0.9");
+        assert!(survey(run.path(), &known, Some("other")).is_empty());
+    }
+
+    #[test]
+    fn a_call_that_the_shim_does_not_know_is_another_build() {
+        let run = tempfile::tempdir().unwrap();
+        let (sandbox, run_dir) = places(run.path());
+        let path = run.path().join(SHIMS).join("1.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut service = api::create_control(Arc::new(Refusing));
+        service.remove("/crab.control.v1.Control/Rollback").unwrap();
+        let server = Server::new().add_listener(listener.into_raw_fd());
+        let mut server = server.unwrap().register_service(service);
+        server.start().unwrap();
+        symlink(&path, run_dir.join(LINK)).unwrap();
+        let e = rollback(&run_dir, &sandbox, TurnNo(1)).unwrap_err();
+        assert!(
+            e.to_string().contains("of another build of crab (0.0.9)"),
+            "{e}"
+        );
+        server.shutdown();
+    }
+
+    #[test]
+    fn a_shim_that_is_gone_or_stopped_is_not_waited_for() {
+        let run = tempfile::tempdir().unwrap();
+        let (sandbox, run_dir) = places(run.path());
+        let ask = || rollback(&run_dir, &sandbox, TurnNo(1)).unwrap_err();
+        assert!(matches!(ask(), ControlError::NotRunning(_)));
+        let path = run.path().join(SHIMS).join("1.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        // Nobody accepts, and few may wait.
+        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
+        symlink(&path, run_dir.join(LINK)).unwrap();
+        let mut waiting = Vec::new();
+        while let Ok(stream) = open(&path) {
+            waiting.push(stream);
+        }
+        assert!(matches!(ask(), ControlError::Silent { .. }));
+        drop(listener);
+        assert!(matches!(ask(), ControlError::Gone { .. }));
+        assert!(state(&run_dir, &sandbox).unwrap().is_none());
+    }
 }
