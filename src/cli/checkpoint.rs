@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 
-use super::{Scope, log, progress::Progress, term::print_json};
+use super::{Scope, log, print, progress::Progress, term::print_json};
 use crate::{
     control::{
         api::CheckpointRequest,
@@ -42,7 +42,7 @@ pub(super) fn run(
         print_json(&line)?;
     } else {
         let line: JournalLine = serde_json::from_str(&answer.line)?;
-        log::describe(&line)?;
+        print(&log::describe(&line))?;
     }
     if !proved {
         bail!(

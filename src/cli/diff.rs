@@ -17,7 +17,7 @@ use super::{
     Scope,
     progress::Progress,
     scope::{sandbox_or_turn, split_at},
-    term::{Cell, Colour, Screen, align, name, print, print_json},
+    term::{Cell, Colour, name, print_json, table},
     turns::{self, Held},
 };
 use crate::{
@@ -58,15 +58,8 @@ pub(super) fn run(scope: &Scope, a: &str, b: &str) -> anyhow::Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    // A path is never clipped: it is there to be used.
-    let wide = Screen {
-        width: None,
-        ..*Screen::stdout()
-    };
     let rows: Vec<_> = changes.iter().map(Change::row).collect();
-    for line in align(&rows, &wide) {
-        print(&line)?;
-    }
+    table(&rows)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -299,7 +292,10 @@ mod tests {
     use rustix::fs::{CWD, FileType, Mode, XattrFlags, lsetxattr, mknodat};
 
     use super::*;
-    use crate::cli::fixture::{Shelf, facts};
+    use crate::cli::{
+        fixture::{Shelf, facts},
+        term::{Screen, align},
+    };
 
     fn copied_up(path: &Path) {
         lsetxattr(path, "trusted.overlay.origin", b"x", XattrFlags::empty()).unwrap();

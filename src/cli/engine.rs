@@ -5,8 +5,8 @@ use std::{fmt::Write, path::Path, process::ExitCode, time::Duration};
 use anyhow::Context;
 
 use super::{
-    Scope,
-    term::{bytes, print, print_json, table},
+    Scope, print,
+    term::{bytes, print_json, table},
 };
 use crate::{
     engine::{Class, Limits, Phase, Report, Row, Terms, Work},

@@ -1,4 +1,4 @@
-//! Checkpoints and journals for the tests of what is shown of them.
+//! Checkpoints for the tests of what is shown of them.
 
 use std::{
     fs,
@@ -7,11 +7,12 @@ use std::{
 
 use time::OffsetDateTime;
 
+pub(super) use super::turns::tests::journal;
+
 use crate::{
     sandbox::{SandboxId, TurnNo},
     store::{
-        Action, Checkpoint, Effect, Facts, Files, Host, Images, JournalLine, Kind, Part,
-        SandboxStore, SandboxWriter, Store, Trigger,
+        Checkpoint, Facts, Files, Host, Images, Kind, Part, SandboxStore, SandboxWriter, Store,
     },
 };
 
@@ -71,38 +72,5 @@ pub(super) fn facts(parent: Option<u64>) -> Facts {
         notes: Vec::new(),
         processes_of: None,
         references: Vec::new(),
-    }
-}
-
-/// One line a word: `full`, `none`, `failed` (a turn), `asked` (a checkpoint that failed), `-` (lost),
-/// `back:1` (a rollback), `refused` and `ended` (rollbacks that were not done).
-pub(super) fn journal(words: &str) -> Vec<JournalLine> {
-    let words = words.split_whitespace().zip(1..);
-    let known = words.filter(|(word, _)| *word != "-");
-    known.map(|(word, turn)| line(word, turn)).collect()
-}
-
-fn line(word: &str, turn: u64) -> JournalLine {
-    let full = word == "full";
-    let back = word.strip_prefix("back:").map(|to| to.parse().unwrap());
-    let digest = |turn: u64| format!("blake3:{turn:064x}").parse().unwrap();
-    let trigger = match word {
-        "asked" => Trigger::Manual,
-        "refused" | "ended" => Trigger::Rollback,
-        _ if back.is_some() => Trigger::Rollback,
-        _ => Trigger::Exec,
-    };
-    let epoch = OffsetDateTime::UNIX_EPOCH;
-    JournalLine {
-        effects: match word {
-            "full" | "failed" | "ended" => vec![Effect::Files],
-            _ if back.is_some() => vec![Effect::Files],
-            _ => Vec::new(),
-        },
-        action: if full { Action::Full } else { Action::Skip },
-        checkpoint: back.or(full.then_some(turn)).map(digest),
-        note: matches!(word, "failed" | "asked" | "ended")
-            .then(|| "not protected: disk full".into()),
-        ..JournalLine::new(TurnNo(turn), trigger, epoch, epoch)
     }
 }

@@ -13,9 +13,9 @@ use std::{
 use anyhow::{Context, bail};
 
 use super::{
-    Scope,
+    Scope, print,
     progress::Progress,
-    term::{bytes, complain, print, print_json},
+    term::{bytes, complain, print_json},
 };
 use crate::{
     sandbox::SandboxId,

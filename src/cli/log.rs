@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     Scope,
-    term::{Cell, Colour, bytes, complain, count, print_json, span, table},
+    term::{Cell, Colour, Screen, align, bytes, complain, count, list, print_json, span},
     turns,
 };
 use crate::{
@@ -31,7 +31,7 @@ pub(super) fn run(scope: &Scope, word: &str, last: Option<usize>) -> anyhow::Res
     } else {
         let kept = Kept::of(&checkpoints)?;
         let rows: Vec<_> = lines.iter().map(|line| row(line, Some(&kept))).collect();
-        table(&rows)?;
+        list(&rows)?;
     }
     for broken in &journal.broken {
         complain(&format!(
@@ -76,8 +76,8 @@ impl Kept {
 }
 
 /// One turn in one line, by itself.
-pub(super) fn describe(line: &JournalLine) -> anyhow::Result<()> {
-    table(&[row(line, None)])
+pub(super) fn describe(line: &JournalLine) -> String {
+    align(&[row(line, None)], Screen::stdout()).join("\n")
 }
 
 /// One turn. Without `kept`, its checkpoint is there.
@@ -148,10 +148,7 @@ pub(super) fn changes(line: &JournalLine) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::{
-        fixture::journal,
-        term::{Screen, align},
-    };
+    use crate::cli::fixture::journal;
 
     #[test]
     fn a_turn_is_a_line() {

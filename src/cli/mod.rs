@@ -31,6 +31,7 @@ use anyhow::bail;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use scope::Scope;
+use term::print;
 
 use crate::{
     config::{self, Config},

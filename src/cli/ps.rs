@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 use super::{
     Scope, first_line,
     scope::run_dirs,
-    term::{Cell, Colour, complain, count, print_json, span, table},
+    term::{Cell, Colour, complain, count, list, print_json, span},
     turns::{self, Held},
 };
 use crate::{
@@ -56,7 +56,7 @@ pub(super) fn run(scope: &Scope) -> anyhow::Result<ExitCode> {
             print_json(seen)?;
         }
     } else {
-        table(&rows(&all, OffsetDateTime::now_utc()))?;
+        list(&rows(&all, OffsetDateTime::now_utc()))?;
     }
     Ok(code)
 }

@@ -9,10 +9,10 @@ use std::{
 use anyhow::{Context, bail};
 
 use super::{
-    Scope, first_line,
+    Scope, first_line, print,
     progress::Progress,
     scope::split_at,
-    term::{one_line, print, print_json},
+    term::{one_line, print_json},
     turns::{self, Held},
 };
 use crate::{
@@ -75,12 +75,16 @@ pub(super) fn run(
 /// The right to write the sandbox's checkpoints. A shim whose container has just died may still
 /// have it for the moment that its last cut takes.
 fn writer(scope: &Scope, sandbox: &SandboxId) -> anyhow::Result<SandboxWriter> {
+    let _progress = Progress::begin(format!("waiting for the shim of {sandbox} to end"));
     let end = Instant::now() + LOCK_LIMIT;
     loop {
         match scope.store()?.writer(sandbox) {
             Err(StoreError::Locked { .. }) if Instant::now() < end => {
                 thread::sleep(Duration::from_millis(10));
             }
+            Err(e @ StoreError::Locked { .. }) => bail!(
+                "{e}: its shim, or another crab. Wait until it has ended, or end it, and try again"
+            ),
             writer => return Ok(writer?),
         }
     }

@@ -5,13 +5,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use serde_json::Value;
 
-use super::{
-    Scope,
-    progress::Progress,
-    scope::split_at,
-    term::{print, print_json},
-    turns,
-};
+use super::{Scope, print, progress::Progress, scope::split_at, term::print_json, turns};
 use crate::{
     control::client::{self, ControlError},
     shim::run_dir::RunDir,

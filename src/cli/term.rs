@@ -170,10 +170,26 @@ pub(super) fn align<const N: usize>(rows: &[[Cell; N]], screen: &Screen) -> Vec<
     lines
 }
 
-/// A table to stdout.
+/// A table to stdout, in full.
 pub(super) fn table<const N: usize, C: Clone + Into<Cell>>(rows: &[[C; N]]) -> anyhow::Result<()> {
+    let wide = Screen {
+        width: None,
+        ..*Screen::stdout()
+    };
+    write(rows, &wide)
+}
+
+/// A table to stdout, each row of which is one line of a terminal.
+pub(super) fn list<const N: usize, C: Clone + Into<Cell>>(rows: &[[C; N]]) -> anyhow::Result<()> {
+    write(rows, Screen::stdout())
+}
+
+fn write<const N: usize, C: Clone + Into<Cell>>(
+    rows: &[[C; N]],
+    screen: &Screen,
+) -> anyhow::Result<()> {
     let cells: Vec<[Cell; N]> = rows.iter().map(|row| row.clone().map(Into::into)).collect();
-    for line in align(&cells, Screen::stdout()) {
+    for line in align(&cells, screen) {
         print(&line)?;
     }
     Ok(())

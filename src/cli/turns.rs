@@ -122,9 +122,54 @@ fn why_not(line: &JournalLine, turn: TurnNo) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use time::OffsetDateTime;
+
     use super::*;
-    use crate::cli::fixture::journal;
+    use crate::store::Effect;
+
+    /// One line a word: `full`, `none`, `failed` (a turn), `asked` (a checkpoint that failed), `-` (lost),
+    /// `back:1` (a rollback), `refused` and `ended` (rollbacks that were not done).
+    pub(in crate::cli) fn journal(words: &str) -> Vec<JournalLine> {
+        let words = words.split_whitespace().zip(1..);
+        let known = words.filter(|(word, _)| *word != "-");
+        known.map(|(word, turn)| line(word, turn)).collect()
+    }
+
+    fn line(word: &str, turn: u64) -> JournalLine {
+        let full = word == "full";
+        let back = word.strip_prefix("back:").map(|to| to.parse().unwrap());
+        let digest = |turn: u64| format!("blake3:{turn:064x}").parse().unwrap();
+        JournalLine {
+            turn: TurnNo(turn),
+            trigger: match word {
+                "asked" => Trigger::Manual,
+                "refused" | "ended" => Trigger::Rollback,
+                _ if back.is_some() => Trigger::Rollback,
+                _ => Trigger::Exec,
+            },
+            effects: match word {
+                "full" | "failed" | "ended" => vec![Effect::Files],
+                _ if back.is_some() => vec![Effect::Files],
+                _ => Vec::new(),
+            },
+            action: if full { Action::Full } else { Action::Skip },
+            missing: Vec::new(),
+            pre_dumps: 0,
+            checkpoint: back.or(full.then_some(turn)).map(digest),
+            changed_files: 0,
+            bytes_captured: 0,
+            bytes_written: 0,
+            look_us: 0,
+            freeze_us: 0,
+            durable_us: None,
+            exposed_us: 0,
+            started_at: OffsetDateTime::UNIX_EPOCH,
+            ended_at: OffsetDateTime::UNIX_EPOCH,
+            note: matches!(word, "failed" | "asked" | "ended")
+                .then(|| "not protected: disk full".into()),
+        }
+    }
 
     #[test]
     fn a_turn_that_changed_nothing_is_held_by_the_checkpoint_before_it() {

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 use anyhow::bail;
 
 use super::{
-    Scope,
+    Scope, print,
     progress::Progress,
     scope::split_at,
-    term::{count, one_line, print, print_json},
+    term::{count, one_line, print_json},
     turns,
 };
 use crate::{
