@@ -94,9 +94,9 @@ enum Verb {
     },
     /// List the files that differ between two checkpoints
     ///
-    /// A line is: A added, M modified, T of another kind, or D deleted; the kind; the path; and of
-    /// what was there before, what differs. It is made from the store alone, which has what differs
-    /// from the image: a file of the image that was replaced as a whole counts as added.
+    /// Each line has a letter (A added, M modified, T of another kind, D deleted), the kind, the path,
+    /// and of what was there before, what differs. It is made from the store alone, which has what
+    /// differs from the image: a file of the image that was replaced as a whole counts as added.
     Diff {
         /// SANDBOX@TURN or SANDBOX@NAME; without @ the checkpoint that it goes on from
         #[arg(value_name = "A", value_parser = scope::sandbox_or_turn)]

@@ -225,7 +225,10 @@ fn host(host: &Host) -> String {
 }
 
 fn times(line: &JournalLine) -> String {
-    let mut parts = vec![format!("frozen {}", span(line.freeze_us))];
+    let mut parts = vec![match line.freeze_us {
+        0 => "not frozen".to_owned(),
+        us => format!("frozen {}", span(us)),
+    }];
     parts.extend(
         line.durable_us
             .map(|us| format!("durable after {}", span(us))),
