@@ -139,7 +139,7 @@ def test_no_such_turn_or_name(argv, shared):
 @verbs(OF_SHIM)
 def test_a_sandbox_that_does_not_run(argv, shared):
     way = {"checkpoint": "start it first", "rollback": f"crab restore {shared.name}@1 --start"}
-    refused(argv, shared.name, f"default/{shared.name} does not run under crab", way[argv[0]])
+    refused(argv, shared.name, f"default/{shared.name} is not running under crab", way[argv[0]])
 
 
 @verbs(OF_SHIM)

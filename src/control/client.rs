@@ -37,7 +37,7 @@ const AT_ONCE: usize = 32;
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
     /// None of its shims runs.
-    #[error("{0} does not run under crab")]
+    #[error("{0} is not running under crab")]
     NotRunning(SandboxId),
     /// The shim said no.
     #[error("{0}")]
