@@ -43,14 +43,23 @@ soak: build driver ## the end-to-end tests with chaos in them, again and again; 
 	for i in $$(seq $${ROUNDS:-10}); do CRAB_SOAK=1 integration/power/run -s || exit 1; done
 	CRAB_E2E_CYCLES=$${CYCLES:-1000} integration/e2e/run -s test_rollback.py -k random_cycles
 
+SHARE   := $(DESTDIR)$(PREFIX)/share
+
 install: build
 	install -D -m 0755 $(BIN)/containerd-shim-crab-v2 $(DESTDIR)$(PREFIX)/bin/containerd-shim-crab-v2
 	install -D -m 0755 $(BIN)/crab $(DESTDIR)$(PREFIX)/bin/crab
-	install -D -m 0644 shim-config/crab.toml $(DESTDIR)$(PREFIX)/share/doc/crab/crab.toml
+	install -D -m 0644 shim-config/crab.toml $(SHARE)/doc/crab/crab.toml
+	install -d $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(SHARE)/fish/vendor_completions.d
+	$(BIN)/crab completions bash >$(SHARE)/bash-completion/completions/crab
+	$(BIN)/crab completions zsh >$(SHARE)/zsh/site-functions/_crab
+	$(BIN)/crab completions fish >$(SHARE)/fish/vendor_completions.d/crab.fish
+	$(BIN)/crab man $(SHARE)/man/man1
 
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/containerd-shim-crab-v2 $(DESTDIR)$(PREFIX)/bin/crab
-	rm -rf $(DESTDIR)$(PREFIX)/share/doc/crab
+	rm -rf $(SHARE)/doc/crab
+	rm -f $(SHARE)/bash-completion/completions/crab $(SHARE)/zsh/site-functions/_crab $(SHARE)/fish/vendor_completions.d/crab.fish
+	rm -f $(SHARE)/man/man1/crab.1 $(SHARE)/man/man1/crab-*.1
 
 clean:
 	$(CARGO) clean

@@ -87,7 +87,7 @@ def test_a_sandbox_with_a_process_that_cannot_be_kept_boots_on_the_files_of_its_
         assert "without processes: " in crab("log", box.name).out
         state = shown(box)
         assert (state["turn"], state["checkpoint"], state["kind"]) == (number, number, "files"), state
-        assert WORDS in state["notes"][0] and "files without processes: process" in crab("ps").out
+        assert WORDS in state["notes"][0] and "without processes: process" in crab("ps").out
         before = files(box.container.pid)
         # From outside, so in no turn.
         pathlib.Path(f"/proc/{box.container.pid}/root/after-the-checkpoint").write_text("x")

@@ -4,7 +4,10 @@ use std::{fmt::Write, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::Context;
 
-use super::{Scope, log::bytes, print, ps::table};
+use super::{
+    Scope, print,
+    term::{bytes, print_json, table},
+};
 use crate::{
     engine::{Class, Limits, Phase, Report, Row, Terms, Work},
     shim::run_dir::RUN,
@@ -18,7 +21,7 @@ pub(super) fn run(scope: &Scope, limits: &Limits, prometheus: bool) -> anyhow::R
     if prometheus {
         print(exposition(limits, &report).trim_end())?;
     } else if scope.json {
-        print(&json(limits, &report).to_string())?;
+        print_json(&json(limits, &report))?;
     } else {
         show(limits, &report)?;
     }

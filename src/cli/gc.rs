@@ -12,7 +12,11 @@ use std::{
 
 use anyhow::{Context, bail};
 
-use super::{Scope, log::bytes, print, printable};
+use super::{
+    Scope, print,
+    progress::Progress,
+    term::{bytes, complain, print_json},
+};
 use crate::{
     sandbox::SandboxId,
     store::{Freed, Retention, Store, StoreError},
@@ -30,15 +34,12 @@ pub(super) fn run(
         Some(word) => vec![scope.find(word)?],
         None => store.sandboxes()?,
     };
-    sandboxes.retain(|s| {
-        scope
-            .namespace
-            .as_deref()
-            .is_none_or(|n| n == s.namespace())
-    });
+    sandboxes.retain(|s| scope.has(s.namespace()));
+    let progress = Progress::begin("collecting");
     let mut known = Known::default();
     let mut failed = 0;
-    for sandbox in &sandboxes {
+    for (n, sandbox) in sandboxes.iter().enumerate() {
+        progress.say(format!("{sandbox}, {} of {}", n + 1, sandboxes.len()));
         let is_gone = match gone {
             true => known.is_gone(sandbox),
             false => Ok(false),
@@ -94,7 +95,7 @@ fn say(scope: &Scope, sandbox: &SandboxId, freed: &Freed, removed: bool) -> anyh
             "sandbox": sandbox.id(), "namespace": sandbox.namespace(), "turns": freed.turns,
             "freed_bytes": freed.bytes, "removed": removed, "skipped": null,
         });
-        return Ok(print(&object.to_string())?);
+        return print_json(&object);
     }
     let size = bytes(freed.bytes);
     let turns = freed.turns.len();
@@ -120,11 +121,11 @@ fn refuse(
             "sandbox": sandbox.id(), "namespace": sandbox.namespace(), "turns": [],
             "freed_bytes": 0, "removed": false, "skipped": why,
         });
-        return Ok(print(&object.to_string())?);
+        return print_json(&object);
     }
     match running {
         true => print(&format!("{sandbox}  passed over: {why}"))?,
-        false => eprintln!("crab: {sandbox}: {}", printable(&why)),
+        false => complain(&format!("{sandbox}: {why}")),
     }
     Ok(())
 }

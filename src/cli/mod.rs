@@ -2,36 +2,54 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong usage.
 
+mod checkpoint;
+mod diff;
 mod docker;
 mod engine;
+#[cfg(test)]
+mod fixture;
 mod gc;
+mod generate;
 mod log;
+mod progress;
 mod ps;
 mod restore;
 mod rollback;
+mod scope;
+mod show;
+mod term;
 mod turns;
 mod verify;
 
 use std::{
-    io::{self, Write},
+    io,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
-use anyhow::{Context, bail};
-use clap::{Parser, Subcommand};
+use anyhow::bail;
+use clap::{CommandFactory, Parser, Subcommand};
+
+use scope::Scope;
+use term::print;
 
 use crate::{
     config::{self, Config},
-    control::{api::CheckpointRequest, client},
-    sandbox::SandboxId,
-    shim::run_dir::{RUN, RunDir},
-    store::Store,
+    control::api::CheckpointRequest,
 };
 
-/// Restore points for agent sandboxes.
+/// Restore points for agent sandboxes
+///
+/// SANDBOX is a container's id, a unique prefix of it, or its Docker name. A checkpoint is
+/// SANDBOX@TURN or SANDBOX@NAME; crab log lists the turns.
 #[derive(Parser)]
-#[command(version, about, disable_help_subcommand = true)]
+#[command(
+    name = "crab",
+    version,
+    disable_help_subcommand = true,
+    max_term_width = 80,
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage."
+)]
 struct Args {
     /// The containerd namespace (Docker's is moby) [default: whichever has the sandbox]
     #[arg(short, long, global = true)]
@@ -45,16 +63,52 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// List the sandboxes that run under crab, and whether they are protected
+    /// List the sandboxes that run under crab, and who is protected
+    ///
+    /// PROTECTED is yes; files, where the processes could not be kept; behind, where the newest turn
+    /// is not kept, but an earlier one; no; or ?, where the shim does not answer. TURN is the newest
+    /// turn that can be gone back to, AGE how long ago it ended, and NOTE what is wrong.
     Ps,
-    /// Show the turns of a sandbox
+    /// Show the turns of a sandbox, the newest last
+    ///
+    /// A line is: the turn; its checkpoint ("let go" if it is no longer kept); what crab did (full,
+    /// files, none for a turn that changed nothing, back for a rollback, - for a turn that is not
+    /// protected); what changed; what was written; how long the sandbox stood still; and in
+    /// parentheses names, "armed", and "head" where the sandbox does not go on from the newest one.
     Log {
         /// Container id, a unique prefix of it, or a Docker name
+        #[arg(value_parser = scope::sandbox)]
         sandbox: String,
+        /// Only the newest N turns
+        #[arg(long, value_name = "N")]
+        last: Option<usize>,
+    },
+    /// Show one checkpoint
+    ///
+    /// What it holds, what its turn changed, what it takes, what it continues and what continues it,
+    /// why it is kept, and whether a trial restore has proved it.
+    Show {
+        /// SANDBOX, SANDBOX@TURN or SANDBOX@NAME; without @ the checkpoint that it goes on from
+        #[arg(value_parser = scope::sandbox_or_turn)]
+        sandbox: String,
+    },
+    /// List the files that differ between two checkpoints
+    ///
+    /// Each line has a letter (A added, M modified, T of another kind, D deleted), the kind, the path,
+    /// and of what was there before, what differs. It is made from the store alone, which has what
+    /// differs from the image: a file of the image that was replaced as a whole counts as added.
+    Diff {
+        /// SANDBOX@TURN or SANDBOX@NAME; without @ the checkpoint that it goes on from
+        #[arg(value_name = "A", value_parser = scope::sandbox_or_turn)]
+        before: String,
+        /// The same, or @TURN or @NAME of the same sandbox
+        #[arg(value_name = "B", value_parser = diff::other)]
+        after: String,
     },
     /// Take a checkpoint of a running sandbox now
     Checkpoint {
         /// Container id, a unique prefix of it, or a Docker name
+        #[arg(value_parser = scope::sandbox)]
         sandbox: String,
         /// Keep the checkpoint under this name
         #[arg(long)]
@@ -68,11 +122,14 @@ enum Verb {
         #[arg(long)]
         or_files: bool,
     },
-    /// Make a stopped container's next start restore a checkpoint instead of booting
+    /// Arm a stopped container: its next start restores a checkpoint
+    ///
+    /// Whoever starts it, files and processes come back instead of a boot. For a turn that changed
+    /// nothing, they are those of the checkpoint before it. On a checkpoint without processes the
+    /// start boots.
     Restore {
-        /// SANDBOX, SANDBOX@TURN or SANDBOX@NAME; without @ the newest checkpoint. For a turn that
-        /// changed nothing, that is the checkpoint before it. On a checkpoint without processes the
-        /// start boots
+        /// SANDBOX, SANDBOX@TURN or SANDBOX@NAME; without @ the newest checkpoint
+        #[arg(value_parser = scope::sandbox_or_turn)]
         sandbox: String,
         /// Take it back: the next start boots
         #[arg(long, conflicts_with = "start")]
@@ -82,25 +139,36 @@ enum Verb {
         start: bool,
     },
     /// Take a running sandbox back to one of its checkpoints, in place
+    ///
+    /// Its files and processes are what they were then. Its clients see the same container, and
+    /// execs that run end with 137. Nothing is deleted: later turns can be gone back to as well.
     Rollback {
         /// SANDBOX@TURN or SANDBOX@NAME
         #[arg(value_parser = rollback::target)]
         sandbox: String,
     },
-    /// Check the checkpoints of one sandbox, or of all, against their digests
+    /// Check checkpoints against their digests
+    ///
+    /// Those of one sandbox, or of all; without @ every byte of their packs as well.
     Verify {
         /// Container id, a unique prefix of it, or a Docker name; with @TURN or @NAME one checkpoint
+        #[arg(value_parser = scope::sandbox_or_turn)]
         sandbox: Option<String>,
     },
-    /// Show the host's budget for checkpoints, who has it, and who waits for it
+    /// Show the host's budget for checkpoints
+    ///
+    /// What may be written, who has it, and who waits for it.
     Engine {
         /// In Prometheus' text format, for its node exporter's textfile collector
         #[arg(long, conflicts_with = "json")]
         prometheus: bool,
     },
-    /// Free the space of what no checkpoint needs any more. Running sandboxes do so themselves
+    /// Free the space of what no checkpoint needs any more
+    ///
+    /// Running sandboxes do so themselves, and are passed over.
     Gc {
         /// Container id, a unique prefix of it, or a Docker name; without it, all
+        #[arg(value_parser = scope::sandbox)]
         sandbox: Option<String>,
         /// Let all checkpoints go but the newest N, the newest one with processes, the armed one, and
         /// those with a name
@@ -110,16 +178,17 @@ enum Verb {
         #[arg(long)]
         gone: bool,
     },
-}
-
-/// What every verb works with.
-struct Scope {
-    namespace: Option<String>,
-    json: bool,
-    store_root: PathBuf,
-    /// How large the checkpoints of all sandboxes, and of one, may be.
-    store_limit: Option<u64>,
-    sandbox_limit: Option<u64>,
+    /// Print the script that completes this command in a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages
+    #[command(hide = true)]
+    Man {
+        /// Into this directory
+        dir: PathBuf,
+    },
 }
 
 /// Does what the command line says.
@@ -129,13 +198,18 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("crab: {}", printable(&format!("{e:#}")));
+            term::complain(&format!("{e:#}"));
             ExitCode::FAILURE
         }
     }
 }
 
 fn run(args: Args) -> anyhow::Result<ExitCode> {
+    match args.verb {
+        Verb::Completions { shell } => return generate::completions(Args::command(), shell),
+        Verb::Man { dir } => return generate::man(Args::command(), &dir),
+        _ => {}
+    }
     if !nix::unistd::geteuid().is_root() {
         bail!("only root may see checkpoints, which hold the memory of sandboxes: use sudo");
     }
@@ -149,13 +223,15 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     match args.verb {
         Verb::Ps => ps::run(&context),
-        Verb::Log { sandbox } => log::run(&context, &sandbox),
+        Verb::Log { sandbox, last } => log::run(&context, &sandbox, last),
+        Verb::Show { sandbox } => show::run(&context, &sandbox),
+        Verb::Diff { before, after } => diff::run(&context, &before, &after),
         Verb::Checkpoint {
             sandbox,
             name,
             prove,
             or_files,
-        } => checkpoint(
+        } => checkpoint::run(
             &context,
             &sandbox,
             CheckpointRequest {
@@ -178,108 +254,8 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
             keep,
             gone,
         } => gc::run(&context, sandbox.as_deref(), keep, gone),
-    }
-}
-
-impl Scope {
-    fn store(&self) -> anyhow::Result<Store> {
-        Store::open(&self.store_root).context("checkpoint store")
-    }
-
-    /// A sandbox by its id, Docker name, or a prefix of its id: one that runs, or one with checkpoints.
-    fn find(&self, word: &str) -> anyhow::Result<SandboxId> {
-        let mut known: Vec<SandboxId> = client::list(Path::new(RUN))
-            .0
-            .iter()
-            .filter_map(|s| SandboxId::new(&s.namespace, &s.id).ok())
-            .collect();
-        if self.store_root.exists() {
-            known.extend(self.store()?.sandboxes()?);
-        }
-        known.sort();
-        known.dedup();
-        known.retain(|s| {
-            let wanted = self.namespace.as_deref();
-            wanted.is_none_or(|n| n == s.namespace())
-        });
-        // A name of Docker's may look like the beginning of another one's id.
-        if !known.iter().any(|sandbox| sandbox.id() == word)
-            && let Some(id) = docker::id_of(word)
-            && let Ok(sandbox) = pick(&known, &id)
-        {
-            return Ok(sandbox);
-        }
-        match pick(&known, word) {
-            Err(None) => {}
-            Ok(sandbox) => return Ok(sandbox),
-            Err(Some(several)) => bail!(
-                "{} is ambiguous: {}. Say more of the id, or the namespace with -n",
-                printable(word),
-                several
-            ),
-        }
-        bail!(
-            "no sandbox {}: neither running under crab nor in the store {} (crab ps lists those \
-             that run)",
-            printable(word),
-            self.store_root.display()
-        )
-    }
-}
-
-/// The one sandbox that a word means; None if there is none, else the list of candidates.
-fn pick(known: &[SandboxId], word: &str) -> Result<SandboxId, Option<String>> {
-    if word.is_empty() {
-        return Err(None);
-    }
-    let exact: Vec<&SandboxId> = known.iter().filter(|s| s.id() == word).collect();
-    let found = if exact.is_empty() {
-        known.iter().filter(|s| s.id().starts_with(word)).collect()
-    } else {
-        exact
-    };
-    match found.as_slice() {
-        [] => Err(None),
-        [one] => Ok((*one).clone()),
-        several => {
-            let names: Vec<String> = several.iter().map(ToString::to_string).collect();
-            Err(Some(names.join(", ")))
-        }
-    }
-}
-
-fn checkpoint(context: &Scope, word: &str, request: CheckpointRequest) -> anyhow::Result<ExitCode> {
-    if !request.name.is_empty() {
-        crate::sandbox::check("name", &request.name)?;
-    }
-    let sandbox = context.find(word)?;
-    let prove = request.prove;
-    let answer = client::checkpoint(RunDir::of(&sandbox).path(), &sandbox, request)?;
-    let proved = answer.not_proved.is_empty();
-    if context.json && prove {
-        let mut line: serde_json::Map<_, _> = serde_json::from_str(&answer.line)?;
-        line.insert("proved".into(), proved.into());
-        print(&serde_json::to_string(&line)?)?;
-    } else if context.json {
-        print(&answer.line)?;
-    } else {
-        let line: crate::store::JournalLine = serde_json::from_str(&answer.line)?;
-        print(&log::describe(&line))?;
-    }
-    if !proved {
-        bail!(
-            "{sandbox}: the checkpoint is kept, and not proved: {}",
-            answer.not_proved
-        );
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// A word of the form SANDBOX or SANDBOX@WHICH.
-fn split_at(word: &str) -> (&str, Option<&str>) {
-    match word.split_once('@') {
-        Some((sandbox, which)) => (sandbox, Some(which)),
-        None => (word, None),
+        // Done above: they need neither rights nor a configuration.
+        Verb::Completions { .. } | Verb::Man { .. } => Ok(ExitCode::SUCCESS),
     }
 }
 
@@ -287,22 +263,6 @@ fn split_at(word: &str) -> (&str, Option<&str>) {
 fn first_line(notes: &[String]) -> String {
     let lines = notes.iter().filter_map(|note| note.lines().next());
     lines.collect::<Vec<_>>().join("; ")
-}
-
-/// One line to stdout.
-fn print(line: &str) -> io::Result<()> {
-    writeln!(io::stdout().lock(), "{line}")
-}
-
-/// Text from a sandbox or a user, safe for a terminal (D19).
-fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| match c {
-            '\n' => "\n".to_owned(),
-            c if c.is_control() => c.escape_default().to_string(),
-            c => c.to_string(),
-        })
-        .collect()
 }
 
 fn is_broken_pipe(e: &anyhow::Error) -> bool {
@@ -315,25 +275,47 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_exact_id_wins_over_a_prefix() {
-        let known: Vec<SandboxId> = [("a", "web"), ("a", "web2"), ("b", "db")]
-            .map(|(n, i)| SandboxId::new(n, i).unwrap())
-            .into();
-        assert_eq!(pick(&known, "web").unwrap().id(), "web");
-        assert_eq!(pick(&known, "d").unwrap().id(), "db");
-        assert_eq!(pick(&known, "we").unwrap_err().unwrap(), "a/web, a/web2");
-        assert_eq!(pick(&known, "x").unwrap_err(), None);
-        assert_eq!(pick(&known, "").unwrap_err(), None);
-    }
-
-    #[test]
-    fn terminal_escapes_are_shown_not_sent() {
-        assert_eq!(printable("a\x1b[31mb"), "a\\u{1b}[31mb");
-    }
-
-    #[test]
     fn the_command_line_is_consistent() {
-        use clap::CommandFactory;
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn help_fits_80_columns_and_each_verb_has_a_line() {
+        let mut command = Args::command();
+        command.build();
+        let summary = command.render_help().to_string();
+        for verb in command.get_subcommands_mut() {
+            let help = verb.render_long_help().to_string();
+            let short = verb.render_help().to_string();
+            for line in help.lines().chain(short.lines()).chain(summary.lines()) {
+                assert!(line.chars().count() <= 80, "{line}");
+            }
+            let name = verb.get_name();
+            let begins = |line: &&str| line.trim_start().starts_with(&format!("{name} "));
+            let line = summary.lines().find(begins);
+            // One that goes on in a second line is too long to be read at a glance.
+            let about = verb
+                .get_about()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert_eq!(
+                line.is_some_and(|line| line.ends_with(&about)),
+                !verb.is_hide_set(),
+                "{name}: {summary}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_verb_has_a_manual_page() {
+        let dir = tempfile::tempdir().unwrap();
+        generate::man(Args::command(), dir.path()).unwrap();
+        let page = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+        assert!(page("crab.1").contains("crab\\-show(1)"));
+        for verb in Args::command().get_subcommands() {
+            if !verb.is_hide_set() {
+                assert!(page(&format!("crab-{}.1", verb.get_name())).contains(".SH SYNOPSIS"));
+            }
+        }
     }
 }

@@ -1,7 +1,6 @@
 //! `crab restore`: arm a dead container, so that its next start goes back (D13).
 
 use std::{
-    path::Path,
     process::{Command, ExitCode},
     thread,
     time::{Duration, Instant},
@@ -10,13 +9,16 @@ use std::{
 use anyhow::{Context, bail};
 
 use super::{
-    Scope, first_line, print, printable, split_at,
+    Scope, first_line, print,
+    progress::Progress,
+    scope::split_at,
+    term::{one_line, print_json},
     turns::{self, Held},
 };
 use crate::{
     control::client,
     sandbox::{SandboxId, TurnNo},
-    shim::run_dir::RUN,
+    shim::run_dir::RunDir,
     store::{Facts, Kind, SandboxWriter, StoreError},
 };
 
@@ -40,7 +42,9 @@ pub(super) fn run(
     }
     let held = turns::find(&writer, which)?;
     let turn = held.by;
+    let progress = Progress::begin(format!("verifying {sandbox}@{turn}"));
     let faults = writer.verify(turn)?;
+    drop(progress);
     if let Some(fault) = faults.first() {
         bail!(
             "the checkpoint of turn {turn} is broken ({fault}): nothing was changed; crab verify \
@@ -71,24 +75,29 @@ pub(super) fn run(
 /// The right to write the sandbox's checkpoints. A shim whose container has just died may still
 /// have it for the moment that its last cut takes.
 fn writer(scope: &Scope, sandbox: &SandboxId) -> anyhow::Result<SandboxWriter> {
+    let _progress = Progress::begin(format!("waiting for the shim of {sandbox} to end"));
     let end = Instant::now() + LOCK_LIMIT;
     loop {
         match scope.store()?.writer(sandbox) {
             Err(StoreError::Locked { .. }) if Instant::now() < end => {
                 thread::sleep(Duration::from_millis(10));
             }
+            Err(e @ StoreError::Locked { .. }) => bail!(
+                "{e}: its shim, or another crab. Wait until it has ended, or end it, and try again"
+            ),
             writer => return Ok(writer?),
         }
     }
 }
 
 fn refuse_if_alive(sandbox: &SandboxId) -> anyhow::Result<()> {
-    let (running, _) = client::list(Path::new(RUN));
-    let alive = running.iter().any(|s| {
-        s.namespace == sandbox.namespace() && s.id == sandbox.id() && s.phase != "stopped"
-    });
-    if alive {
-        bail!("{sandbox} is running: stop or kill it first");
+    let state = client::state(RunDir::of(sandbox).path(), sandbox)?;
+    if state.is_some_and(|state| state.phase != "stopped") {
+        bail!(
+            "{sandbox} is running: stop or kill it first, or take it back as it runs: crab rollback \
+             {}@TURN",
+            sandbox.id()
+        );
     }
     Ok(())
 }
@@ -110,7 +119,7 @@ fn say(scope: &Scope, sandbox: &SandboxId, armed: Option<&Armed>) -> anyhow::Res
             "notes": armed.map(|armed| &armed.facts.notes),
             "with_processes": armed.and_then(|armed| armed.with_processes),
         });
-        return Ok(print(&object.to_string())?);
+        return print_json(&object);
     }
     let what = armed.map_or_else(|| "boots".to_owned(), |armed| armed.describe(sandbox));
     print(&format!("{sandbox}: the next start {what}"))?;
@@ -127,7 +136,7 @@ impl Armed {
         if self.facts.kind == Kind::Full {
             return format!("restores turn {by}{unchanged}");
         }
-        let lacks = printable(&first_line(&self.facts.notes));
+        let lacks = one_line(&first_line(&self.facts.notes));
         let instead = match self.with_processes {
             Some(other) => format!(
                 "The newest turn with processes is {other}: crab restore {}@{other}",
@@ -141,6 +150,7 @@ impl Armed {
 
 /// Asks whoever owns the container to start it.
 fn start_it(sandbox: &SandboxId) -> anyhow::Result<()> {
+    let _progress = Progress::begin(format!("starting {sandbox}"));
     let mut command = match sandbox.namespace() {
         "moby" => {
             let mut command = Command::new("docker");
@@ -148,23 +158,25 @@ fn start_it(sandbox: &SandboxId) -> anyhow::Result<()> {
             command
         }
         namespace => {
-            // A task that has died must go before another one can come.
+            // A task that has died must go before another one can come. Without one this fails, and the
+            // start tells what else is wrong.
             let mut delete = Command::new("ctr");
             delete.args(["-n", namespace, "task", "delete", sandbox.id()]);
-            delete.stdout(std::process::Stdio::null());
-            delete.stderr(std::process::Stdio::null());
-            let _ = delete.status();
+            let _ = delete.output();
             let mut command = Command::new("ctr");
             command.args(["-n", namespace, "task", "start", "-d", sandbox.id()]);
             command
         }
     };
     let program = command.get_program().to_string_lossy().into_owned();
-    let status = command
-        .status()
-        .with_context(|| format!("cannot run {program}; it is armed, start it yourself"))?;
-    if !status.success() {
-        bail!("{program} could not start {sandbox} ({status}); it stays armed");
+    let output = command
+        .output()
+        .with_context(|| format!("cannot run {program}; {sandbox} is armed, start it yourself"))?;
+    if !output.status.success() {
+        bail!(
+            "{program} could not start {sandbox}, which stays armed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     Ok(())
 }

@@ -5,8 +5,11 @@ use std::process::ExitCode;
 use anyhow::Context;
 use serde_json::Value;
 
-use super::{Scope, print, split_at, turns};
-use crate::{control::client, shim::run_dir::RunDir};
+use super::{Scope, print, progress::Progress, scope::split_at, term::print_json, turns};
+use crate::{
+    control::client::{self, ControlError},
+    shim::run_dir::RunDir,
+};
 
 /// Accepts what says where to go.
 pub(super) fn target(word: &str) -> Result<String, String> {
@@ -24,13 +27,24 @@ pub(super) fn run(scope: &Scope, word: &str) -> anyhow::Result<ExitCode> {
     let (word, which) = split_at(word);
     let sandbox = scope.find(word)?;
     let held = turns::find(&scope.store()?.sandbox(&sandbox), which)?;
-    let report = client::rollback(RunDir::of(&sandbox).path(), &sandbox, held.by)?;
+    let run_dir = RunDir::of(&sandbox);
+    let progress = Progress::begin(format!("rollback of {sandbox} to turn {}", held.by));
+    let report = client::rollback(run_dir.path(), &sandbox, held.by);
+    drop(progress);
+    let report = report.map_err(|e| match e {
+        ControlError::NotRunning(_) => anyhow::anyhow!(
+            "{e}, and only what runs is rolled back: crab restore {}@{} --start",
+            sandbox.id(),
+            held.turn
+        ),
+        e => e.into(),
+    })?;
     let mut report: Value = serde_json::from_str(&report).context("the shim's answer")?;
     if scope.json {
         report["namespace"] = sandbox.namespace().into();
         report["id"] = sandbox.id().into();
         report["asked"] = serde_json::to_value(held.turn)?;
-        print(&report.to_string())?;
+        print_json(&report)?;
         return Ok(ExitCode::SUCCESS);
     }
     let millis = |us: &Value| us.as_f64().unwrap_or_default() / 1000.0;

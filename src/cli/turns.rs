@@ -122,7 +122,7 @@ fn why_not(line: &JournalLine, turn: TurnNo) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use time::OffsetDateTime;
 
     use super::*;
@@ -130,7 +130,7 @@ mod tests {
 
     /// One line a word: `full`, `none`, `failed` (a turn), `asked` (a checkpoint that failed), `-` (lost),
     /// `back:1` (a rollback), `refused` and `ended` (rollbacks that were not done).
-    fn journal(words: &str) -> Vec<JournalLine> {
+    pub(in crate::cli) fn journal(words: &str) -> Vec<JournalLine> {
         let words = words.split_whitespace().zip(1..);
         let known = words.filter(|(word, _)| *word != "-");
         known.map(|(word, turn)| line(word, turn)).collect()

@@ -4,7 +4,13 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 
-use super::{Scope, print, printable, split_at, turns};
+use super::{
+    Scope, print,
+    progress::Progress,
+    scope::split_at,
+    term::{count, one_line, print_json},
+    turns,
+};
 use crate::{
     sandbox::{SandboxId, TurnNo},
     store::{Fault, Kind, SandboxStore},
@@ -16,39 +22,69 @@ pub(super) fn run(scope: &Scope, word: Option<&str>) -> anyhow::Result<ExitCode>
         Some((word, which)) => (Some(word), which),
         None => (None, None),
     };
-    let sandboxes = match word {
+    let mut sandboxes = match word {
         Some(word) => vec![scope.find(word)?],
         None => store.sandboxes()?,
     };
+    sandboxes.retain(|sandbox| scope.has(sandbox.namespace()));
+    let progress = Progress::begin("verifying");
     let mut broken = 0;
     for sandbox in sandboxes {
-        let checkpoints = store.sandbox(&sandbox);
-        let turns = match which {
-            Some(_) => vec![turns::find(&checkpoints, which)?.by],
-            None => checkpoints.turns()?,
-        };
-        let mut lost = Vec::new();
-        for turn in turns {
-            let faults: Vec<String> = match checkpoints.verify(turn) {
-                Ok(faults) => faults.iter().map(ToString::to_string).collect(),
-                Err(e) => vec![e.to_string()],
-            };
-            // One whose manifest cannot be read has a fault.
-            let kind = checkpoints.get(turn).ok().map(|c| c.manifest.facts.kind);
-            say(scope, &sandbox, turn, kind, &faults)?;
-            if !faults.is_empty() {
-                lost.push((turn, faults));
-            }
-        }
-        broken += lost.len();
-        if which.is_none() {
-            broken += packs(scope, &sandbox, &checkpoints, &lost)?;
-        }
+        broken += check(scope, &store.sandbox(&sandbox), which, &progress)?;
     }
+    drop(progress);
     if broken > 0 {
-        bail!("{broken} broken checkpoint(s) or pack(s)");
+        bail!(
+            "{}",
+            count(
+                broken as u64,
+                "broken checkpoint or pack",
+                "broken checkpoints or packs"
+            )
+        );
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The checkpoints of one sandbox, or one of them; returns how many things are broken.
+fn check(
+    scope: &Scope,
+    checkpoints: &SandboxStore,
+    which: Option<&str>,
+    progress: &Progress,
+) -> anyhow::Result<usize> {
+    let sandbox = checkpoints.id();
+    let turns = match which {
+        Some(_) => vec![turns::find(checkpoints, which)?.by],
+        None => checkpoints.turns()?,
+    };
+    let mut lost = Vec::new();
+    for (n, turn) in turns.iter().enumerate() {
+        progress.say(format!(
+            "verifying {sandbox}@{turn}, {} of {}",
+            n + 1,
+            turns.len()
+        ));
+        let faults: Vec<String> = match checkpoints.verify(*turn) {
+            Ok(faults) => faults.iter().map(ToString::to_string).collect(),
+            Err(e) => vec![e.to_string()],
+        };
+        // A running sandbox lets its oldest ones go meanwhile.
+        if !faults.is_empty() && !checkpoints.turns()?.contains(turn) {
+            continue;
+        }
+        // One whose manifest cannot be read has a fault.
+        let kind = checkpoints.get(*turn).ok().map(|c| c.manifest.facts.kind);
+        say(scope, sandbox, *turn, kind, &faults)?;
+        if !faults.is_empty() {
+            lost.push((*turn, faults));
+        }
+    }
+    if which.is_some() {
+        return Ok(lost.len());
+    }
+    progress.say(format!("verifying the packs of {sandbox}"));
+    Ok(lost.len() + packs(scope, sandbox, checkpoints, &lost)?)
 }
 
 fn say(
@@ -63,7 +99,7 @@ fn say(
             "sandbox": sandbox.id(), "namespace": sandbox.namespace(),
             "turn": turn, "kind": kind, "faults": faults,
         });
-        return Ok(print(&object.to_string())?);
+        return print_json(&object);
     }
     if faults.is_empty() {
         let lacks = match kind {
@@ -73,7 +109,7 @@ fn say(
         print(&format!("{sandbox}@{turn}  ok{lacks}"))?;
     }
     for fault in faults {
-        print(&format!("{sandbox}@{turn}  BROKEN  {}", printable(fault)))?;
+        print(&format!("{sandbox}@{turn}  BROKEN  {}", one_line(fault)))?;
     }
     Ok(())
 }
@@ -85,7 +121,9 @@ fn packs(
     checkpoints: &SandboxStore,
     lost: &[(TurnNo, Vec<String>)],
 ) -> anyhow::Result<usize> {
-    let faults = checkpoints.verify_packs()?;
+    let mut faults = checkpoints.verify_packs()?;
+    // Collected meanwhile.
+    faults.retain(|fault| checkpoints.dir().join(&fault.path).exists());
     for Fault { path, reason } in &faults {
         let names = |(_, faults): &&(TurnNo, Vec<String>)| faults.iter().any(|f| f.contains(path));
         let turns: Vec<TurnNo> = lost.iter().filter(names).map(|(turn, _)| *turn).collect();
@@ -94,7 +132,7 @@ fn packs(
                 "sandbox": sandbox.id(), "namespace": sandbox.namespace(),
                 "pack": path, "faults": [reason], "turns": turns,
             });
-            print(&object.to_string())?;
+            print_json(&object)?;
             continue;
         }
         let turns: Vec<String> = turns.iter().map(ToString::to_string).collect();
@@ -102,7 +140,7 @@ fn packs(
             true => "no checkpoint is lost by it".to_owned(),
             false => format!("turns lost: {}", turns.join(", ")),
         };
-        let reason = printable(reason);
+        let reason = one_line(reason);
         print(&format!("{sandbox} {path}  BROKEN  {reason} ({so})"))?;
     }
     Ok(faults.len())
