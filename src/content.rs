@@ -103,6 +103,19 @@ pub(crate) fn content_of(
     Reader::new(buffer, stop).read(found, FILE_CHUNK, &mut Summing)
 }
 
+/// The content of a file that is in memory.
+pub(crate) fn content_of_bytes<S: Sink>(
+    bytes: &[u8],
+    chunk: u32,
+    sink: &mut S,
+) -> Result<Content, S::Error> {
+    let mut building = Building::default();
+    for (number, bytes) in (0..).zip(bytes.chunks(chunk as usize)) {
+        building.add(number, bytes, sink)?;
+    }
+    building.finish(bytes.len() as u64, chunk, sink)
+}
+
 /// Reads regular files.
 pub(crate) struct Reader<'s> {
     buffer: &'s mut Vec<u8>,
