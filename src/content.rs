@@ -124,9 +124,9 @@ pub(crate) struct Reader<'s> {
 }
 
 impl<'s> Reader<'s> {
-    /// `buffer`: anything; it is made as large as need be.
+    /// `buffer`: anything; it is made as large as need be, which for small files is not much: each new
+    /// page of memory costs as much as a read of it.
     pub(crate) fn new(buffer: &'s mut Vec<u8>, stop: &'s dyn Fn() -> bool) -> Self {
-        buffer.resize(PIECE, 0);
         Self { buffer, stop }
     }
 
@@ -171,6 +171,9 @@ impl<'s> Reader<'s> {
                 return Err(TreeError::Stopped { path }.into());
             }
             let wanted = usize::try_from(end - from).unwrap_or(PIECE).min(PIECE);
+            if self.buffer.len() < wanted {
+                self.buffer.resize(wanted, 0);
+            }
             let piece = &mut self.buffer[..wanted];
             fill(file, piece, from).map_err(|e| match e {
                 Errno::NODATA => found.changed("size"),
