@@ -56,15 +56,22 @@ fn dir(home: &Path) -> PathBuf {
 
 /// Makes a tar of this program below a HOME of CRIU.
 pub(super) fn install(home: &Path) -> io::Result<()> {
-    let dir = dir(home);
-    fs::create_dir_all(&dir)?;
-    let link = dir.join(TAR);
-    if let Err(e) = fs::remove_file(&link)
-        && e.kind() != io::ErrorKind::NotFound
-    {
-        return Err(e);
+    link(home, TAR)
+}
+
+/// Has this program found by a name.
+pub(super) fn link(home: &Path, name: &str) -> io::Result<()> {
+    fs::create_dir_all(dir(home))?;
+    unlink(home, name)?;
+    symlink(super::own_program(), dir(home).join(name))
+}
+
+/// Has it no longer found.
+pub(super) fn unlink(home: &Path, name: &str) -> io::Result<()> {
+    match fs::remove_file(dir(home).join(name)) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
     }
-    symlink(super::own_program(), link)
 }
 
 /// The PATH with which that tar is found before any other.
