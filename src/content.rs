@@ -103,6 +103,19 @@ pub(crate) fn content_of(
     Reader::new(buffer, stop).read(found, FILE_CHUNK, &mut Summing)
 }
 
+/// The content of a file that is in memory.
+pub(crate) fn content_of_bytes<S: Sink>(
+    bytes: &[u8],
+    chunk: u32,
+    sink: &mut S,
+) -> Result<Content, S::Error> {
+    let mut building = Building::default();
+    for (number, bytes) in (0..).zip(bytes.chunks(chunk as usize)) {
+        building.add(number, bytes, sink)?;
+    }
+    building.finish(bytes.len() as u64, chunk, sink)
+}
+
 /// Reads regular files.
 pub(crate) struct Reader<'s> {
     buffer: &'s mut Vec<u8>,
@@ -111,9 +124,9 @@ pub(crate) struct Reader<'s> {
 }
 
 impl<'s> Reader<'s> {
-    /// `buffer`: anything; it is made as large as need be.
+    /// `buffer`: anything; it is made as large as need be, which for small files is not much: each new
+    /// page of memory costs as much as a read of it.
     pub(crate) fn new(buffer: &'s mut Vec<u8>, stop: &'s dyn Fn() -> bool) -> Self {
-        buffer.resize(PIECE, 0);
         Self { buffer, stop }
     }
 
@@ -158,6 +171,9 @@ impl<'s> Reader<'s> {
                 return Err(TreeError::Stopped { path }.into());
             }
             let wanted = usize::try_from(end - from).unwrap_or(PIECE).min(PIECE);
+            if self.buffer.len() < wanted {
+                self.buffer.resize(wanted, 0);
+            }
             let piece = &mut self.buffer[..wanted];
             fill(file, piece, from).map_err(|e| match e {
                 Errno::NODATA => found.changed("size"),

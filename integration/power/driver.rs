@@ -236,7 +236,7 @@ impl Sandbox {
         }
         let changes = state.change_files(&mut random);
         let mut pending = self.writer.begin(turn)?;
-        stage(&pending, state, how, &changes)?;
+        stage(&mut pending, state, how, &changes)?;
         let last = state.last.take();
         let (images, part) = match (how, &last) {
             (How::Whole, _) | (_, None) => (Images::Staged, Part::Whole),
@@ -309,13 +309,13 @@ fn upper_dir(pending: &Pending) -> PathBuf {
     pending.image_dir().with_file_name("upper")
 }
 
-fn stage(pending: &Pending, state: &State, how: How, changes: &LayerChanges) -> Result<()> {
+fn stage(pending: &mut Pending, state: &State, how: How, changes: &LayerChanges) -> Result<()> {
     if !matches!(how, How::Files) {
         let pages = state.pages.iter().flat_map(|seed| noise(*seed, PAGE));
         let pages: Vec<u8> = pages.collect();
         fs::write(pending.image_dir().join("pages-1.img"), pages)?;
     }
-    fs::write(pending.bundle_dir().join("config.json"), "{}")?;
+    pending.add_to_bundle("config.json", b"{}".to_vec());
     for n in 0..DIRECTORIES {
         fs::create_dir_all(upper_dir(pending).join(format!("d{n}")))?;
     }

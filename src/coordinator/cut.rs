@@ -41,6 +41,8 @@ pub trait Scene: Send + Sync {
     fn drain(&self);
     /// The pipes between the processes and the shim.
     fn streams(&self) -> Result<Vec<Stream>, String>;
+    /// The directories of its overlay, the writable one first; none if it has no overlay.
+    fn layers(&self) -> Vec<PathBuf>;
 }
 
 /// The parts of a sandbox that take part in a cut.
@@ -55,8 +57,6 @@ pub struct Sandbox<'a> {
     pub doors: &'a Arc<Doors>,
     /// Its processes.
     pub scene: &'a dyn Scene,
-    /// The directories of its overlay, the writable one first; none if it has no overlay.
-    pub layers: Vec<PathBuf>,
 }
 
 /// What a cut found and took.
@@ -168,7 +168,7 @@ impl Sandbox<'_> {
         };
         let is_fine = matches!(poison::judge(&snapshot), Verdict::Fine);
         match is_fine && strangers(&procs, init).is_empty() {
-            true => Early::of(args, snapshot.watched_paths(&self.layers)),
+            true => Early::of(args, snapshot.watched_paths(|| self.scene.layers())),
             false => Ok(None),
         }
     }
@@ -198,7 +198,7 @@ impl Sandbox<'_> {
         criu: Option<Runner<'scope>>,
         snapshot: &Snapshot,
     ) -> Result<Option<Runner<'scope>>, CutError> {
-        let watched = snapshot.watched_paths(&self.layers);
+        let watched = snapshot.watched_paths(|| self.scene.layers());
         let told = early.map(|its| &*its.watched).unwrap_or_default();
         if watched == told {
             return Ok(criu);

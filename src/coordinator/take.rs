@@ -25,7 +25,7 @@ use crate::{
     config::Gate,
     engine::Work,
     inspector::Inode,
-    rootfs::layer::Comparison,
+    rootfs::{Overlay, layer::Comparison},
     runtime::{self, criu_conf::CriuConf, descriptors::Stream},
     sandbox::TurnNo,
     store::{
@@ -38,13 +38,26 @@ use crate::{
 pub(super) struct Order {
     pub(super) turn: TurnNo,
     /// The newest checkpoint.
-    pub(super) parent: Option<TurnNo>,
+    pub(super) parent: Option<Checkpoint>,
+    /// The writable layer, or why there is none that crab can capture.
+    pub(super) overlay: Result<Overlay, String>,
     /// Files beside the image that there is.
     pub(super) only_files: bool,
     /// A large file may have changed.
     pub(super) large: bool,
     /// What if the processes cannot be kept.
     pub(super) without_processes: WithoutProcesses,
+}
+
+impl Order {
+    /// The turn of the newest checkpoint.
+    pub(super) fn parent(&self) -> Option<TurnNo> {
+        self.parent.as_ref().map(Checkpoint::turn)
+    }
+
+    pub(super) fn overlay(&self) -> Result<&Overlay, String> {
+        self.overlay.as_ref().map_err(Clone::clone)
+    }
 }
 
 /// Whether a checkpoint may lack the processes, if they cannot be kept.
@@ -158,21 +171,16 @@ impl Worker {
         let mut pending = self.store.begin(order.turn).map_err(text)?;
         pending.prepare().map_err(text)?;
         let args = dump_args(subject, &pending, self.settings.dump_limit)?;
-        let base = self.base(order)?;
+        let base = self.base(order);
         if let Some(inspection) = &mut self.inspection {
             inspection.prepare();
             if order.large {
-                read_ahead(
-                    subject,
-                    &self.doors,
-                    inspection,
-                    &mut pending,
-                    base.as_ref(),
-                )?;
+                let scene = (subject, order.overlay()?, &*self.doors);
+                read_ahead(scene, inspection, &mut pending, base)?;
             }
         }
         let held_before = subject.parts()?.freeze.held();
-        let dumped = self.dump(subject, &args, &mut pending, base.as_ref());
+        let dumped = self.dump(subject, order, &args, &mut pending);
         let dumped = match dumped? {
             Ok(dumped) => dumped,
             Err(e) if !e.spares_files() => return Err(text(e)),
@@ -207,18 +215,19 @@ impl Worker {
         Ok(taken)
     }
 
-    /// The cut. `base`: the checkpoint that changes of files can be held against.
+    /// The cut.
     fn dump(
         &mut self,
         subject: &dyn Subject,
+        order: &Order,
         args: &runtime::Checkpoint,
         pending: &mut Pending,
-        base: Option<&Checkpoint>,
     ) -> Result<Result<Dumped, CutError>, String> {
         if let Some(why) = subject.never_dumped() {
             return Ok(Err(CutError::Shared(why)));
         }
-        let overlay = subject.overlay()?;
+        let overlay = order.overlay()?;
+        let base = self.base(order);
         let (doors, image) = (&self.doors, pending.image_dir().to_owned());
         let mut inspection = self.inspection.as_mut();
         let (mut seen, mut artefacts) = (None, BTreeMap::new());
@@ -226,7 +235,9 @@ impl Worker {
             // Before it is captured: whoever is outside of the sandbox is not frozen, and what he
             // changes meanwhile must not be known without being in the capture.
             if let Some(inspection) = &mut inspection {
-                seen = scene(subject, doors, |scene| inspection.frozen(scene, &image))?;
+                seen = scene((subject, overlay, doors), |scene| {
+                    inspection.frozen(scene, &image)
+                })?;
                 distrust(inspection, pending);
             }
             let comparison = seen.as_ref().and_then(Found::changes);
@@ -248,7 +259,7 @@ impl Worker {
         &mut self,
         subject: &dyn Subject,
         order: &Order,
-        pending: Pending,
+        mut pending: Pending,
         dumped: Dumped,
         line: &mut JournalLine,
     ) -> Result<Taken, String> {
@@ -263,7 +274,7 @@ impl Worker {
         line.changed_files = changes.map_or(captured.names, |its| its.len() as u64);
         let references = seen.as_ref().and_then(Found::references);
         let facts = Facts {
-            parent: order.parent,
+            parent: order.parent(),
             created_at: OffsetDateTime::now_utc(),
             kind: Kind::Full,
             processes: done.processes as u64,
@@ -274,7 +285,7 @@ impl Worker {
             runtime: serde_json::json!({ "terminal": subject.has_terminal() }),
             notes: Vec::new(),
         };
-        add_artefacts(&pending, &artefacts)?;
+        add_artefacts(&mut pending, &artefacts);
         let (checkpoint, staging) = pending
             .commit(facts, Images::Staged, Files::Captured)
             .map_err(text)?;
@@ -291,13 +302,10 @@ impl Worker {
     }
 
     /// The checkpoint that what is known is about: changes can be held against it.
-    fn base(&self, order: &Order) -> Result<Option<Checkpoint>, String> {
-        match (&self.inspection, order.parent) {
-            (Some(inspection), Some(parent)) if inspection.is_about(parent) => {
-                self.store.get(parent).map(Some).map_err(text)
-            }
-            _ => Ok(None),
-        }
+    pub(super) fn base<'o>(&self, order: &'o Order) -> Option<&'o Checkpoint> {
+        let inspection = self.inspection.as_ref()?;
+        let parent = order.parent.as_ref()?;
+        inspection.is_about(parent.turn()).then_some(parent)
     }
 
     /// Files, beside the image of the newest checkpoint.
@@ -309,24 +317,25 @@ impl Worker {
         line: &mut JournalLine,
         spending: &mut Spending<'_>,
     ) -> Result<Tried, String> {
-        let (Some(parent), Some(inspection)) = (order.parent, &mut self.inspection) else {
+        let (Some(before), Some(inspection)) = (&order.parent, &mut self.inspection) else {
             return Ok(Tried::Not(Look::everything("nothing to compare with")));
         };
         let Some(dumped_in) = inspection.dumped_in() else {
             return Ok(Tried::Not(Look::everything("no dump to compare with")));
         };
-        let overlay = subject.overlay()?;
-        let before = self.store.get(parent).map_err(text)?;
-        let mut pending = self.store.begin(order.turn).map_err(text)?;
+        let (parent, overlay) = (before.turn(), order.overlay()?);
+        let pending = self.store.begin_without_images(order.turn);
+        let mut pending = pending.map_err(text)?;
         pending.prepare().map_err(text)?;
         inspection.prepare();
         let doors = &self.doors;
         if order.large {
-            read_ahead(subject, doors, inspection, &mut pending, Some(&before))?;
+            let scene = (subject, overlay, &**doors);
+            read_ahead(scene, inspection, &mut pending, Some(before))?;
         }
         let mut artefacts = BTreeMap::new();
         let mut take = || -> Result<Result<(Still, Captured), Look>, String> {
-            let seen = scene(subject, doors, |scene| {
+            let seen = scene((subject, overlay, doors), |scene| {
                 inspection.still(scene, Some(parent))
             })?;
             let still = match seen {
@@ -334,7 +343,7 @@ impl Worker {
                 Err(look) => return Ok(Err(look)),
             };
             distrust(inspection, &mut pending);
-            let changes = Some((&before, &still.comparison));
+            let changes = Some((before, &still.comparison));
             let captured = capture(&mut pending, &overlay.upperdir, changes, doors)?;
             artefacts = subject.artefacts()?;
             subject.frozen_hook()?;
@@ -365,13 +374,13 @@ impl Worker {
             parent: Some(parent),
             created_at: OffsetDateTime::now_utc(),
             processes_of: Some(dumped_in),
-            references: inspection.recorded(&before)?,
+            references: inspection.recorded(before)?,
             host: Host::detect(),
             ..before.manifest.facts.clone()
         };
-        add_artefacts(&pending, &artefacts)?;
+        add_artefacts(&mut pending, &artefacts);
         let (checkpoint, staging) = pending
-            .commit(facts, Images::Same(&before), Files::Captured)
+            .commit(facts, Images::Same(before), Files::Captured)
             .map_err(text)?;
         self.artefacts = Some(artefacts);
         let images = Arc::new(StoredImages(checkpoint.clone()));
@@ -419,13 +428,12 @@ fn dump_args(
 
 /// Reads what is large, or everything if it is not known what has changed, before anything stands still.
 fn read_ahead(
-    subject: &dyn Subject,
-    doors: &Doors,
+    of: (&dyn Subject, &Overlay, &Doors),
     inspection: &Inspection,
     pending: &mut Pending,
     before: Option<&Checkpoint>,
 ) -> Result<(), String> {
-    let read = scene(subject, doors, |scene| {
+    let read = scene(of, |scene| {
         let Some(ToRead { which, unseen }) = inspection.ahead(scene) else {
             return Ok(());
         };
@@ -463,15 +471,10 @@ pub(super) fn capture(
 }
 
 /// Adds what is kept of the host's files.
-pub(super) fn add_artefacts(
-    pending: &Pending,
-    artefacts: &BTreeMap<String, Vec<u8>>,
-) -> Result<(), String> {
+pub(super) fn add_artefacts(pending: &mut Pending, artefacts: &BTreeMap<String, Vec<u8>>) {
     for (name, bytes) in artefacts {
-        let kept = pending.bundle_dir().join(name);
-        fs::write(&kept, bytes).map_err(|e| format!("cannot write {kept:?}: {e}"))?;
+        pending.add_to_bundle(name, bytes.clone());
     }
-    Ok(())
 }
 
 fn pipe(stream: &Stream) -> StdioPipe {

@@ -275,12 +275,15 @@ impl Worker {
         gate: &mut ShutGate,
     ) -> Result<JournalLine, String> {
         let parent = self.parent().map_err(text)?;
+        // Nobody mounts another one meanwhile: that is a rollback's affair, and we do them.
+        let overlay = subject.overlay();
         let turn = self.next_turn().map_err(text)?;
         let ended_at = OffsetDateTime::now_utc();
         let started_at = self.doors.take_turn_start().unwrap_or(ended_at);
         let trigger = asked.map_or(Trigger::Exec, |_| Trigger::Manual);
         let mut line = JournalLine::new(turn, trigger, started_at, ended_at);
-        let look = self.look(subject, parent, &mut line);
+        let latest = parent.as_ref().map(Checkpoint::turn);
+        let look = self.look(subject, &overlay, latest, &mut line);
         if asked.is_none() && look.effects.is_empty() {
             line.note = look.note;
             self.store.append(&line, Durability::Later).map_err(text)?;
@@ -294,6 +297,7 @@ impl Worker {
         let order = Order {
             turn,
             parent,
+            overlay,
             only_files: look.only_files && asked.is_none(),
             large: look.large,
             without_processes: WithoutProcesses::of(asked),
@@ -315,9 +319,8 @@ impl Worker {
         self.exposed(gate, &mut line)?;
         let taken = taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
         if let Some(inspection) = &mut self.inspection {
-            scene(subject, &self.doors, |scene| {
-                inspection.settle(scene);
-            })?;
+            let of = (subject, order.overlay()?, &*self.doors);
+            scene(of, |scene| inspection.settle(scene))?;
         }
         let Taken::Checkpoint(done) = taken else {
             return Ok(line);
@@ -389,6 +392,7 @@ impl Worker {
     fn look(
         &mut self,
         subject: &dyn Subject,
+        overlay: &Result<Overlay, String>,
         latest: Option<TurnNo>,
         line: &mut JournalLine,
     ) -> Look {
@@ -400,8 +404,11 @@ impl Worker {
         let Some(inspection) = &self.inspection else {
             return Look::everything("nobody watches");
         };
-        let mut look = scene(subject, &self.doors, |scene| inspection.look(scene, latest))
-            .unwrap_or_else(Look::everything);
+        let look = overlay.as_ref().map_err(Clone::clone).and_then(|overlay| {
+            let of = (subject, overlay, &*self.doors);
+            scene(of, |scene| inspection.look(scene, latest))
+        });
+        let mut look = look.unwrap_or_else(Look::everything);
         match (subject.artefacts(), &self.artefacts) {
             (Ok(now), Some(then)) if now != *then => look.also_beside(differing(then, &now)),
             (Ok(_), _) => {}
@@ -412,14 +419,13 @@ impl Worker {
     }
 
     /// The checkpoint that the sandbox goes on from, if it is still there.
-    fn parent(&mut self) -> Result<Option<TurnNo>, StoreError> {
+    fn parent(&mut self) -> Result<Option<Checkpoint>, StoreError> {
         let kept = self.store.turns()?;
         if self.head.is_none_or(|head| !kept.contains(&head)) {
             self.head = self.store.head()?.map(|checkpoint| checkpoint.turn());
         }
         // A damaged one is an error, and is not passed over in silence.
-        let head = self.head.map(|head| self.store.get(head)).transpose()?;
-        Ok(head.map(|checkpoint| checkpoint.turn()))
+        self.head.map(|head| self.store.get(head)).transpose()
     }
 
     /// The number after every one that was ever given away. The journal is read for the first one
@@ -450,11 +456,9 @@ pub(super) fn differing<'a>(
 
 /// Calls `then` with the sandbox as it is to be looked at.
 pub(super) fn scene<T>(
-    subject: &dyn Subject,
-    doors: &Doors,
+    (subject, overlay, doors): (&dyn Subject, &Overlay, &Doors),
     then: impl FnOnce(&Scene<'_>) -> T,
 ) -> Result<T, String> {
-    let overlay = subject.overlay()?;
     let parts = subject.parts()?;
     Ok(then(&Scene {
         init: parts.scene.init_pid(),

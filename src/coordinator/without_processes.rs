@@ -29,11 +29,11 @@ const MAX_REASON: usize = 2000;
 const MAX_NAMED: usize = 8;
 
 /// What a try to dump the processes has left.
-pub(super) struct Rest {
+pub(super) struct Rest<'o> {
     /// Whatever is staged as images is of no use.
     pub(super) pending: Pending,
     /// The checkpoint that changes of files can be held against.
-    pub(super) base: Option<Checkpoint>,
+    pub(super) base: Option<&'o Checkpoint>,
     /// Why the processes cannot be kept.
     pub(super) why: String,
     /// How long crab had held the sandbox before that.
@@ -63,7 +63,7 @@ impl Worker {
         &mut self,
         subject: &dyn Subject,
         order: &Order,
-        rest: Rest,
+        rest: Rest<'_>,
         gate: &mut ShutGate,
         line: &mut JournalLine,
         spending: &mut Spending<'_>,
@@ -74,7 +74,7 @@ impl Worker {
             why,
             held_before,
         } = rest;
-        let cut = self.cut_files(subject, &mut pending, base.as_ref());
+        let cut = self.cut_files(subject, order, &mut pending, base);
         // It stood still for the try, too.
         let held = subject.parts()?.freeze.held();
         line.freeze_us = micros(held.saturating_sub(held_before));
@@ -90,8 +90,8 @@ impl Worker {
         if unchanged {
             line.effects.retain(|effect| *effect != Effect::Files);
         }
-        let lacked_before = base.as_ref().is_some_and(|base| !base.has_processes());
-        if let (true, Some(base)) = (unchanged && lacked_before, &base)
+        let lacked_before = base.is_some_and(|base| !base.has_processes());
+        if let (true, Some(base)) = (unchanged && lacked_before, base)
             && order.without_processes == WithoutProcesses::IfFilesChanged
         {
             // All that it could differ in is equal.
@@ -108,14 +108,15 @@ impl Worker {
     fn cut_files(
         &mut self,
         subject: &dyn Subject,
+        order: &Order,
         pending: &mut Pending,
         base: Option<&Checkpoint>,
     ) -> Result<FilesCut, String> {
-        let overlay = subject.overlay()?;
+        let overlay = order.overlay()?;
         let (doors, inspection) = (&self.doors, &mut self.inspection);
         let dying = || doors.is_dying();
         let mut take = || -> Result<FilesCut, String> {
-            let (outline, tmpfs) = scene(subject, doors, |scene| {
+            let (outline, tmpfs) = scene((subject, overlay, doors), |scene| {
                 let outline = inspection.as_mut().and_then(|its| its.outline(scene));
                 (outline, tmpfs_of(scene.init, &dying))
             })?;
@@ -144,7 +145,7 @@ impl Worker {
         &mut self,
         subject: &dyn Subject,
         order: &Order,
-        pending: Pending,
+        mut pending: Pending,
         taken: FilesCut,
         why: &str,
         line: &mut JournalLine,
@@ -154,7 +155,7 @@ impl Worker {
         line.bytes_captured = taken.captured.bytes;
         let notes = notes(why, &taken.tmpfs);
         let facts = Facts {
-            parent: order.parent,
+            parent: order.parent(),
             created_at: OffsetDateTime::now_utc(),
             kind: Kind::Files,
             processes: 0,
@@ -165,7 +166,7 @@ impl Worker {
             runtime: serde_json::json!({ "terminal": subject.has_terminal() }),
             notes: notes.clone(),
         };
-        add_artefacts(&pending, &taken.artefacts)?;
+        add_artefacts(&mut pending, &taken.artefacts);
         let (checkpoint, staging) = pending
             .commit(facts, Images::None, Files::Captured)
             .map_err(text)?;
@@ -173,8 +174,8 @@ impl Worker {
         if let Some(inspection) = &mut self.inspection {
             inspection.layer_durable(order.turn, taken.outline, &taken.captured);
         }
-        let before = order.parent.and_then(|parent| self.store.get(parent).ok());
-        if before.is_none_or(|before| before.has_processes()) {
+        let before = order.parent.as_ref();
+        if before.is_none_or(Checkpoint::has_processes) {
             // Once; as long as it goes on, `crab ps` and `crab log` say so.
             let (id, turn) = (self.store.id(), order.turn);
             log::warn!("{id}: turn {turn} is kept {}", notes.join("; "));

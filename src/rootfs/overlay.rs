@@ -108,7 +108,8 @@ impl Overlay {
         let mountpoint = rootfs.canonicalize().map_err(io("resolve", rootfs))?;
         // The thread's, which need not be the process's.
         let list = Path::new("/proc/thread-self/mountinfo");
-        let mut text = Vec::new();
+        // A host with sandboxes has a hundred mounts or more.
+        let mut text = Vec::with_capacity(32 << 10);
         let file = std::fs::File::open(list).map_err(io("open", list))?;
         io::Read::read_to_end(&mut io::Read::take(file, MAX_MOUNTINFO), &mut text)
             .map_err(io("read", list))?;

@@ -6,6 +6,7 @@
 
 mod calls;
 pub mod criu_conf;
+pub mod criu_version;
 pub mod descriptors;
 pub mod empty_tar;
 mod log_file;

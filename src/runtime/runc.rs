@@ -21,7 +21,7 @@ use nix::{
 
 use super::{
     Checkpoint, Create, Ended, Exec, OciRuntime, Restore, RuntimeError, Spawner, Stdio, calls,
-    empty_tar, log_file::LogFile,
+    criu_version, empty_tar, log_file::LogFile,
 };
 
 /// What any other call than a dump may take. A hung runtime must not hang the shim for ever.
@@ -254,6 +254,13 @@ impl OciRuntime for Runc {
         args: &Checkpoint,
         stop: &dyn Fn() -> bool,
     ) -> Result<(), RuntimeError> {
+        if let Some(home) = &args.home {
+            criu_version::install(home, &*self.spawner).map_err(|source| RuntimeError::File {
+                what: "cannot write what CRIU answers to",
+                path: home.clone(),
+                source,
+            })?;
+        }
         let spawn = |command| self.spawner.run_unless(command, args.limit, stop);
         let prepare = |c: &mut Command| {
             option(c, "--image-path", &args.image_path);
@@ -325,7 +332,7 @@ impl OciRuntime for Runc {
 ///
 /// Choosing other numbers could hit a descriptor that the standard library needs between fork and
 /// exec; these numbers are ours already.
-fn inherit(command: &mut Command, fds: Vec<OwnedFd>) {
+pub(super) fn inherit(command: &mut Command, fds: Vec<OwnedFd>) {
     // SAFETY: the closure runs between fork and exec and calls fcntl alone, which is
     // async-signal-safe. It owns the descriptors, so they are open when it runs.
     unsafe {

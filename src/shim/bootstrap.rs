@@ -38,7 +38,7 @@ use crate::{
     config,
     control::{ControlSocket, SHIMS},
     inspector,
-    runtime::{empty_tar, start_line},
+    runtime::{criu_version, empty_tar, start_line},
     sandbox::SandboxId,
 };
 
@@ -54,6 +54,9 @@ const FLUSH: Duration = Duration::from_secs(5);
 pub fn main() -> anyhow::Result<()> {
     if empty_tar::is_called() {
         return Ok(empty_tar::main()?);
+    }
+    if criu_version::is_called() {
+        return Ok(criu_version::main()?);
     }
     let args: Vec<_> = env::args_os().skip(1).collect();
     if args.first().is_some_and(|word| word == hold::WORD) {

@@ -142,17 +142,6 @@ fn keep_log(from: &Path, to: &Path) {
 }
 
 impl Container {
-    /// The directories of its overlay, the writable one first. Without an overlay CRIU finds watched
-    /// files by itself, or says that it cannot.
-    fn layers(&self) -> Vec<PathBuf> {
-        let overlay = self.host.overlay(&self.rootfs()).ok();
-        let layers = overlay.into_iter().flat_map(|overlay| {
-            let lower = overlay.lowerdirs.into_iter();
-            std::iter::once(overlay.upperdir).chain(lower)
-        });
-        layers.collect()
-    }
-
     /// What takes part in a cut of this container.
     pub(super) fn cut_parts(&self) -> Result<cut::Sandbox<'_>> {
         Ok(cut::Sandbox {
@@ -161,7 +150,6 @@ impl Container {
             freeze: Arc::clone(&self.place()?.freeze),
             doors: &self.doors,
             scene: self,
-            layers: self.layers(),
         })
     }
 }

@@ -445,6 +445,16 @@ impl Container {
 }
 
 impl Scene for Container {
+    /// Without an overlay CRIU finds watched files by itself, or says that it cannot.
+    fn layers(&self) -> Vec<PathBuf> {
+        let overlay = self.host.overlay(&self.rootfs()).ok();
+        let layers = overlay.into_iter().flat_map(|overlay| {
+            let lower = overlay.lowerdirs.into_iter();
+            std::iter::once(overlay.upperdir).chain(lower)
+        });
+        layers.collect()
+    }
+
     fn init_pid(&self) -> i32 {
         self.init.live_pid()
     }

@@ -13,7 +13,7 @@ use super::{
     pack::PackWriter,
 };
 use crate::{
-    content::{Reader, Sink},
+    content::{Reader, Sink, content_of_bytes},
     tree::{FileId, Found, wide},
 };
 
@@ -71,13 +71,20 @@ impl Ingest {
         stop: &dyn Fn() -> bool,
     ) -> Result<Content, StoreError> {
         let mut buffer = std::mem::take(&mut self.buffer);
-        let mut parts = Parts {
-            before: before.filter(|cut| cut.chunk == chunk).map(Lookup::new),
-            ingest: self,
-        };
+        let mut parts = Parts::new(self, chunk, before);
         let content = Reader::new(&mut buffer, stop).read(found, chunk, &mut parts);
         self.buffer = buffer;
         content
+    }
+
+    /// The same of a content that is in memory.
+    pub(super) fn bytes(
+        &mut self,
+        bytes: &[u8],
+        chunk: u32,
+        before: Option<Cut>,
+    ) -> Result<Content, StoreError> {
+        content_of_bytes(bytes, chunk, &mut Parts::new(self, chunk, before))
     }
 }
 
@@ -85,6 +92,15 @@ impl Ingest {
 struct Parts<'i> {
     ingest: &'i mut Ingest,
     before: Option<Lookup>,
+}
+
+impl<'i> Parts<'i> {
+    fn new(ingest: &'i mut Ingest, chunk: u32, before: Option<Cut>) -> Self {
+        Self {
+            before: before.filter(|cut| cut.chunk == chunk).map(Lookup::new),
+            ingest,
+        }
+    }
 }
 
 impl Sink for Parts<'_> {

@@ -1,6 +1,7 @@
 //! A checkpoint that is being made.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -50,13 +51,11 @@ pub enum Images<'a> {
     Same(&'a Checkpoint),
 }
 
-/// Directories that are filled before a checkpoint is committed. They are removed when this is
-/// dropped.
+/// The directory that is filled before a checkpoint is committed. It is removed when this is dropped.
 #[derive(Debug)]
 pub struct Staging {
     dir: PathBuf,
     image: PathBuf,
-    bundle: PathBuf,
     _lock: Arc<Lock>,
 }
 
@@ -68,12 +67,13 @@ impl Drop for Staging {
     }
 }
 
-/// A checkpoint that is being made: directories to fill, a writable layer to capture, of which
+/// A checkpoint that is being made: a directory to fill, a writable layer to capture, of which
 /// [`Self::commit`] makes a pack.
 pub struct Pending {
     store: SandboxStore,
     turn: TurnNo,
     staging: Staging,
+    bundle: BTreeMap<String, Vec<u8>>,
     lock: Arc<Lock>,
     filling: Option<Filling>,
 }
@@ -91,25 +91,29 @@ impl Pending {
             });
         }
         let dir = store.scratch_dir().join(format!("staged-{turn}"));
-        let builder = super::dir_builder();
-        let make = |path: &Path| builder.create(path).map_err(files::io("make", path));
-        remove_tree(&dir)?;
-        make(&dir)?;
         let staging = Staging {
             image: dir.join("image"),
-            bundle: dir.join("bundle"),
             dir,
             _lock: Arc::clone(&lock),
         };
-        make(&staging.image)?;
-        make(&staging.bundle)?;
         Ok(Self {
             store,
             turn,
             staging,
+            bundle: BTreeMap::new(),
             lock,
             filling: None,
         })
+    }
+
+    /// Makes the directory for CRIU's images. Whoever has none is spared it: a directory that comes and
+    /// goes costs as much as all else that a small checkpoint writes.
+    pub(super) fn stage(&self) -> Result<(), StoreError> {
+        let builder = super::dir_builder();
+        let make = |path: &Path| builder.create(path).map_err(files::io("make", path));
+        remove_tree(&self.staging.dir)?;
+        make(&self.staging.dir)?;
+        make(&self.staging.image)
     }
 
     /// Which turn's.
@@ -117,14 +121,15 @@ impl Pending {
         self.turn
     }
 
-    /// Where CRIU's images go: an empty directory.
+    /// Where CRIU's images go: an empty directory, unless this is [without
+    /// images](SandboxWriter::begin_without_images).
     pub fn image_dir(&self) -> &Path {
         &self.staging.image
     }
 
-    /// Where `config.json` and friends go: an empty directory.
-    pub fn bundle_dir(&self) -> &Path {
-        &self.staging.bundle
+    /// Adds `config.json` or one of its friends: a file of the checkpoint's `bundle/`.
+    pub fn add_to_bundle(&mut self, name: &str, content: Vec<u8>) {
+        self.bundle.insert(name.to_owned(), content);
     }
 
     /// Begins the pack, so that nothing of that has to be waited for in a freeze: opens the others,
@@ -296,7 +301,10 @@ impl Pending {
         (files, layer): (Files<'_>, Option<(Digest, TreeEntry)>),
     ) -> Result<Contents, StoreError> {
         // For the order of what is looked up alone.
-        let parent = facts.parent.and_then(|turn| self.store.get(turn).ok());
+        let parent = match images {
+            Images::Same(of) if Some(of.turn()) == facts.parent => Some(of.clone()),
+            _ => facts.parent.and_then(|turn| self.store.get(turn).ok()),
+        };
         let before = |list: fn(&Contents) -> &[FileEntry]| {
             let parent = parent.as_ref();
             parent.map_or(&[][..], |parent| list(&parent.manifest.contents))
@@ -306,7 +314,7 @@ impl Pending {
             Images::None => Vec::new(),
             Images::Staged => keep_files(ingest, &self.staging.image, before(|c| &c.image))?,
         };
-        let bundle = keep_files(ingest, &self.staging.bundle, before(|c| &c.bundle))?;
+        let bundle = keep_bytes(ingest, &self.bundle, before(|c| &c.bundle))?;
         let upper = match files {
             Files::None => None,
             Files::Same(of) => of.manifest.contents.upper.clone(),
@@ -382,19 +390,41 @@ impl Keeper<'_> {
                 },
             });
         };
-        let before = self.before.iter().find(|file| file.path == path);
         let chunk = chunk_of(path);
-        let before = before.map(FileEntry::cut);
+        let before = cut_of(self.before, path);
         let content = self.ingest.file(found, chunk, before, &|| false)?;
-        let cut = Cut { content, chunk };
-        self.list.push(FileEntry {
-            path: path.to_owned(),
-            size: cut.content.size,
-            data: cut.content.data,
-            chunk: cut.chunk,
-            digest: cut.content.root,
-        });
+        self.list.push(entry(path, Cut { content, chunk }));
         Ok(())
+    }
+}
+
+/// Keeps files that are in memory. `before`: those of the checkpoint before.
+fn keep_bytes(
+    ingest: &mut Ingest,
+    files: &BTreeMap<String, Vec<u8>>,
+    before: &[FileEntry],
+) -> Result<Vec<FileEntry>, StoreError> {
+    let keep = |(name, bytes): (&String, &Vec<u8>)| {
+        let chunk = chunk_of(name);
+        let content = ingest.bytes(bytes, chunk, cut_of(before, name))?;
+        Ok(entry(name, Cut { content, chunk }))
+    };
+    files.iter().map(keep).collect()
+}
+
+/// What a file was in the checkpoint before.
+fn cut_of(before: &[FileEntry], path: &str) -> Option<Cut> {
+    let before = before.iter().find(|file| file.path == path);
+    before.map(FileEntry::cut)
+}
+
+fn entry(path: &str, cut: Cut) -> FileEntry {
+    FileEntry {
+        path: path.to_owned(),
+        size: cut.content.size,
+        data: cut.content.data,
+        chunk: cut.chunk,
+        digest: cut.content.root,
     }
 }
 

@@ -259,6 +259,13 @@ impl SandboxWriter {
 
     /// Starts the checkpoint of a turn.
     pub fn begin(&self, turn: TurnNo) -> Result<Pending, StoreError> {
+        let pending = self.begin_without_images(turn)?;
+        pending.stage()?;
+        Ok(pending)
+    }
+
+    /// Starts the checkpoint of a turn that gets no new images of processes.
+    pub fn begin_without_images(&self, turn: TurnNo) -> Result<Pending, StoreError> {
         Pending::new(self.store.clone(), Arc::clone(&self.lock), turn)
     }
 

@@ -175,17 +175,21 @@ impl Snapshot {
 
     /// The watched files of the overlay with these layers, the writable one first, each once; the
     /// deepest first, since CRIU searches below each in turn. Those that cannot be found are left
-    /// out: CRIU will say so.
-    pub fn watched_paths(&self, layers: &[PathBuf]) -> Vec<PathBuf> {
+    /// out: CRIU will say so. The layers are asked for only if there is one.
+    pub fn watched_paths(&self, layers: impl FnOnce() -> Vec<PathBuf>) -> Vec<PathBuf> {
         let all = self.processes.iter().flat_map(|p| &p.descriptors);
         let watched = all.filter_map(|descriptor| match &descriptor.kind {
             Kind::Watches(watched) => Some(watched),
             _ => None,
         });
+        let watched: Vec<_> = watched.flatten().take(MAX_WATCHES).collect();
+        if watched.is_empty() {
+            return Vec::new();
+        }
+        let layers = layers();
         let paths: BTreeSet<PathBuf> = watched
-            .flatten()
-            .take(MAX_WATCHES)
-            .filter_map(|watched| watched.path(layers))
+            .into_iter()
+            .filter_map(|watched| watched.path(&layers))
             .collect();
         let mut paths: Vec<PathBuf> = paths.into_iter().collect();
         paths.sort_by_key(|path| std::cmp::Reverse(path.components().count()));

@@ -76,13 +76,13 @@ fn a_tree_with_one_of_everything_comes_back() {
 fn an_abandoned_checkpoint_leaves_nothing_and_a_crash_leaves_nothing_for_long() {
     let bed = bed();
     let writer = bed.writer();
-    let pending = writer.begin(TurnNo(1)).unwrap();
-    fill(&pending);
+    let mut pending = writer.begin(TurnNo(1)).unwrap();
+    fill(&mut pending);
     drop(pending);
     assert!(files::all_names(&writer.scratch_dir()).unwrap().is_empty());
 
-    let pending = writer.begin(TurnNo(1)).unwrap();
-    fill(&pending);
+    let mut pending = writer.begin(TurnNo(1)).unwrap();
+    fill(&mut pending);
     std::mem::forget(pending);
     fs::write(writer.packs_dir().join(".tmp-1.pack"), "half").unwrap();
     assert_eq!(writer.turns().unwrap(), []);
@@ -209,8 +209,8 @@ fn a_checkpoint_may_not_refer_to_another() {
 fn an_inode_with_a_name_outside_of_the_layer_is_kept_like_any_other() {
     let bed = bed();
     let writer = bed.writer();
-    let pending = writer.begin(TurnNo(1)).unwrap();
-    fill(&pending);
+    let mut pending = writer.begin(TurnNo(1)).unwrap();
+    fill(&mut pending);
     let upper = pending.upper_dir();
     fs::hard_link(upper.join("z"), upper.with_file_name("outside")).unwrap();
     let made = commit(pending, Part::Whole);
@@ -321,7 +321,7 @@ fn processes_upon_another_file_than_at_their_dump_are_told() {
     let mut changed = |references: &[&Reference], files: Files<'_>| {
         turn += 1;
         let mut pending = writer.begin(TurnNo(turn)).unwrap();
-        fill(&pending);
+        fill(&mut pending);
         fs::write(pending.upper_dir().join("a/none"), "").unwrap();
         let facts = Facts {
             references: references.iter().map(|one| (*one).clone()).collect(),

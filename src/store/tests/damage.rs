@@ -17,10 +17,10 @@ fn store() -> (Bed, SandboxWriter) {
     let bed = bed();
     let writer = bed.writer();
     for turn in 1..=4 {
-        let pending = writer.begin(TurnNo(turn)).unwrap();
+        let mut pending = writer.begin(TurnNo(turn)).unwrap();
         let pages = [noise(1, 40_960), noise(turn, 8192)].concat();
         fs::write(pending.image_dir().join("pages-1.img"), pages).unwrap();
-        fs::write(pending.bundle_dir().join("config.json"), "{}").unwrap();
+        pending.add_to_bundle("config.json", b"{}".to_vec());
         let upper = pending.upper_dir();
         fs::create_dir_all(upper.join("a/b")).unwrap();
         fs::write(upper.join("a/b/file"), noise(2, 70_000)).unwrap();
@@ -167,8 +167,8 @@ fn a_damaged_pack_does_not_hinder_the_next_checkpoint() {
         let bytes = fs::read(&path).unwrap();
         fs::write(&path, &bytes[..bytes.len() - 9]).unwrap();
     }
-    let pending = writer.begin(TurnNo(9)).unwrap();
-    fill(&pending);
+    let mut pending = writer.begin(TurnNo(9)).unwrap();
+    fill(&mut pending);
     commit(pending, Part::Whole);
     assert_eq!(writer.verify(TurnNo(9)).unwrap(), []);
 }

@@ -19,11 +19,11 @@ const MEMORY: usize = 48 << 20;
 static EXAMPLE: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let bed = bed();
     let writer = bed.writer();
-    let pending = writer.begin(TurnNo(1)).unwrap();
+    let mut pending = writer.begin(TurnNo(1)).unwrap();
     let pages = [noise(1, 70 * 4096), vec![0; 300 * 4096]].concat();
     fs::write(pending.image_dir().join("pages-1.img"), pages).unwrap();
     fs::write(pending.image_dir().join("core-1.img"), "core").unwrap();
-    fs::write(pending.bundle_dir().join("config.json"), "{}").unwrap();
+    pending.add_to_bundle("config.json", b"{}".to_vec());
     let upper = pending.upper_dir();
     fs::create_dir_all(upper.join("many/a")).unwrap();
     // Few names, many of which end a page.

@@ -64,7 +64,7 @@ fn what_no_checkpoint_needs_goes_and_what_one_needs_stays() {
 /// One whose processes could not be kept: what CRIU left staged is none of it.
 fn without_processes(writer: &SandboxWriter, number: u64) -> Checkpoint {
     let mut pending = writer.begin(TurnNo(number)).unwrap();
-    fill(&pending);
+    fill(&mut pending);
     let facts = Facts {
         kind: Kind::Files,
         processes: 0,

@@ -135,8 +135,8 @@ fn a_sandbox_goes_on_from_where_it_was_rolled_back_to_until_the_next_checkpoint(
     let bed = bed();
     let writer = bed.writer();
     let commit = |writer: &SandboxWriter, turn| {
-        let pending = writer.begin(TurnNo(turn)).unwrap();
-        fill(&pending);
+        let mut pending = writer.begin(TurnNo(turn)).unwrap();
+        fill(&mut pending);
         try_commit(pending, Images::Staged, Part::Whole).unwrap().0
     };
     let head = |writer: &SandboxWriter| writer.head().unwrap().map(|its| its.turn().0);

@@ -68,10 +68,10 @@ fn facts() -> Facts {
 }
 
 /// A checkpoint with a bit of everything.
-fn fill(pending: &Pending) {
+fn fill(pending: &mut Pending) {
     fs::write(pending.image_dir().join("pages-1.img"), vec![9; 10_000]).unwrap();
     fs::write(pending.image_dir().join("core-1.img"), "core").unwrap();
-    fs::write(pending.bundle_dir().join("config.json"), "{}").unwrap();
+    pending.add_to_bundle("config.json", b"{}".to_vec());
     let upper = pending.upper_dir();
     fs::create_dir_all(upper.join("a/deep/dir")).unwrap();
     for name in ["a/file", "a/deep/dir/file", "a!", "new\nline \\ é", "z"] {
@@ -86,8 +86,8 @@ impl Bed {
     }
 
     fn checkpoint(&self, writer: &SandboxWriter, turn: u64) -> Checkpoint {
-        let pending = writer.begin(TurnNo(turn)).unwrap();
-        fill(&pending);
+        let mut pending = writer.begin(TurnNo(turn)).unwrap();
+        fill(&mut pending);
         commit(pending, Part::Whole)
     }
 }

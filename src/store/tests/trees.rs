@@ -358,8 +358,8 @@ fn changes_that_make_no_sense_are_refused() {
             removed: Vec::new(),
             changed: changed.iter().map(file).collect(),
         };
-        let pending = writer.begin(TurnNo(2)).unwrap();
-        fill(&pending);
+        let mut pending = writer.begin(TurnNo(2)).unwrap();
+        fill(&mut pending);
         let part = Part::Changes {
             base: &base,
             changes: &changes,
