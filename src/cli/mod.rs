@@ -9,6 +9,7 @@ mod log;
 mod ps;
 mod restore;
 mod rollback;
+mod turn;
 mod turns;
 mod verify;
 
@@ -67,6 +68,12 @@ enum Verb {
         /// them
         #[arg(long)]
         or_files: bool,
+    },
+    /// End the turn under way now, as the end of its last exec would: for an agent's framework that
+    /// knows better. Nothing is kept of a turn that changed nothing (crab checkpoint always keeps one)
+    Turn {
+        /// Container id, a unique prefix of it, or a Docker name
+        sandbox: String,
     },
     /// Make a stopped container's next start restore a checkpoint instead of booting
     Restore {
@@ -165,6 +172,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
                 ..Default::default()
             },
         ),
+        Verb::Turn { sandbox } => turn::run(&context, &sandbox),
         Verb::Restore {
             sandbox,
             cancel,

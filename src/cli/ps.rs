@@ -29,7 +29,7 @@ pub(super) fn run(scope: &Scope) -> anyhow::Result<ExitCode> {
                 "why_not": sandbox.why_not, "turn": turn,
                 "checkpoint": newest.as_ref().map(|(held, _)| held.by),
                 "kind": facts.map(|facts| facts.kind), "notes": facts.map(|facts| &facts.notes),
-                "execs": sandbox.execs,
+                "execs": sandbox.execs, "exposed": sandbox.exposed,
             });
             print(&object.to_string())?;
             continue;
@@ -65,6 +65,7 @@ fn protected(sandbox: &Sandbox, newest: Option<&Checkpoint>) -> String {
         None => "yes".to_owned(),
     };
     match sandbox.execs.len() {
+        _ if !sandbox.exposed.is_empty() => format!("{so}, but {}", sandbox.exposed),
         0 => so,
         n => format!("{so}, {n} exec(s) in the turn under way"),
     }

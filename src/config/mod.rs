@@ -80,6 +80,9 @@ pub struct Config {
     pub skip_unchanged: bool,
     /// Whether processes that merely ran, and moved no data, count as unchanged (D6c). Default true.
     pub consistent_cut: bool,
+    /// How long a sandbox may go on without a turn: then its state is looked at, and kept if it has
+    /// changed. Default none (`""`); 1 s to 24 h.
+    pub timer: Option<Duration>,
     /// Execs that are no turns. Default none.
     pub not_turns: Vec<Pattern>,
     /// What becomes of established TCP connections at a restore.
@@ -186,6 +189,7 @@ impl Default for Config {
             gate: Gate::Strict,
             skip_unchanged: true,
             consistent_cut: true,
+            timer: None,
             not_turns: Vec::new(),
             tcp: Tcp::Close,
             exec_linger: Duration::from_secs(1),

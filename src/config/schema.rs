@@ -108,6 +108,7 @@ const KEYS: &[(&str, Kind, Scope)] = &[
     ("gate", Kind::Text, Scope::Sandbox),
     ("skip_unchanged", Kind::Bool, Scope::Sandbox),
     ("consistent_cut", Kind::Bool, Scope::Sandbox),
+    ("timer", Kind::Text, Scope::Sandbox),
     ("not_turns", Kind::List, Scope::Sandbox),
     ("tcp", Kind::Text, Scope::Sandbox),
     ("exec_linger", Kind::Text, Scope::Sandbox),
@@ -269,6 +270,9 @@ fn assign(config: &mut Config, key: &str, value: &Value) -> Result<(), String> {
         }
         "skip_unchanged" => config.skip_unchanged = boolean(value)?,
         "consistent_cut" => config.consistent_cut = boolean(value)?,
+        "timer" => {
+            config.timer = optional(value, |v| duration(v, seconds(1)..=seconds(24 * 60 * 60)))?;
+        }
         "not_turns" => config.not_turns = patterns(value)?,
         "tcp" => config.tcp = one_of(value, &[("close", Tcp::Close), ("keep", Tcp::Keep)])?,
         "exec_linger" => config.exec_linger = duration(value, seconds(0)..=seconds(60))?,

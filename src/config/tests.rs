@@ -92,6 +92,7 @@ fn every_key_is_read() {
         gate = "async"
         skip_unchanged = false
         consistent_cut = false
+        timer = "24h"
         not_turns = ["/bin/health *", "true"]
         tcp = "keep"
         exec_linger = "250ms"
@@ -126,6 +127,7 @@ fn every_key_is_read() {
         gate: Gate::Async,
         skip_unchanged: false,
         consistent_cut: false,
+        timer: Some(Duration::from_secs(24 * 60 * 60)),
         not_turns: vec![
             Pattern("/bin/health *".to_owned()),
             Pattern("true".to_owned()),

@@ -11,6 +11,7 @@ use super::{
     LINK, SHIMS,
     api::{
         CheckpointRequest, CheckpointResponse, ControlClient, ListRequest, RollbackRequest, Sandbox,
+        TurnRequest,
     },
     sweep,
 };
@@ -97,6 +98,19 @@ pub fn rollback(run_dir: &Path, sandbox: &SandboxId, turn: TurnNo) -> Result<Str
     connect(&socket)?
         .rollback(context::with_timeout(SLOW), &request)
         .map(|response| response.report)
+        .map_err(wrong(&socket))
+}
+
+/// Ends the turn under way in a running sandbox; returns its line in the journal, as JSON.
+pub fn turn(run_dir: &Path, sandbox: &SandboxId) -> Result<String, ControlError> {
+    let socket = socket_of(run_dir, sandbox)?;
+    let request = TurnRequest {
+        id: sandbox.id().to_owned(),
+        ..Default::default()
+    };
+    connect(&socket)?
+        .turn(context::with_timeout(SLOW), &request)
+        .map(|response| response.line)
         .map_err(wrong(&socket))
 }
 

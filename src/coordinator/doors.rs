@@ -190,9 +190,31 @@ impl Doors {
         self.state.lock().inside.keys().cloned().collect()
     }
 
-    /// When the turn that ended last had begun.
+    /// Ends the turn under way, whoever is inside: somebody who knows says so. The gate is shut as
+    /// after [`Doors::leave`]; false, and it is not, if the sandbox is to die.
+    pub fn end_turn_now(&self) -> bool {
+        let mut state = self.state.lock();
+        let ended = !state.dying;
+        state.closed += u32::from(ended);
+        ended
+    }
+
+    /// When the turn that ended last had begun. Of execs that live on, another one begins now.
     pub fn take_turn_start(&self) -> Option<OffsetDateTime> {
-        self.state.lock().turn_start.take()
+        let mut state = self.state.lock();
+        match state.inside.values().any(|is_turn| *is_turn) {
+            true => state.turn_start.replace(OffsetDateTime::now_utc()),
+            false => state.turn_start.take(),
+        }
+    }
+
+    /// The execs that count and run, and since when no turn has ended.
+    pub fn turn_under_way(&self) -> Option<(Vec<String>, OffsetDateTime)> {
+        let state = self.state.lock();
+        let execs = state.inside.iter().filter(|(_, is_turn)| **is_turn);
+        let execs: Vec<String> = execs.map(|(exec_id, _)| exec_id.clone()).collect();
+        let begin = state.turn_start.filter(|_| !execs.is_empty())?;
+        Some((execs, begin))
     }
 
     /// Whether [`Doors::give_up`] was called.
@@ -426,6 +448,27 @@ mod tests {
         drop(doors.void_turn());
         assert!(doors.leave("a"));
         assert!(doors.take_turn_start().is_some());
+    }
+
+    #[test]
+    fn a_turn_that_somebody_ends_shuts_the_gate_and_those_inside_go_on_with_another() {
+        let doors = Doors::new();
+        assert!(!doors.enter("a", true).started());
+        let begin = doors.turn_under_way().unwrap().1;
+        assert!(doors.end_turn_now());
+        assert_eq!(doors.take_turn_start(), Some(begin));
+        assert!(doors.turn_under_way().unwrap().1 >= begin);
+        let other = Arc::clone(&doors);
+        let waiter = thread::spawn(move || other.enter("b", true).started());
+        until_one_waits(&doors);
+        doors.open();
+        assert!(!waiter.join().unwrap());
+        assert!(!doors.leave("a"));
+        assert!(doors.leave("b"));
+        assert!(doors.take_turn_start().is_some());
+        assert_eq!(doors.take_turn_start(), None);
+        doors.give_up();
+        assert!(!doors.end_turn_now());
     }
 
     #[test]

@@ -4,8 +4,10 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, Weak},
-    time::Instant,
+    time::{Duration, Instant},
 };
+
+use time::OffsetDateTime;
 
 use super::{
     artefacts,
@@ -15,6 +17,7 @@ use super::{
     restore::Source,
 };
 use crate::{
+    config::units,
     coordinator::{
         budget::HostBudget,
         cut,
@@ -24,6 +27,9 @@ use crate::{
     rootfs::Overlay,
     store::{Checkpoint, JournalLine, Retention, Store},
 };
+
+/// An exec that takes longer is worth a word.
+const LONG: Duration = Duration::from_secs(60);
 
 impl Subject for Container {
     fn parts(&self) -> std::result::Result<cut::Sandbox<'_>, String> {
@@ -108,6 +114,7 @@ impl Container {
             dump_limit: self.config.dump_timeout,
             skip_unchanged: self.config.skip_unchanged,
             consistent_cut: self.config.consistent_cut,
+            timer: self.config.timer,
             budget: HostBudget {
                 run: self.run_dir.run().to_owned(),
                 limits: self.config.engine.limits(),
@@ -147,19 +154,52 @@ impl Container {
         }
     }
 
-    /// Takes a checkpoint now, as a turn of its own.
-    pub(super) fn checkpoint_now(&self, asked: Asked) -> Result<(JournalLine, Proof)> {
-        let turns = self.turns.get().ok_or_else(|| {
+    fn turns(&self) -> Result<&Turns> {
+        let turns = self.turns.get();
+        turns.map(|turns| &**turns).ok_or_else(|| {
             let text = format!(
                 "{}: {}",
                 self.sandbox,
                 self.why_unprotected().unwrap_or_default()
             );
             ShimError::new(Kind::FailedPrecondition, text)
-        })?;
-        turns
+        })
+    }
+
+    /// Takes a checkpoint now, as a turn of its own.
+    pub(super) fn checkpoint_now(&self, asked: Asked) -> Result<(JournalLine, Proof)> {
+        self.turns()?
             .checkpoint(asked)
             .context(format_args!("{}: checkpoint", self.sandbox))
+    }
+
+    /// Ends the turn under way, as the end of its last exec would.
+    pub(super) fn end_turn(&self) -> Result<JournalLine> {
+        self.turns()?
+            .boundary_now()
+            .context(format_args!("{}: turn", self.sandbox))
+    }
+
+    /// What of a protected sandbox no checkpoint holds, and when it will: the work of an exec that takes
+    /// long.
+    pub(super) fn exposed_work(&self) -> Option<String> {
+        self.turns.get()?;
+        let (execs, begin) = self.doors.turn_under_way()?;
+        let lasts = (OffsetDateTime::now_utc() - begin).unsigned_abs();
+        (lasts >= LONG).then(|| {
+            let until = match self.config.timer {
+                Some(timer) => format!(
+                    "the timer keeps its files every {}",
+                    units::show_duration(timer)
+                ),
+                None => "nothing of it is kept before it ends (timer is off)".into(),
+            };
+            format!(
+                "exec {} has run for {} min: {until}",
+                execs.join(", "),
+                lasts.as_secs() / 60
+            )
+        })
     }
 
     /// Why no turns are taken; None if they are.

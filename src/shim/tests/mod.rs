@@ -52,6 +52,7 @@ mod runtime;
 mod sink;
 mod slow;
 mod states;
+mod triggers;
 mod turns;
 mod without_processes;
 
