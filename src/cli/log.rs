@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use super::{Scope, print, printable, turns};
-use crate::store::{Action, JournalLine, Trigger};
+use crate::store::{Action, JournalLine};
 
 pub(super) fn run(scope: &Scope, word: &str) -> anyhow::Result<ExitCode> {
     let sandbox = scope.find(word)?;
@@ -31,7 +31,7 @@ pub(super) fn run(scope: &Scope, word: &str) -> anyhow::Result<ExitCode> {
 pub(super) fn describe(line: &JournalLine) -> String {
     let action = match line.action {
         Action::Skip if turns::is_none(line) => "none",
-        Action::Skip if line.trigger == Trigger::Rollback && line.checkpoint.is_some() => "back",
+        Action::Skip if line.trigger.is_way_back() && line.checkpoint.is_some() => "back",
         // Not protected: the note says why.
         Action::Skip => "-",
         Action::Files => "files",

@@ -80,7 +80,7 @@ pub(super) fn newest(checkpoints: &SandboxStore) -> anyhow::Result<Option<Held>>
 /// Whether the turn left the sandbox as it was: it changed nothing, or is a rollback that was refused.
 fn left_it(line: &JournalLine) -> bool {
     let refused =
-        line.trigger == Trigger::Rollback && line.effects.is_empty() && line.checkpoint.is_none();
+        line.trigger.is_way_back() && line.effects.is_empty() && line.checkpoint.is_none();
     is_none(line) || refused
 }
 

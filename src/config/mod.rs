@@ -87,6 +87,8 @@ pub struct Config {
     pub not_turns: Vec<Pattern>,
     /// What becomes of established TCP connections at a restore.
     pub tcp: Tcp,
+    /// What becomes of a sandbox that dies without having been asked to.
+    pub recover: Recover,
     /// How long an exec's streams are kept open for processes that outlive it. Default 10 s; at
     /// most 60 s.
     pub exec_linger: Duration,
@@ -146,6 +148,15 @@ pub enum Gate {
     Off,
 }
 
+/// See [`Config::recover`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recover {
+    /// Its end is told. The default.
+    Off,
+    /// It goes on from its last checkpoint with processes, at once, or at its next start.
+    Last,
+}
+
 /// See [`Config::tcp`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tcp {
@@ -192,6 +203,7 @@ impl Default for Config {
             timer: None,
             not_turns: Vec::new(),
             tcp: Tcp::Close,
+            recover: Recover::Off,
             exec_linger: Duration::from_secs(1),
             dump_timeout: Duration::from_secs(60),
             engine: Engine {

@@ -95,6 +95,7 @@ fn every_key_is_read() {
         timer = "24h"
         not_turns = ["/bin/health *", "true"]
         tcp = "keep"
+        recover = "last"
         exec_linger = "250ms"
         dump_timeout = "10m"
         sandbox_limit = "2GiB"
@@ -133,6 +134,7 @@ fn every_key_is_read() {
             Pattern("true".to_owned()),
         ],
         tcp: Tcp::Keep,
+        recover: Recover::Last,
         exec_linger: Duration::from_millis(250),
         dump_timeout: Duration::from_secs(600),
         engine: Engine {

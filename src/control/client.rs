@@ -10,8 +10,8 @@ use ttrpc::{Client, context};
 use super::{
     LINK, SHIMS,
     api::{
-        CheckpointRequest, CheckpointResponse, ControlClient, ListRequest, RollbackRequest, Sandbox,
-        TurnRequest,
+        CheckpointRequest, CheckpointResponse, ControlClient, ListRequest, RollbackRequest,
+        Sandbox, TurnRequest,
     },
     sweep,
 };

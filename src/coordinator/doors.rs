@@ -41,6 +41,8 @@ struct State {
     caller: Option<Arc<Caller>>,
     /// No more cuts: whoever waits may go on and meet its end.
     dying: bool,
+    /// Its processes are dead and may come back: no more cuts, and whoever waits goes on waiting.
+    fallen: bool,
 }
 
 impl State {
@@ -52,6 +54,7 @@ impl State {
         }
         let ended = self.owed
             && !self.dying
+            && !self.fallen
             && self.starting == 0
             && !self.inside.values().any(|is_turn| *is_turn);
         if ended {
@@ -84,7 +87,7 @@ impl Doors {
         let begin = Instant::now();
         let mut state = self.state.lock();
         let mut waited = false;
-        while !state.dying && (state.latched > 0 || (is_turn && state.closed > 0)) {
+        while !state.dying && (state.fallen || state.latched > 0 || (is_turn && state.closed > 0)) {
             if is_turn && !waited {
                 state.waiting += 1;
                 state.first_wait.get_or_insert(begin);
@@ -145,7 +148,7 @@ impl Doors {
             if state.waiting > 0 {
                 caller.promote();
             }
-            if state.dying {
+            if state.dying || state.fallen {
                 caller.give_up();
             }
         }
@@ -194,7 +197,7 @@ impl Doors {
     /// after [`Doors::leave`]; false, and it is not, if the sandbox is to die.
     pub fn end_turn_now(&self) -> bool {
         let mut state = self.state.lock();
-        let ended = !state.dying;
+        let ended = !state.dying && !state.fallen;
         state.closed += u32::from(ended);
         ended
     }
@@ -217,9 +220,44 @@ impl Doors {
         Some((execs, begin))
     }
 
-    /// Whether [`Doors::give_up`] was called.
+    /// Whether a cut is to be given up: after [`Doors::give_up`], or [`Doors::fall`].
     pub fn is_dying(&self) -> bool {
+        let state = self.state.lock();
+        state.dying || state.fallen
+    }
+
+    /// Whether [`Doors::give_up`] was called: nothing comes back.
+    pub fn is_doomed(&self) -> bool {
         self.state.lock().dying
+    }
+
+    /// Waits for [`Doors::give_up`], at most `limit`; whether it was called.
+    pub fn wait_doomed(&self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        let mut state = self.state.lock();
+        while !state.dying && !self.changed.wait_until(&mut state, end).timed_out() {}
+        state.dying
+    }
+
+    /// Its processes are dead, and others may take their place.
+    pub fn fall(&self) {
+        let mut state = self.state.lock();
+        state.fallen = true;
+        if let Some(caller) = &state.caller {
+            caller.give_up();
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Others have taken their place. The turn of the dead had no end.
+    pub fn rise(&self) {
+        let mut state = self.state.lock();
+        state.fallen = false;
+        state.owed = false;
+        state.turn_start = None;
+        drop(state);
+        self.changed.notify_all();
     }
 
     /// The sandbox is to die.

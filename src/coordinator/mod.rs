@@ -13,6 +13,7 @@ mod look;
 mod memory_files;
 pub mod poison;
 mod processes;
+pub mod recovery;
 mod references;
 pub mod rollback;
 mod stand_still;

@@ -25,7 +25,7 @@ use super::{
     doors::Doors,
     inspection::{Inspection, Scene},
     look::Look,
-    rollback,
+    recovery, rollback,
     take::{Order, Taken, WithoutProcesses},
 };
 use crate::{
@@ -124,6 +124,7 @@ pub(super) enum Job {
         reply: Reply,
     },
     Rollback(rollback::Order),
+    Recovery(recovery::Order),
 }
 
 /// A gate that the end of a turn has shut. Opens when dropped, at the latest: also when the job
@@ -173,6 +174,7 @@ impl Turns {
             last_turn: None,
             head: None,
             void_before: None,
+            recoveries: 0,
             inspection: None,
             artefacts: None,
         };
@@ -256,6 +258,8 @@ pub(super) struct Worker {
     pub(super) head: Option<TurnNo>,
     /// Turns that ended before were undone by a rollback.
     pub(super) void_before: Option<Instant>,
+    /// How often it was brought back since the last turn.
+    pub(super) recoveries: usize,
     /// What is known since the last checkpoint.
     pub(super) inspection: Option<Inspection>,
     /// What the last checkpoint has of the host's files.
@@ -314,6 +318,7 @@ impl Worker {
                 (Trigger::Manual, now, gate, Some(asked), Some(reply))
             }
             Job::Rollback(order) => return self.roll_back(subject, order),
+            Job::Recovery(order) => return self.recover(subject, order),
         };
         let taken = self.turn(subject, trigger, asked.as_ref(), begin, &mut gate);
         drop(gate);
@@ -321,8 +326,9 @@ impl Worker {
             true => self.prove(subject, line),
             false => Ok((line, Proof::NotAsked)),
         });
-        if let Err(e) = &taken {
-            log::error!("{}: {e}", self.store.id());
+        match &taken {
+            Ok(_) => self.got_on(),
+            Err(e) => log::error!("{}: {e}", self.store.id()),
         }
         if let Some(reply) = reply {
             // Nobody waits any more: the journal has it.

@@ -14,6 +14,7 @@ use super::{
     container::Container,
     error::{Context, Kind, Result, ShimError},
     hooks, prove,
+    reaper::Exit,
     restore::Source,
 };
 use crate::{
@@ -123,6 +124,11 @@ impl Container {
         let this: Weak<Self> = Arc::downgrade(self);
         let started = Store::open(&self.config.store)
             .and_then(|store| store.writer(&self.sandbox))
+            .and_then(|store| {
+                // Also of an earlier life with another configuration.
+                store.set_alive(self.recovers())?;
+                Ok(store)
+            })
             .map_err(|e| e.to_string())
             .and_then(|store| {
                 Turns::start(this, store, Arc::clone(&self.doors), settings)
@@ -151,6 +157,18 @@ impl Container {
             if let Err(e) = disarmed {
                 log::error!("{}: stays armed: {e}", self.sandbox);
             }
+        }
+    }
+
+    /// If it has ended as it should, its next start boots. Before anybody is told of its end: they may
+    /// start it again.
+    pub(super) fn note_end(&self, exit: Exit) {
+        if !self.recovers() || !self.inner.lock().is_clean(exit) {
+            return;
+        }
+        let store = Store::open(&self.config.store).map(|store| store.sandbox(&self.sandbox));
+        if let Err(e) = store.and_then(|store| store.set_alive(false)) {
+            log::error!("{}: its next start will restore it: {e}", self.sandbox);
         }
     }
 

@@ -46,6 +46,7 @@ mod group;
 mod kill;
 mod plan;
 mod random;
+mod recover;
 mod restore;
 mod rollback;
 mod runtime;

@@ -45,8 +45,8 @@ fn a_word_in_the_middle_of_an_exec_keeps_the_files_and_the_rest_is_another_turn(
     let pid = bed.run_exec("c", "a");
     let line = bed.container("c").end_turn().unwrap();
     assert_eq!(
-        (line.action, &line.missing[..]),
-        (Action::Files, &[Missing::Processes][..])
+        (line.action, &line.missing[0]),
+        (Action::Files, &Missing::Processes)
     );
     let doors = Arc::clone(&bed.container("c").doors);
     let (execs, begin) = doors.turn_under_way().unwrap();
@@ -103,8 +103,8 @@ fn the_files_of_an_exec_that_takes_long_are_kept_by_the_timer_and_hold_nobody_up
     let line = &bed.journal(1)[0];
     assert_eq!(line.trigger, Trigger::Timer);
     assert_eq!(
-        (line.action, &line.missing[..]),
-        (Action::Files, &[Missing::Processes][..])
+        (line.action, &line.missing[0]),
+        (Action::Files, &Missing::Processes)
     );
     let (a, b) = (pid, bed.run_exec("c", "b"));
     bed.end(a, 0, "exit c/a 0");
