@@ -29,7 +29,7 @@ pub(super) fn run(scope: &Scope) -> anyhow::Result<ExitCode> {
                 "why_not": sandbox.why_not, "turn": turn,
                 "checkpoint": newest.as_ref().map(|(held, _)| held.by),
                 "kind": facts.map(|facts| facts.kind), "notes": facts.map(|facts| &facts.notes),
-                "execs": sandbox.execs, "exposed": sandbox.exposed,
+                "execs": sandbox.execs, "exposed": sandbox.exposed, "doing": sandbox.doing,
             });
             print(&object.to_string())?;
             continue;

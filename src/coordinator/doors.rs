@@ -13,6 +13,7 @@ use std::{
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use time::OffsetDateTime;
 
+use super::machine::{Event, Life, Machine, Work};
 use crate::engine::Caller;
 
 /// Nobody waits longer than this at the door, whatever holds it shut (D11).
@@ -30,8 +31,6 @@ struct State {
     inside: BTreeMap<String, bool>,
     /// A turn would have ended, had not another exec been on the doorstep.
     owed: bool,
-    /// The turn under way is being undone: its end is none.
-    void: bool,
     /// Turns waiting at the door, and since when the first of them has.
     waiting: u32,
     first_wait: Option<Instant>,
@@ -39,22 +38,33 @@ struct State {
     turn_start: Option<OffsetDateTime>,
     /// The checkpoint that waits for the host's budget.
     caller: Option<Arc<Caller>>,
-    /// No more cuts: whoever waits may go on and meet its end.
-    dying: bool,
-    /// Its processes are dead and may come back: no more cuts, and whoever waits goes on waiting.
-    fallen: bool,
+    /// Whether it lives, and what is done with it.
+    machine: Machine,
 }
 
 impl State {
+    fn on(&mut self, event: Event) {
+        match self.machine.after(event) {
+            Ok(machine) => self.machine = machine,
+            Err(illegal) => {
+                log::error!("the coordinator is not where it should be: {illegal}");
+                debug_assert!(!cfg!(test), "{illegal}");
+            }
+        }
+    }
+
+    fn is_doomed(&self) -> bool {
+        self.machine.life == Life::Doomed
+    }
+
     /// Ends the turn if nothing that counts is inside or about to be.
     fn end_turn(&mut self) -> bool {
-        if self.void {
+        if self.machine.work == Work::Replacing {
             self.owed = false;
             return false;
         }
         let ended = self.owed
-            && !self.dying
-            && !self.fallen
+            && self.machine.life == Life::Alive
             && self.starting == 0
             && !self.inside.values().any(|is_turn| *is_turn);
         if ended {
@@ -87,7 +97,12 @@ impl Doors {
         let begin = Instant::now();
         let mut state = self.state.lock();
         let mut waited = false;
-        while !state.dying && (state.fallen || state.latched > 0 || (is_turn && state.closed > 0)) {
+        let is_shut = |state: &State| match state.machine.life {
+            Life::Alive => state.latched > 0 || (is_turn && state.closed > 0),
+            Life::Fallen => true,
+            Life::Doomed => false,
+        };
+        while is_shut(&state) {
             if is_turn && !waited {
                 state.waiting += 1;
                 state.first_wait.get_or_insert(begin);
@@ -148,7 +163,7 @@ impl Doors {
             if state.waiting > 0 {
                 caller.promote();
             }
-            if state.dying || state.fallen {
+            if state.machine.life != Life::Alive {
                 caller.give_up();
             }
         }
@@ -178,8 +193,18 @@ impl Doors {
 
     /// The turn under way is undone: until the returned value is dropped, no turn ends.
     pub fn void_turn(self: &Arc<Self>) -> Void {
-        self.state.lock().void = true;
+        self.on(Event::Replace);
         Void(Arc::clone(self))
+    }
+
+    /// Something has happened that moves the coordinator.
+    pub(super) fn on(&self, event: Event) {
+        self.state.lock().on(event);
+    }
+
+    /// Whether it lives, and what is done with it.
+    pub fn machine(&self) -> Machine {
+        self.state.lock().machine
     }
 
     /// How many turns wait to begin.
@@ -197,7 +222,7 @@ impl Doors {
     /// after [`Doors::leave`]; false, and it is not, if the sandbox is to die.
     pub fn end_turn_now(&self) -> bool {
         let mut state = self.state.lock();
-        let ended = !state.dying && !state.fallen;
+        let ended = state.machine.life == Life::Alive;
         state.closed += u32::from(ended);
         ended
     }
@@ -222,27 +247,26 @@ impl Doors {
 
     /// Whether a cut is to be given up: after [`Doors::give_up`], or [`Doors::fall`].
     pub fn is_dying(&self) -> bool {
-        let state = self.state.lock();
-        state.dying || state.fallen
+        self.state.lock().machine.life != Life::Alive
     }
 
     /// Whether [`Doors::give_up`] was called: nothing comes back.
     pub fn is_doomed(&self) -> bool {
-        self.state.lock().dying
+        self.state.lock().is_doomed()
     }
 
     /// Waits for [`Doors::give_up`], at most `limit`; whether it was called.
     pub fn wait_doomed(&self, limit: Duration) -> bool {
         let end = Instant::now() + limit;
         let mut state = self.state.lock();
-        while !state.dying && !self.changed.wait_until(&mut state, end).timed_out() {}
-        state.dying
+        while !state.is_doomed() && !self.changed.wait_until(&mut state, end).timed_out() {}
+        state.is_doomed()
     }
 
     /// Its processes are dead, and others may take their place.
     pub fn fall(&self) {
         let mut state = self.state.lock();
-        state.fallen = true;
+        state.on(Event::Fall);
         if let Some(caller) = &state.caller {
             caller.give_up();
         }
@@ -253,7 +277,7 @@ impl Doors {
     /// Others have taken their place. The turn of the dead had no end.
     pub fn rise(&self) {
         let mut state = self.state.lock();
-        state.fallen = false;
+        state.on(Event::Rise);
         state.owed = false;
         state.turn_start = None;
         drop(state);
@@ -263,7 +287,7 @@ impl Doors {
     /// The sandbox is to die.
     pub fn give_up(&self) {
         let mut state = self.state.lock();
-        state.dying = true;
+        state.on(Event::GiveUp);
         if let Some(caller) = &state.caller {
             caller.give_up();
         }
@@ -273,7 +297,7 @@ impl Doors {
 
     /// It is not: it could not be killed.
     pub fn take_heart(&self) {
-        self.state.lock().dying = false;
+        self.on(Event::TakeHeart);
     }
 }
 
@@ -322,7 +346,7 @@ pub struct Void(Arc<Doors>);
 impl Drop for Void {
     fn drop(&mut self) {
         let mut state = self.0.state.lock();
-        state.void = false;
+        state.on(Event::Replaced);
         // Of execs that live on the turn goes on.
         if !state.inside.values().any(|is_turn| *is_turn) {
             state.turn_start = None;
@@ -471,6 +495,7 @@ mod tests {
     fn a_turn_that_is_undone_has_no_end() {
         let doors = Doors::new();
         assert!(!doors.enter("a", true).started());
+        doors.on(Event::GoBack);
         let void = doors.void_turn();
         assert!(!doors.leave("a"));
         drop(void);
@@ -483,6 +508,7 @@ mod tests {
     fn a_turn_that_could_not_be_undone_ends_as_ever() {
         let doors = Doors::new();
         assert!(!doors.enter("a", true).started());
+        doors.on(Event::GoBack);
         drop(doors.void_turn());
         assert!(doors.leave("a"));
         assert!(doors.take_turn_start().is_some());

@@ -10,6 +10,7 @@ mod early;
 pub mod freeze;
 mod inspection;
 mod look;
+pub mod machine;
 mod memory_files;
 pub mod poison;
 mod processes;

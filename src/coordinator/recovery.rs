@@ -9,6 +9,7 @@ use crossbeam_channel::{Sender, bounded};
 use time::OffsetDateTime;
 
 use super::{
+    machine::Event,
     rollback::{Failure, Steps},
     turns::{Job, Subject, Turns, Worker, micros, text},
 };
@@ -69,7 +70,9 @@ impl Worker {
             bring_back,
             reply,
         } = order;
+        self.doors.on(Event::Recover);
         let done = self.go_on(subject, &death, bring_back);
+        self.doors.on(Event::Recovered);
         match &done {
             Ok(turn) => log::warn!("{}: {death}: it goes on as turn {turn}", self.store.id()),
             Err(Lost::GivenUp(e) | Lost::Failed(e)) => {

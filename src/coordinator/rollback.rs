@@ -12,7 +12,10 @@ use crossbeam_channel::{Sender, bounded};
 use serde::{Serialize, Serializer, ser::SerializeMap};
 use time::OffsetDateTime;
 
-use super::turns::{Job, Subject, Turns, Worker};
+use super::{
+    machine::Event,
+    turns::{Job, Subject, Turns, Worker},
+};
 use crate::{
     sandbox::TurnNo,
     store::{
@@ -153,7 +156,9 @@ impl Turns {
 impl Worker {
     pub(super) fn roll_back(&mut self, subject: &dyn Subject, order: Order) {
         let Order { to, go_back, reply } = order;
+        self.doors.on(Event::GoBack);
         let done = self.go_back(subject, to, go_back);
+        self.doors.on(Event::WentBack);
         if let Err(Failure::Untouched(e) | Failure::Ended(e)) = &done {
             log::error!("{}: roll back to turn {to}: {e}", self.store.id());
         }

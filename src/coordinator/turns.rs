@@ -25,6 +25,7 @@ use super::{
     doors::Doors,
     inspection::{Inspection, Scene},
     look::Look,
+    machine::Event,
     recovery, rollback,
     take::{Order, Taken, WithoutProcesses},
 };
@@ -347,11 +348,13 @@ impl Worker {
     ) -> Result<JournalLine, String> {
         let parent = self.parent().map_err(text)?;
         let turn = self.next_turn().map_err(text)?;
+        self.doors.on(Event::Begin);
         let ended_at = OffsetDateTime::now_utc();
         let started_at = self.doors.take_turn_start().unwrap_or(ended_at);
         let mut line = JournalLine::new(turn, trigger, started_at, ended_at);
         let look = self.look(subject, parent, &mut line);
         if asked.is_none() && look.effects.is_empty() {
+            self.doors.on(Event::Unchanged);
             line.note = look.note;
             return self.nothing_new(gate, line);
         }
@@ -366,6 +369,11 @@ impl Worker {
             without_processes: WithoutProcesses::of(asked),
         };
         let taken = self.take(subject, &order, gate, &mut line);
+        self.doors.on(match &taken {
+            Ok(Taken::Checkpoint(_)) => Event::Durable,
+            Ok(Taken::Nothing) => Event::Unchanged,
+            Err(_) => Event::Failed,
+        });
         match &taken {
             Ok(Taken::Checkpoint(done)) => {
                 let (checkpoint, _) = &**done;

@@ -103,6 +103,7 @@ impl Control for ControlService {
                 why_not: why_not.unwrap_or_default(),
                 execs: c.doors.inside(),
                 exposed: c.exposed_work().unwrap_or_default(),
+                doing: c.doors.machine().work.to_string(),
                 ..Default::default()
             }
         };

@@ -195,7 +195,7 @@ fn execs_end_with_it_and_those_that_come_meanwhile_wait() {
         assert!(Instant::now() < deadline, "{:?}", triggers());
         thread::yield_now();
     }
-    let after = triggers().iter().rev().skip(1).next().cloned();
+    let after = triggers().into_iter().rev().nth(1);
     assert_eq!(after, Some(Trigger::Recovery));
     bed.finish();
 }
