@@ -12,6 +12,7 @@ from harness import CRAB, LIMIT, Events, Terminal, crab, ctr, unique, until
 from test_armed_restore import ASK, OPT_IN, SEED, SERVER, Sandbox, both_clients
 
 RECOVER = ("--annotation", "dev.crab.recover=last")
+SMALL = SERVER.replace("64 << 20", "1 << 20")
 
 
 def recoveries(name, number=None):
@@ -35,7 +36,7 @@ def test_memory_goes_back_output_goes_on_and_the_client_sees_the_same_container(
     expected = random.Random(SEED)
     with Sandbox(kind, tmp_path, options=RECOVER) as box:
         box.sh("echo one >/file")
-        box.exec("sh", "-c", 'nohup python3 -c "$1" & :', "sh", SERVER)
+        box.exec("sh", "-c", 'nohup python3 -c "$1" & :', "sh", SMALL)
         until(lambda: box.exec("python3", "-c", ASK, "hash", check=False).rc == 0, "it serves")
         memory, first = box.ask("hash", "next")
         assert first == expected.random()
@@ -122,7 +123,7 @@ def test_who_dies_again_and_again_is_told_and_the_next_start_goes_on_from_there(
 
 def test_the_next_start_goes_on_when_the_shim_has_died_too(tmp_path):
     with Sandbox("docker", tmp_path, options=RECOVER) as box:
-        box.exec("sh", "-c", 'nohup python3 -c "$1" & :', "sh", SERVER)
+        box.exec("sh", "-c", 'nohup python3 -c "$1" & :', "sh", SMALL)
         until(lambda: box.exec("python3", "-c", ASK, "hash", check=False).rc == 0, "it serves")
         (memory,) = box.ask("hash")
         turn = box.turn()
