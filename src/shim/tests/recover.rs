@@ -258,8 +258,19 @@ fn who_dies_again_and_again_without_a_turn_is_told_in_the_end() {
 #[test]
 fn who_is_gone_again_at_once_is_brought_back_once_more() {
     let bed = Bed::recovering();
+    // What the client has changed is put back last: until then its end must have been seen.
+    bed.update(r#"{"pids":{"limit":4}}"#).unwrap();
+    let blocked = bed.machine.block(Verb::Update);
     bed.machine.end_at_once(Verb::Restore, 8);
     bed.machine.end_all("c", 139);
+    blocked.wait();
+    let container = bed.container("c");
+    let deadline = Instant::now() + LIMIT;
+    while container.inner.lock().fell_again.is_none() {
+        assert!(Instant::now() < deadline, "nobody has noticed");
+        thread::yield_now();
+    }
+    blocked.release();
     let lines = bed.recovered(3);
     bed.settled();
     let note = lines[2].note.as_deref().unwrap();
