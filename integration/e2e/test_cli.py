@@ -19,6 +19,7 @@ OF_SANDBOX = {
     "show": ["show", "{}"],
     "show a turn": ["show", "{}@1"],
     "diff": ["diff", "{}@1", "{}@1"],
+    "turn": ["turn", "{}"],
     "checkpoint": ["checkpoint", "{}"],
     "rollback": ["rollback", "{}@1"],
     "restore": ["restore", "{}"],
@@ -35,7 +36,7 @@ OF_TURN = {
     "verify": ["verify", "{}"],
 }
 OF_ALL = {"ps": ["ps"], "verify all": ["verify"], "gc all": ["gc"], "engine": ["engine"]}
-OF_SHIM = {"checkpoint": ["checkpoint", "{}"], "rollback": ["rollback", "{}@1"]}
+OF_SHIM = {"turn": ["turn", "{}"], "checkpoint": ["checkpoint", "{}"], "rollback": ["rollback", "{}@1"]}
 """Every verb that asks a shim for something."""
 
 
@@ -109,7 +110,7 @@ def test_no_store(argv, shared, config):
     config('store = "/var/lib/crab-elsewhere"\n')
     refused(argv, shared.name, "/var/lib/crab-elsewhere")
     # The same if it runs, but for what its shim does by itself.
-    if argv[0] not in ("checkpoint", "restore"):
+    if argv[0] not in ("turn", "checkpoint", "restore"):
         with FakeShim(shared.name, {"List": listed(shared.name)}):
             refused(argv, shared.name, "no store /var/lib/crab-elsewhere")
     assert not pathlib.Path("/var/lib/crab-elsewhere").exists()
@@ -138,7 +139,7 @@ def test_no_such_turn_or_name(argv, shared):
 
 @verbs(OF_SHIM)
 def test_a_sandbox_that_does_not_run(argv, shared):
-    way = {"checkpoint": "start it first", "rollback": f"crab restore {shared.name}@1 --start"}
+    way = {"turn": "start it first", "checkpoint": "start it first", "rollback": f"crab restore {shared.name}@1 --start"}
     refused(argv, shared.name, f"default/{shared.name} is not running under crab", way[argv[0]])
 
 

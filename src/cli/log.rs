@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     sandbox::TurnNo,
-    store::{Action, Effect, JournalLine, SandboxStore, Trigger},
+    store::{Action, Effect, JournalLine, SandboxStore},
 };
 
 pub(super) fn run(scope: &Scope, word: &str, last: Option<usize>) -> anyhow::Result<ExitCode> {
@@ -86,7 +86,7 @@ fn row(line: &JournalLine, kept: Option<&Kept>) -> [Cell; 7] {
         (None, _) => Cell::new("-", Colour::Faint),
         // A rollback's line names the checkpoint that it went back to.
         (Some(_), Some(kept))
-            if line.trigger != Trigger::Rollback && !kept.turns.contains(&line.turn) =>
+            if !line.trigger.is_way_back() && !kept.turns.contains(&line.turn) =>
         {
             Cell::new("let go", Colour::Faint)
         }
@@ -119,7 +119,7 @@ fn row(line: &JournalLine, kept: Option<&Kept>) -> [Cell; 7] {
 fn action(line: &JournalLine) -> Cell {
     match line.action {
         Action::Skip if turns::is_none(line) => Cell::new("none", Colour::Faint),
-        Action::Skip if line.trigger == Trigger::Rollback && line.checkpoint.is_some() => {
+        Action::Skip if line.trigger.is_way_back() && line.checkpoint.is_some() => {
             Cell::new("back", Colour::Strong)
         }
         // Not protected: the note says why.

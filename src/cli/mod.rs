@@ -18,6 +18,7 @@ mod rollback;
 mod scope;
 mod show;
 mod term;
+mod turn;
 mod turns;
 mod verify;
 
@@ -121,6 +122,15 @@ enum Verb {
         /// them
         #[arg(long)]
         or_files: bool,
+    },
+    /// End the turn under way now, as the end of its last exec would
+    ///
+    /// For an agent's framework that knows better. Nothing is kept of a turn that changed nothing;
+    /// crab checkpoint always keeps one.
+    Turn {
+        /// Container id, a unique prefix of it, or a Docker name
+        #[arg(value_parser = scope::sandbox)]
+        sandbox: String,
     },
     /// Arm a stopped container: its next start restores a checkpoint
     ///
@@ -241,6 +251,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
                 ..Default::default()
             },
         ),
+        Verb::Turn { sandbox } => turn::run(&context, &sandbox),
         Verb::Restore {
             sandbox,
             cancel,

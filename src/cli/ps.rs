@@ -101,6 +101,10 @@ struct Seen {
     /// The newest turn, if it is not kept, and why it is not.
     lost: Option<Lost>,
     execs: Vec<String>,
+    /// What no checkpoint holds yet, and when one will.
+    exposed: String,
+    /// What crab does with it just now.
+    doing: String,
     /// Of the shim.
     version: String,
     /// What is wrong, for people.
@@ -192,6 +196,8 @@ impl Seen {
                 note: line.note,
             }),
             execs: sandbox.execs,
+            exposed: sandbox.exposed,
+            doing: sandbox.doing,
             version: version.to_owned(),
             problem,
             namespace: sandbox.namespace,
@@ -231,6 +237,7 @@ impl Seen {
             span(u64::try_from(micros).unwrap_or(u64::MAX))
         });
         let open = match self.execs.len() as u64 {
+            _ if !self.exposed.is_empty() => Some(self.exposed.clone()),
             0 => None,
             n => Some(format!(
                 "a turn is under way ({})",

@@ -18,12 +18,17 @@ pub(super) struct Held {
 }
 
 /// Whether crab found that the turn had changed nothing. A turn that could not be protected has no
-/// checkpoint either, and is no such one.
+/// checkpoint either, and is no such one; nor is a checkpoint that was asked for and failed.
 pub(super) fn is_none(line: &JournalLine) -> bool {
+    let failed = line.note.as_deref();
     line.action == Action::Skip
-        && line.trigger == Trigger::Exec
+        && matches!(
+            line.trigger,
+            Trigger::Exec | Trigger::Manual | Trigger::Timer
+        )
         && line.effects.is_empty()
         && line.checkpoint.is_none()
+        && !failed.is_some_and(|note| note.starts_with("not protected"))
 }
 
 /// A turn by number or name; without one the checkpoint that the sandbox goes on from.
@@ -75,7 +80,7 @@ pub(super) fn newest(checkpoints: &SandboxStore) -> anyhow::Result<Option<Held>>
 /// Whether the turn left the sandbox as it was: it changed nothing, or is a rollback that was refused.
 fn left_it(line: &JournalLine) -> bool {
     let refused =
-        line.trigger == Trigger::Rollback && line.effects.is_empty() && line.checkpoint.is_none();
+        line.trigger.is_way_back() && line.effects.is_empty() && line.checkpoint.is_none();
     is_none(line) || refused
 }
 
@@ -128,7 +133,8 @@ pub(super) mod tests {
     use super::*;
     use crate::store::Effect;
 
-    /// One line a word: `full`, `none`, `failed` (a turn), `asked` (a checkpoint that failed), `-` (lost),
+    /// One line a word: `full`, `none`, `said` and `timed` (nothing, by `crab turn` and by the timer),
+    /// `failed` (a turn), `asked` (a checkpoint that failed), `-` (lost),
     /// `back:1` (a rollback), `refused` and `ended` (rollbacks that were not done).
     pub(in crate::cli) fn journal(words: &str) -> Vec<JournalLine> {
         let words = words.split_whitespace().zip(1..);
@@ -143,7 +149,8 @@ pub(super) mod tests {
         JournalLine {
             turn: TurnNo(turn),
             trigger: match word {
-                "asked" => Trigger::Manual,
+                "asked" | "said" => Trigger::Manual,
+                "timed" => Trigger::Timer,
                 "refused" | "ended" => Trigger::Rollback,
                 _ if back.is_some() => Trigger::Rollback,
                 _ => Trigger::Exec,
@@ -177,6 +184,7 @@ pub(super) mod tests {
             // Journal, kept checkpoints, asked for: held by, or the reason why not.
             ("full none", &[1][..], 2, Ok(1)),
             ("full none none none", &[1], 4, Ok(1)),
+            ("full said timed none", &[1], 4, Ok(1)),
             ("full none full none none", &[1, 3], 5, Ok(3)),
             ("full none full none none", &[1, 3], 2, Ok(1)),
             // Pruned: the state of an older one is another state.

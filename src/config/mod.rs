@@ -80,10 +80,15 @@ pub struct Config {
     pub skip_unchanged: bool,
     /// Whether processes that merely ran, and moved no data, count as unchanged (D6c). Default true.
     pub consistent_cut: bool,
+    /// How long a sandbox may go on without a turn: then its state is looked at, and kept if it has
+    /// changed. Default none (`""`); 1 s to 24 h.
+    pub timer: Option<Duration>,
     /// Execs that are no turns. Default none.
     pub not_turns: Vec<Pattern>,
     /// What becomes of established TCP connections at a restore.
     pub tcp: Tcp,
+    /// What becomes of a sandbox that dies without having been asked to.
+    pub recover: Recover,
     /// How long an exec's streams are kept open for processes that outlive it. Default 10 s; at
     /// most 60 s.
     pub exec_linger: Duration,
@@ -143,6 +148,15 @@ pub enum Gate {
     Off,
 }
 
+/// See [`Config::recover`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recover {
+    /// Its end is told. The default.
+    Off,
+    /// It goes on from its last checkpoint with processes, at once, or at its next start.
+    Last,
+}
+
 /// See [`Config::tcp`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tcp {
@@ -186,8 +200,10 @@ impl Default for Config {
             gate: Gate::Strict,
             skip_unchanged: true,
             consistent_cut: true,
+            timer: None,
             not_turns: Vec::new(),
             tcp: Tcp::Close,
+            recover: Recover::Off,
             exec_linger: Duration::from_secs(1),
             dump_timeout: Duration::from_secs(60),
             engine: Engine {

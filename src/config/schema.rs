@@ -4,7 +4,7 @@ use std::{fmt, num::NonZeroU64, ops::RangeInclusive, path::PathBuf, time::Durati
 
 use toml::{Table, Value};
 
-use super::{Config, Gate, OrphanOutput, Pattern, Tcp, options::is_zero, units};
+use super::{Config, Gate, OrphanOutput, Pattern, Recover, Tcp, options::is_zero, units};
 
 /// The prefix of crab's annotations.
 pub(super) const ANNOTATION: &str = "dev.crab.";
@@ -108,8 +108,10 @@ const KEYS: &[(&str, Kind, Scope)] = &[
     ("gate", Kind::Text, Scope::Sandbox),
     ("skip_unchanged", Kind::Bool, Scope::Sandbox),
     ("consistent_cut", Kind::Bool, Scope::Sandbox),
+    ("timer", Kind::Text, Scope::Sandbox),
     ("not_turns", Kind::List, Scope::Sandbox),
     ("tcp", Kind::Text, Scope::Sandbox),
+    ("recover", Kind::Text, Scope::Sandbox),
     ("exec_linger", Kind::Text, Scope::Sandbox),
     ("dump_timeout", Kind::Text, Scope::Sandbox),
     ("engine.rate", Kind::Text, Scope::Host),
@@ -269,8 +271,14 @@ fn assign(config: &mut Config, key: &str, value: &Value) -> Result<(), String> {
         }
         "skip_unchanged" => config.skip_unchanged = boolean(value)?,
         "consistent_cut" => config.consistent_cut = boolean(value)?,
+        "timer" => {
+            config.timer = optional(value, |v| duration(v, seconds(1)..=seconds(24 * 60 * 60)))?;
+        }
         "not_turns" => config.not_turns = patterns(value)?,
         "tcp" => config.tcp = one_of(value, &[("close", Tcp::Close), ("keep", Tcp::Keep)])?,
+        "recover" => {
+            config.recover = one_of(value, &[("off", Recover::Off), ("last", Recover::Last)])?;
+        }
         "exec_linger" => config.exec_linger = duration(value, seconds(0)..=seconds(60))?,
         "dump_timeout" => config.dump_timeout = duration(value, seconds(1)..=seconds(600))?,
         "engine.rate" => config.engine.rate = rate(value)?,

@@ -92,8 +92,10 @@ fn every_key_is_read() {
         gate = "async"
         skip_unchanged = false
         consistent_cut = false
+        timer = "24h"
         not_turns = ["/bin/health *", "true"]
         tcp = "keep"
+        recover = "last"
         exec_linger = "250ms"
         dump_timeout = "10m"
         sandbox_limit = "2GiB"
@@ -126,11 +128,13 @@ fn every_key_is_read() {
         gate: Gate::Async,
         skip_unchanged: false,
         consistent_cut: false,
+        timer: Some(Duration::from_secs(24 * 60 * 60)),
         not_turns: vec![
             Pattern("/bin/health *".to_owned()),
             Pattern("true".to_owned()),
         ],
         tcp: Tcp::Keep,
+        recover: Recover::Last,
         exec_linger: Duration::from_millis(250),
         dump_timeout: Duration::from_secs(600),
         engine: Engine {

@@ -20,7 +20,7 @@ use super::{
     LINK, SHIMS,
     api::{
         CheckpointRequest, CheckpointResponse, ControlClient, ListRequest, ListResponse,
-        RollbackRequest, Sandbox,
+        RollbackRequest, Sandbox, TurnRequest,
     },
     is_alive, sweep,
 };
@@ -295,6 +295,18 @@ pub fn rollback(run_dir: &Path, sandbox: &SandboxId, turn: TurnNo) -> Result<Str
     response.map(|response| response.report)
 }
 
+/// Ends the turn under way in a running sandbox; returns its line in the journal, as JSON.
+pub fn turn(run_dir: &Path, sandbox: &SandboxId) -> Result<String, ControlError> {
+    let request = TurnRequest {
+        id: sandbox.id().to_owned(),
+        ..Default::default()
+    };
+    let response = ask(run_dir, sandbox, |client, context| {
+        client.turn(context, &request)
+    });
+    response.map(|response| response.line)
+}
+
 /// Takes a checkpoint of a running sandbox. `request`: how; its id is filled in.
 pub fn checkpoint(
     run_dir: &Path,
@@ -338,7 +350,7 @@ mod tests {
     use super::*;
     use crate::control::{
         ControlSocket,
-        api::{self, Control, RollbackResponse},
+        api::{self, Control, RollbackResponse, TurnResponse},
     };
 
     /// A shim with one sandbox, which refuses checkpoints.
@@ -352,6 +364,10 @@ mod tests {
         ) -> ttrpc::Result<CheckpointResponse> {
             let status = get_status(Code::FAILED_PRECONDITION, "the disk is full");
             Err(ttrpc::Error::RpcStatus(status))
+        }
+
+        fn turn(&self, _: &TtrpcContext, _: TurnRequest) -> ttrpc::Result<TurnResponse> {
+            Ok(TurnResponse::default())
         }
 
         fn rollback(

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::doors::Doors;
+use super::{doors::Doors, machine::Event};
 use crate::engine::{
     Caller, Dump, Estimator, Grant, Limits, Member, Request, Situation, Terms, Work, plan,
 };
@@ -61,6 +61,7 @@ impl Budget {
 
     /// Waits until the checkpoint may begin. `urgent`: somebody waits for it already.
     pub(super) fn ask(&mut self, work: Work, urgent: bool) -> Result<Spending<'_>, String> {
+        self.doors.on(Event::Ask);
         let caller = Caller::new();
         if urgent {
             caller.promote();
@@ -69,8 +70,11 @@ impl Budget {
         let request = self.history.request(work);
         let granted = self.member.acquire_or_force(&request, &caller, LONGEST);
         self.doors.set_caller(None);
+        let grant = granted.map_err(|e| e.to_string())?;
+        self.doors.on(Event::Granted);
         Ok(Spending {
-            grant: granted.map_err(|e| e.to_string())?,
+            grant,
+            doors: &self.doors,
             history: &mut self.history,
             drain: None,
         })
@@ -106,6 +110,7 @@ impl History {
 #[must_use]
 pub(super) struct Spending<'a> {
     grant: Grant<'a>,
+    doors: &'a Doors,
     history: &'a mut History,
     /// What was captured, and when the drain began.
     drain: Option<(u64, Instant)>,
@@ -114,6 +119,7 @@ pub(super) struct Spending<'a> {
 impl Spending<'_> {
     /// The sandbox runs again. `images`: the directory with the dump, if there is one.
     pub(super) fn captured(&mut self, images: Option<&Path>, files: u64, frozen: Duration) {
+        self.doors.on(Event::Captured);
         let image = images.map_or(0, bytes_in);
         let history = &mut *self.history;
         history.last_files = files;

@@ -13,6 +13,7 @@ use std::{
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use time::OffsetDateTime;
 
+use super::machine::{Event, Life, Machine, Work};
 use crate::engine::Caller;
 
 /// Nobody waits longer than this at the door, whatever holds it shut (D11).
@@ -30,8 +31,6 @@ struct State {
     inside: BTreeMap<String, bool>,
     /// A turn would have ended, had not another exec been on the doorstep.
     owed: bool,
-    /// The turn under way is being undone: its end is none.
-    void: bool,
     /// Turns waiting at the door, and since when the first of them has.
     waiting: u32,
     first_wait: Option<Instant>,
@@ -39,19 +38,34 @@ struct State {
     turn_start: Option<OffsetDateTime>,
     /// The checkpoint that waits for the host's budget.
     caller: Option<Arc<Caller>>,
-    /// No more cuts: whoever waits may go on and meet its end.
-    dying: bool,
+    /// Whether it lives, and what is done with it.
+    machine: Machine,
 }
 
 impl State {
+    fn on(&mut self, event: Event) {
+        match self.machine.after(event) {
+            Ok(machine) => self.machine = machine,
+            Err(illegal) => {
+                log::error!("the coordinator is not where it should be: {illegal}");
+                #[cfg(test)]
+                assert_eq!(illegal.to_string(), "", "no such transition");
+            }
+        }
+    }
+
+    fn is_doomed(&self) -> bool {
+        self.machine.life == Life::Doomed
+    }
+
     /// Ends the turn if nothing that counts is inside or about to be.
     fn end_turn(&mut self) -> bool {
-        if self.void {
+        if self.machine.work == Work::Replacing {
             self.owed = false;
             return false;
         }
         let ended = self.owed
-            && !self.dying
+            && self.machine.life == Life::Alive
             && self.starting == 0
             && !self.inside.values().any(|is_turn| *is_turn);
         if ended {
@@ -84,7 +98,12 @@ impl Doors {
         let begin = Instant::now();
         let mut state = self.state.lock();
         let mut waited = false;
-        while !state.dying && (state.latched > 0 || (is_turn && state.closed > 0)) {
+        let is_shut = |state: &State| match state.machine.life {
+            Life::Alive => state.latched > 0 || (is_turn && state.closed > 0),
+            Life::Fallen => true,
+            Life::Doomed => false,
+        };
+        while is_shut(&state) {
             if is_turn && !waited {
                 state.waiting += 1;
                 state.first_wait.get_or_insert(begin);
@@ -145,7 +164,7 @@ impl Doors {
             if state.waiting > 0 {
                 caller.promote();
             }
-            if state.dying {
+            if state.machine.life != Life::Alive {
                 caller.give_up();
             }
         }
@@ -175,8 +194,18 @@ impl Doors {
 
     /// The turn under way is undone: until the returned value is dropped, no turn ends.
     pub fn void_turn(self: &Arc<Self>) -> Void {
-        self.state.lock().void = true;
+        self.on(Event::Replace);
         Void(Arc::clone(self))
+    }
+
+    /// Something has happened that moves the coordinator.
+    pub(super) fn on(&self, event: Event) {
+        self.state.lock().on(event);
+    }
+
+    /// Whether it lives, and what is done with it.
+    pub fn machine(&self) -> Machine {
+        self.state.lock().machine
     }
 
     /// How many turns wait to begin.
@@ -190,20 +219,76 @@ impl Doors {
         self.state.lock().inside.keys().cloned().collect()
     }
 
-    /// When the turn that ended last had begun.
-    pub fn take_turn_start(&self) -> Option<OffsetDateTime> {
-        self.state.lock().turn_start.take()
+    /// Ends the turn under way, whoever is inside: somebody who knows says so. The gate is shut as
+    /// after [`Doors::leave`]; false, and it is not, if the sandbox is to die.
+    pub fn end_turn_now(&self) -> bool {
+        let mut state = self.state.lock();
+        let ended = state.machine.life == Life::Alive;
+        state.closed += u32::from(ended);
+        ended
     }
 
-    /// Whether [`Doors::give_up`] was called.
+    /// When the turn that ended last had begun. Of execs that live on, another one begins now.
+    pub fn take_turn_start(&self) -> Option<OffsetDateTime> {
+        let mut state = self.state.lock();
+        match state.inside.values().any(|is_turn| *is_turn) {
+            true => state.turn_start.replace(OffsetDateTime::now_utc()),
+            false => state.turn_start.take(),
+        }
+    }
+
+    /// The execs that count and run, and since when no turn has ended.
+    pub fn turn_under_way(&self) -> Option<(Vec<String>, OffsetDateTime)> {
+        let state = self.state.lock();
+        let execs = state.inside.iter().filter(|(_, is_turn)| **is_turn);
+        let execs: Vec<String> = execs.map(|(exec_id, _)| exec_id.clone()).collect();
+        let begin = state.turn_start.filter(|_| !execs.is_empty())?;
+        Some((execs, begin))
+    }
+
+    /// Whether a cut is to be given up: after [`Doors::give_up`], or [`Doors::fall`].
     pub fn is_dying(&self) -> bool {
-        self.state.lock().dying
+        self.state.lock().machine.life != Life::Alive
+    }
+
+    /// Whether [`Doors::give_up`] was called: nothing comes back.
+    pub fn is_doomed(&self) -> bool {
+        self.state.lock().is_doomed()
+    }
+
+    /// Waits for [`Doors::give_up`], at most `limit`; whether it was called.
+    pub fn wait_doomed(&self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        let mut state = self.state.lock();
+        while !state.is_doomed() && !self.changed.wait_until(&mut state, end).timed_out() {}
+        state.is_doomed()
+    }
+
+    /// Its processes are dead, and others may take their place.
+    pub fn fall(&self) {
+        let mut state = self.state.lock();
+        state.on(Event::Fall);
+        if let Some(caller) = &state.caller {
+            caller.give_up();
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Others have taken their place. The turn of the dead had no end.
+    pub fn rise(&self) {
+        let mut state = self.state.lock();
+        state.on(Event::Rise);
+        state.owed = false;
+        state.turn_start = None;
+        drop(state);
+        self.changed.notify_all();
     }
 
     /// The sandbox is to die.
     pub fn give_up(&self) {
         let mut state = self.state.lock();
-        state.dying = true;
+        state.on(Event::GiveUp);
         if let Some(caller) = &state.caller {
             caller.give_up();
         }
@@ -213,7 +298,7 @@ impl Doors {
 
     /// It is not: it could not be killed.
     pub fn take_heart(&self) {
-        self.state.lock().dying = false;
+        self.on(Event::TakeHeart);
     }
 }
 
@@ -262,7 +347,7 @@ pub struct Void(Arc<Doors>);
 impl Drop for Void {
     fn drop(&mut self) {
         let mut state = self.0.state.lock();
-        state.void = false;
+        state.on(Event::Replaced);
         // Of execs that live on the turn goes on.
         if !state.inside.values().any(|is_turn| *is_turn) {
             state.turn_start = None;
@@ -411,6 +496,7 @@ mod tests {
     fn a_turn_that_is_undone_has_no_end() {
         let doors = Doors::new();
         assert!(!doors.enter("a", true).started());
+        doors.on(Event::GoBack);
         let void = doors.void_turn();
         assert!(!doors.leave("a"));
         drop(void);
@@ -423,9 +509,31 @@ mod tests {
     fn a_turn_that_could_not_be_undone_ends_as_ever() {
         let doors = Doors::new();
         assert!(!doors.enter("a", true).started());
+        doors.on(Event::GoBack);
         drop(doors.void_turn());
         assert!(doors.leave("a"));
         assert!(doors.take_turn_start().is_some());
+    }
+
+    #[test]
+    fn a_turn_that_somebody_ends_shuts_the_gate_and_those_inside_go_on_with_another() {
+        let doors = Doors::new();
+        assert!(!doors.enter("a", true).started());
+        let begin = doors.turn_under_way().unwrap().1;
+        assert!(doors.end_turn_now());
+        assert_eq!(doors.take_turn_start(), Some(begin));
+        assert!(doors.turn_under_way().unwrap().1 >= begin);
+        let other = Arc::clone(&doors);
+        let waiter = thread::spawn(move || other.enter("b", true).started());
+        until_one_waits(&doors);
+        doors.open();
+        assert!(!waiter.join().unwrap());
+        assert!(!doors.leave("a"));
+        assert!(doors.leave("b"));
+        assert!(doors.take_turn_start().is_some());
+        assert_eq!(doors.take_turn_start(), None);
+        doors.give_up();
+        assert!(!doors.end_turn_now());
     }
 
     #[test]

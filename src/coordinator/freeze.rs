@@ -181,6 +181,11 @@ impl Freeze {
         }
     }
 
+    /// Its processes are dead, and others are about to take their place: these may be frozen.
+    pub fn revive(&self) {
+        self.owners.lock().dying = false;
+    }
+
     /// Whether [`Freeze::release_for_death`] was called.
     pub fn is_dying(&self) -> bool {
         self.owners.lock().dying

@@ -12,7 +12,10 @@ use crossbeam_channel::{Sender, bounded};
 use serde::{Serialize, Serializer, ser::SerializeMap};
 use time::OffsetDateTime;
 
-use super::turns::{Job, Subject, Turns, Worker};
+use super::{
+    machine::Event,
+    turns::{Job, Subject, Turns, Worker},
+};
 use crate::{
     sandbox::TurnNo,
     store::{
@@ -59,6 +62,11 @@ impl Steps {
         let now = Instant::now();
         self.steps.push((step, now - self.last));
         self.last = now;
+    }
+
+    /// How long all of them took together.
+    pub(super) fn total(&self) -> Duration {
+        self.steps.iter().map(|(_, took)| *took).sum()
     }
 
     /// How long all of these took together.
@@ -108,6 +116,13 @@ pub enum Failure {
     Ended(String),
 }
 
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (Self::Untouched(why) | Self::Ended(why)) = self;
+        f.write_str(why)
+    }
+}
+
 impl Failure {
     fn untouched(e: impl std::fmt::Display) -> Self {
         Self::Untouched(e.to_string())
@@ -141,7 +156,9 @@ impl Turns {
 impl Worker {
     pub(super) fn roll_back(&mut self, subject: &dyn Subject, order: Order) {
         let Order { to, go_back, reply } = order;
+        self.doors.on(Event::GoBack);
         let done = self.go_back(subject, to, go_back);
+        self.doors.on(Event::WentBack);
         if let Err(Failure::Untouched(e) | Failure::Ended(e)) = &done {
             log::error!("{}: roll back to turn {to}: {e}", self.store.id());
         }
@@ -172,16 +189,14 @@ impl Worker {
         told.map_err(Failure::untouched)?;
         steps.done(Step::Journal);
         let gone = go_back(Arc::new(laid), &self.store.scratch_dir());
-        // Turns that ended while nobody knew of the rollback are none any more.
-        self.void_before = Some(Instant::now());
+        self.undo_what_ended();
         match &gone {
             Ok(shims) => {
                 steps.steps.extend(shims.steps.iter().copied());
                 steps.last = shims.last;
                 line.freeze_us = micros(steps.of(&[Step::Kill, Step::Files, Step::Restore]));
                 line.durable_us = Some(micros(begin.elapsed()));
-                self.head = Some(to);
-                self.forget(subject, to);
+                self.goes_on_from(subject, to, format!("it was rolled back to turn {to}"));
             }
             Err(Failure::Ended(e)) => {
                 line.checkpoint = None;
@@ -218,17 +233,22 @@ impl Worker {
         })
     }
 
+    /// Turns that ended while nobody knew of the way back are none any more.
+    pub(super) fn undo_what_ended(&mut self) {
+        self.void_before = Some(Instant::now());
+    }
+
     /// What was known of the sandbox is no longer so.
-    fn forget(&mut self, subject: &dyn Subject, to: TurnNo) {
+    pub(super) fn goes_on_from(&mut self, subject: &dyn Subject, to: TurnNo, why: String) {
+        self.head = Some(to);
         self.artefacts = None;
         if let Some(inspection) = &mut self.inspection {
-            let why = format!("it was rolled back to turn {to}");
             inspection.follow(subject.to_watch(), why);
         }
     }
 
     /// A checkpoint that brings back all of a sandbox, laid out: so it was checked to its last byte.
-    fn whole(&self, turn: TurnNo) -> Result<(Checkpoint, Laid), Failure> {
+    pub(super) fn whole(&self, turn: TurnNo) -> Result<(Checkpoint, Laid), Failure> {
         let checkpoint = self.store.get(turn).map_err(Failure::untouched)?;
         if !checkpoint.has_processes() {
             return Err(Failure::Untouched(format!(

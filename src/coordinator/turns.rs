@@ -1,5 +1,8 @@
 //! Turns of one sandbox: at each boundary a checkpoint, then the gate (D3, D11).
 //!
+//! A boundary is the end of the last exec, the word of somebody who knows (`crab turn`), or, if
+//! configured, that none has come for long.
+//!
 //! A turn that changed nothing is skipped; how the others are taken is in [`take`](super::take). One
 //! thread per protected sandbox takes the cuts, so that neither the client's calls nor the reports of exits
 //! wait for one.
@@ -12,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use parking_lot::Mutex;
 use time::OffsetDateTime;
 
@@ -22,7 +25,8 @@ use super::{
     doors::Doors,
     inspection::{Inspection, Scene},
     look::Look,
-    rollback,
+    machine::Event,
+    recovery, rollback,
     take::{Order, Taken, WithoutProcesses},
 };
 use crate::{
@@ -99,6 +103,8 @@ pub struct Settings {
     pub skip_unchanged: bool,
     /// Whether processes that merely ran count as unchanged (D6c).
     pub consistent_cut: bool,
+    /// How long it may go on without a boundary.
+    pub timer: Option<Duration>,
     /// What the host may spend on checkpoints.
     pub budget: HostBudget,
 }
@@ -106,9 +112,20 @@ pub struct Settings {
 type Reply = Sender<Result<(JournalLine, Proof), String>>;
 
 pub(super) enum Job {
-    Boundary { at: Instant, gate: ShutGate },
-    Manual { asked: Asked, reply: Reply },
+    /// A turn has ended. `reply`: somebody waits until it is durable.
+    Boundary {
+        trigger: Trigger,
+        at: Instant,
+        gate: ShutGate,
+        reply: Option<Reply>,
+    },
+    /// A checkpoint, whether anything has changed or not.
+    Checkpoint {
+        asked: Asked,
+        reply: Reply,
+    },
     Rollback(rollback::Order),
+    Recovery(recovery::Order),
 }
 
 /// A gate that the end of a turn has shut. Opens when dropped, at the latest: also when the job
@@ -158,6 +175,7 @@ impl Turns {
             last_turn: None,
             head: None,
             void_before: None,
+            recoveries: 0,
             inspection: None,
             artefacts: None,
         };
@@ -181,22 +199,40 @@ impl Turns {
 
     /// A turn has ended; the doors' gate is shut.
     pub fn boundary(&self) {
+        self.send_boundary(Trigger::Exec, None);
+    }
+
+    fn send_boundary(&self, trigger: Trigger, reply: Option<Reply>) -> bool {
         let mut gate = ShutGate(Some(Arc::clone(&self.doors)));
         if self.gate == Gate::Off {
             gate.open();
         }
-        let at = Instant::now();
-        self.send(Job::Boundary { at, gate });
+        self.send(Job::Boundary {
+            trigger,
+            at: Instant::now(),
+            gate,
+            reply,
+        })
+    }
+
+    /// Ends the turn under way, as the end of its last exec would, and waits until it is durable. Like
+    /// any turn it is skipped if nothing has changed.
+    pub fn boundary_now(&self) -> Result<JournalLine, String> {
+        let (reply, answer) = bounded(1);
+        if !self.doors.end_turn_now() || !self.send_boundary(Trigger::Manual, Some(reply)) {
+            return Err(going_away());
+        }
+        let done = answer.recv().map_err(|_| going_away())?;
+        done.map(|(line, _)| line)
     }
 
     /// Takes a checkpoint now and waits until it is durable and, if that is asked for, tried.
     pub fn checkpoint(&self, asked: Asked) -> Result<(JournalLine, Proof), String> {
         let (reply, answer) = bounded(1);
-        let gone = || "the sandbox is going away".to_owned();
-        if !self.send(Job::Manual { asked, reply }) {
-            return Err(gone());
+        if !self.send(Job::Checkpoint { asked, reply }) {
+            return Err(going_away());
         }
-        answer.recv().map_err(|_| gone())?
+        answer.recv().map_err(|_| going_away())?
     }
 
     /// Takes no more cuts; returns when the last one is done.
@@ -223,6 +259,8 @@ pub(super) struct Worker {
     pub(super) head: Option<TurnNo>,
     /// Turns that ended before were undone by a rollback.
     pub(super) void_before: Option<Instant>,
+    /// How often it was brought back since the last turn.
+    pub(super) recoveries: usize,
     /// What is known since the last checkpoint.
     pub(super) inspection: Option<Inspection>,
     /// What the last checkpoint has of the host's files.
@@ -235,34 +273,67 @@ impl Worker {
         if let Some(subject) = self.subject.upgrade() {
             self.begin(&*subject);
         }
-        for job in jobs {
+        while let Some(job) = self.next_job(jobs) {
             let Some(subject) = self.subject.upgrade() else {
                 return;
             };
-            let (begin, mut gate, asked, reply) = match job {
-                Job::Boundary { at, .. } if self.void_before.is_some_and(|t| at < t) => continue,
-                Job::Boundary { at, gate } => (at, gate, None, None),
-                Job::Manual { asked, reply } => {
-                    (Instant::now(), ShutGate::NONE, Some(asked), Some(reply))
+            self.work(&*subject, job);
+        }
+    }
+
+    /// Waits for what is to be done next; None if nothing ever is.
+    fn next_job(&self, jobs: &Receiver<Job>) -> Option<Job> {
+        let Some(timer) = self.settings.timer else {
+            return jobs.recv().ok();
+        };
+        match jobs.recv_timeout(timer) {
+            Ok(job) => Some(job),
+            Err(RecvTimeoutError::Disconnected) => None,
+            // Nobody waits for it, and the latch alone holds up whoever comes.
+            Err(RecvTimeoutError::Timeout) => Some(Job::Boundary {
+                trigger: Trigger::Timer,
+                at: Instant::now(),
+                gate: ShutGate::NONE,
+                reply: None,
+            }),
+        }
+    }
+
+    fn work(&mut self, subject: &dyn Subject, job: Job) {
+        let now = Instant::now();
+        let (trigger, begin, mut gate, asked, reply) = match job {
+            Job::Boundary { at, reply, .. } if self.void_before.is_some_and(|t| at < t) => {
+                if let Some(reply) = reply {
+                    let _ = reply.send(Err("the turn was undone by a rollback".into()));
                 }
-                Job::Rollback(order) => {
-                    self.roll_back(&*subject, order);
-                    continue;
-                }
-            };
-            let taken = self.turn(&*subject, asked.as_ref(), begin, &mut gate);
-            drop(gate);
-            let taken = taken.and_then(|line| match asked.is_some_and(|asked| asked.prove) {
-                true => self.prove(&*subject, line),
-                false => Ok((line, Proof::NotAsked)),
-            });
-            if let Err(e) = &taken {
-                log::error!("{}: {e}", self.store.id());
+                return;
             }
-            if let Some(reply) = reply {
-                // Nobody waits any more: the journal has it.
-                let _ = reply.send(taken);
+            Job::Boundary {
+                trigger,
+                at,
+                gate,
+                reply,
+            } => (trigger, at, gate, None, reply),
+            Job::Checkpoint { asked, reply } => {
+                let gate = ShutGate::NONE;
+                (Trigger::Manual, now, gate, Some(asked), Some(reply))
             }
+            Job::Rollback(order) => return self.roll_back(subject, order),
+            Job::Recovery(order) => return self.recover(subject, order),
+        };
+        let taken = self.turn(subject, trigger, asked.as_ref(), begin, &mut gate);
+        drop(gate);
+        let taken = taken.and_then(|line| match asked.is_some_and(|asked| asked.prove) {
+            true => self.prove(subject, line),
+            false => Ok((line, Proof::NotAsked)),
+        });
+        match &taken {
+            Ok(_) => self.got_on(),
+            Err(e) => log::error!("{}: {e}", self.store.id()),
+        }
+        if let Some(reply) = reply {
+            // Nobody waits any more: the journal has it.
+            let _ = reply.send(taken);
         }
     }
 
@@ -270,6 +341,7 @@ impl Worker {
     fn turn(
         &mut self,
         subject: &dyn Subject,
+        trigger: Trigger,
         asked: Option<&Asked>,
         begin: Instant,
         gate: &mut ShutGate,
@@ -278,18 +350,16 @@ impl Worker {
         // Nobody mounts another one meanwhile: that is a rollback's affair, and we do them.
         let overlay = subject.overlay();
         let turn = self.next_turn().map_err(text)?;
+        self.doors.on(Event::Begin);
         let ended_at = OffsetDateTime::now_utc();
         let started_at = self.doors.take_turn_start().unwrap_or(ended_at);
-        let trigger = asked.map_or(Trigger::Exec, |_| Trigger::Manual);
         let mut line = JournalLine::new(turn, trigger, started_at, ended_at);
         let latest = parent.as_ref().map(Checkpoint::turn);
         let look = self.look(subject, &overlay, latest, &mut line);
         if asked.is_none() && look.effects.is_empty() {
+            self.doors.on(Event::Unchanged);
             line.note = look.note;
-            self.store.append(&line, Durability::Later).map_err(text)?;
-            // Nobody waits for a turn that is no work, but for the look itself.
-            self.exposed(gate, &mut line)?;
-            return Ok(line);
+            return self.nothing_new(gate, line);
         }
         line.effects = look.effects;
         line.note = look.note;
@@ -303,6 +373,11 @@ impl Worker {
             without_processes: WithoutProcesses::of(asked),
         };
         let taken = self.take(subject, &order, gate, &mut line);
+        self.doors.on(match &taken {
+            Ok(Taken::Checkpoint(_)) => Event::Durable,
+            Ok(Taken::Nothing) => Event::Unchanged,
+            Err(_) => Event::Failed,
+        });
         match &taken {
             Ok(Taken::Checkpoint(done)) => {
                 let (checkpoint, _) = &**done;
@@ -313,10 +388,14 @@ impl Worker {
             Ok(Taken::Nothing) => {}
             Err(e) => line.note = Some(format!("not protected: {e}")),
         }
-        // Before the gate opens: the journal never lacks a turn that the next one follows. It need
-        // not be on the disk by itself, the checkpoint is.
-        self.store.append(&line, Durability::Later).map_err(text)?;
-        self.exposed(gate, &mut line)?;
+        if matches!(taken, Ok(Taken::Nothing)) && line.effects.is_empty() {
+            line = self.nothing_new(gate, line)?;
+        } else {
+            // Before the gate opens: the journal never lacks a turn that the next one follows. It
+            // need not be on the disk by itself, the checkpoint is.
+            self.store.append(&line, Durability::Later).map_err(text)?;
+            self.exposed(gate, &mut line)?;
+        }
         let taken = taken.map_err(|e| format!("turn {turn} is not protected: {e}"))?;
         if let Some(inspection) = &mut self.inspection {
             let of = (subject, order.overlay()?, &*self.doors);
@@ -334,6 +413,22 @@ impl Worker {
         if let Err(e) = self.store.retain(&self.settings.retention) {
             log::warn!("{}: old checkpoints take space: {e}", self.store.id());
         }
+        Ok(line)
+    }
+
+    /// The end of a turn that is no work. Of those that only the timer has ended the journal would hold
+    /// one for each time that it looks, for ever; so it has none, and their number is the next one's.
+    fn nothing_new(
+        &mut self,
+        gate: &mut ShutGate,
+        mut line: JournalLine,
+    ) -> Result<JournalLine, String> {
+        match line.trigger {
+            Trigger::Timer => self.last_turn = Some(TurnNo(line.turn.0.saturating_sub(1))),
+            _ => self.store.append(&line, Durability::Later).map_err(text)?,
+        }
+        // Nobody waits for a turn that is no work, but for the look itself.
+        self.exposed(gate, &mut line)?;
         Ok(line)
     }
 
@@ -467,6 +562,10 @@ pub(super) fn scene<T>(
         marks: subject.input_marks(),
         stop: &|| doors.is_dying(),
     }))
+}
+
+fn going_away() -> String {
+    "the sandbox is going away".to_owned()
 }
 
 pub(super) fn text(e: impl std::fmt::Display) -> String {

@@ -64,8 +64,12 @@ pub fn for_client(container: &Container, request: &CheckpointTaskRequest) -> Res
         home: Some(home),
         limit: container.config.dump_timeout,
     };
+    // With --exit CRIU kills it, as the client wants.
+    let asked_before = container.inner.lock().asked_to_end;
+    container.inner.lock().asked_to_end |= options.exit;
     let done = container.cut_parts()?.cut(&args, || Ok(()));
     if let Err(e) = done {
+        container.inner.lock().asked_to_end = asked_before;
         keep_log(
             &work.join("dump.log"),
             &container.bundle.join("criu-dump.log"),

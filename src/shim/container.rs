@@ -82,8 +82,14 @@ pub(super) struct Inner {
     pub init_gone: bool,
     /// How init has ended; told to the client when the last exec has been.
     pub init_exit: Option<Exit>,
-    /// A rollback is under way.
+    /// A rollback or a recovery is under way.
     pub going_back: Option<GoingBack>,
+    /// A recovery has brought it back, and it has ended once more before that was over.
+    pub fell_again: Option<Exit>,
+    /// A client has asked for its end.
+    pub asked_to_end: bool,
+    /// What a client has last signalled init.
+    pub last_signal: Option<i32>,
     /// The init that the client was told of, if a rollback has ended it: unreaped, so that the
     /// kernel gives its pid to nobody else.
     pub told_zombie: Option<i32>,
@@ -96,6 +102,8 @@ pub(super) enum GoingBack {
     Begun,
     /// They are gone, or as good as that.
     Replacing,
+    /// They have died, and others are to take their place.
+    Recovering,
 }
 
 /// See the module.
@@ -162,6 +170,9 @@ impl Inner {
             init_gone: false,
             init_exit: None,
             going_back: None,
+            fell_again: None,
+            asked_to_end: false,
+            last_signal: None,
             told_zombie: None,
         }
     }
@@ -369,8 +380,9 @@ impl Container {
         self.tell_init_exit(inner);
     }
 
-    /// init has ended.
-    pub(super) fn init_exited(&self, exit: Exit) {
+    /// init has ended, and nothing takes its place.
+    pub(super) fn init_ended(&self, exit: Exit) {
+        self.note_end(exit);
         // Before the doors open: whoever waits there must not go on.
         self.inner.lock().init_gone = true;
         self.doors.give_up();

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     control::api::{
         CheckpointRequest, CheckpointResponse, Control, ListRequest, ListResponse, RollbackRequest,
-        RollbackResponse, Sandbox,
+        RollbackResponse, Sandbox, TurnRequest, TurnResponse,
     },
     coordinator::turns::{Asked, Proof},
     sandbox::TurnNo,
@@ -35,6 +35,14 @@ impl ControlService {
                 Proof::Failed(why) => why,
                 Proof::Done | Proof::NotAsked => String::new(),
             },
+            ..Default::default()
+        })
+    }
+
+    fn do_turn(&self, request: &TurnRequest) -> Result<TurnResponse> {
+        let line = self.0.container(&request.id)?.end_turn()?;
+        Ok(TurnResponse {
+            line: json(&line)?,
             ..Default::default()
         })
     }
@@ -71,6 +79,10 @@ impl Control for ControlService {
         self.do_checkpoint(&request).map_err(refusal)
     }
 
+    fn turn(&self, _: &TtrpcContext, request: TurnRequest) -> ttrpc::Result<TurnResponse> {
+        self.do_turn(&request).map_err(refusal)
+    }
+
     fn rollback(
         &self,
         _: &TtrpcContext,
@@ -90,6 +102,8 @@ impl Control for ControlService {
                 is_protected: why_not.is_none(),
                 why_not: why_not.unwrap_or_default(),
                 execs: c.doors.inside(),
+                exposed: c.exposed_work().unwrap_or_default(),
+                doing: c.doors.machine().work.to_string(),
                 ..Default::default()
             }
         };

@@ -27,7 +27,7 @@ use super::{
     undo::Undo,
 };
 use crate::{
-    config::Config,
+    config::{Config, Recover},
     control::ControlSocket,
     coordinator::doors::Doors,
     rootfs::{self, Overlay, PutBackError, Replaced},
@@ -205,7 +205,18 @@ fn source_of(
     let store = Store::open(&config.store)
         .context(sandbox)?
         .sandbox(sandbox);
-    let Some(turn) = store.armed().context(sandbox)? else {
+    let armed = match store.armed().context(sandbox)? {
+        None if config.recover == Recover::Last && store.was_alive() => {
+            let last = store.head_with_processes().context(sandbox)?;
+            let turn = last.map(|checkpoint| checkpoint.turn());
+            if let Some(turn) = turn {
+                log::warn!("{sandbox}: it had not ended as it should: back to turn {turn}");
+            }
+            turn
+        }
+        armed => armed,
+    };
+    let Some(turn) = armed else {
         return Ok(None);
     };
     let checkpoint = store

@@ -1,7 +1,9 @@
 //! Signals, and that death waits for nothing (D7b).
 
+use parking_lot::MutexGuard;
+
 use super::{
-    container::{Container, GoingBack},
+    container::{Container, GoingBack, Inner},
     error::{Kind, Result, ShimError},
     process::Step,
     reaper::Exit,
@@ -19,6 +21,9 @@ impl Container {
             .ok_or_else(|| {
                 ShimError::new(Kind::InvalidArgument, format!("{signal} is no signal"))
             })?;
+        if exec_id.is_empty() {
+            self.inner.lock().note_signal(signal);
+        }
         if exec_id.is_empty() && (self.kill_before_restore(signal) || self.kill_going_back(signal))
         {
             return Ok(());
@@ -85,10 +90,13 @@ impl Container {
 
     /// The restore is over: a signal that came meanwhile reaches what it has made.
     pub(super) fn kill_restored(&self) {
-        let mut inner = self.inner.lock();
+        self.kill_restored_with(self.inner.lock());
+    }
+
+    pub(super) fn kill_restored_with(&self, mut inner: MutexGuard<'_, Inner>) {
         inner.going_back = None;
         // Death may have been on its way to those who are gone.
-        let deadly = Some(libc::SIGKILL).filter(|_| self.doors.is_dying() && !inner.init_gone);
+        let deadly = Some(libc::SIGKILL).filter(|_| self.doors.is_doomed() && !inner.init_gone);
         let Some(signal) = deadly.or(inner.kill_at_start.take()) else {
             return;
         };

@@ -27,6 +27,7 @@ pub mod process;
 pub mod proto;
 mod prove;
 pub mod reaper;
+mod recover;
 pub mod restore;
 pub mod rollback;
 pub mod run_dir;

@@ -7,8 +7,9 @@
 //! A process may be gone before its starter knows its pid. A [`Watch`], taken before the start,
 //! keeps the exits that nobody has claimed.
 //!
-//! One child is left to be a zombie if asked ([`Reaper::keep`]): an init that was rolled back, whose
-//! pid the clients go on using. The kernel gives that pid to nobody else meanwhile.
+//! One child is left to be a zombie if asked ([`Reaper::keep`], [`Watch::claim_lingering`]): an init that was
+//! rolled back or may come back after its death, whose pid the clients go on using. The kernel gives
+//! that pid to nobody else meanwhile.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -26,7 +27,7 @@ use nix::{
     errno::Errno,
     sys::{
         signal::{Signal, kill, killpg},
-        wait::{WaitPidFlag, WaitStatus, waitpid},
+        wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid},
     },
     unistd::Pid,
 };
@@ -57,6 +58,8 @@ struct State {
     next_watch: u64,
     /// Children that stay zombies.
     kept: HashSet<i32>,
+    /// Those that will, once they have ended.
+    lingering: HashSet<i32>,
 }
 
 /// The one who reaps. Cheap to share.
@@ -90,7 +93,11 @@ impl Reaper {
                 drop(state);
                 return self.reap_all_but_kept();
             }
-            match collect(-1) {
+            let collected = match state.lingering.is_empty() {
+                true => collect(-1),
+                false => collect_but(&state.lingering),
+            };
+            match collected {
                 Collected::Ended(exit, ended) => deliver(state, exit, ended),
                 Collected::Again => {}
                 Collected::Nothing => return,
@@ -111,7 +118,11 @@ impl Reaper {
                 if state.kept.contains(&pid) {
                     break;
                 }
-                match collect(pid) {
+                let collected = match state.lingering.contains(&pid) {
+                    true => peek(Id::Pid(Pid::from_raw(pid))),
+                    false => collect(pid),
+                };
+                match collected {
                     Collected::Ended(exit, ended) => {
                         deliver(state, exit, ended);
                         break;
@@ -128,6 +139,7 @@ impl Reaper {
     /// wanted it.
     pub fn keep(&self, pid: i32) -> bool {
         let mut state = self.state.lock();
+        state.lingering.remove(&pid);
         // An exit is collected and delivered under the lock: while somebody waits for it, it has
         // not been collected.
         let mine = state.handlers.remove(&pid).is_some();
@@ -137,14 +149,20 @@ impl Reaper {
         mine
     }
 
+    /// Whether a child is a zombie that stays one.
+    pub fn keeps(&self, pid: i32) -> bool {
+        self.state.lock().kept.contains(&pid)
+    }
+
     /// Reaps as ever, but tells nobody. False as in [`Reaper::keep`].
     pub fn disclaim(&self, pid: i32) -> bool {
         self.state.lock().handlers.remove(&pid).is_some()
     }
 
-    /// The end of [`Reaper::keep`].
+    /// The end of [`Reaper::keep`] and [`Watch::claim_lingering`].
     pub fn release(&self, pid: i32) {
         let mut state = self.state.lock();
+        state.lingering.remove(&pid);
         if state.kept.remove(&pid)
             && let Collected::Ended(exit, ended) = collect(pid)
         {
@@ -207,7 +225,25 @@ enum Collected {
 
 /// Collects the exit of one child, or of any (-1). Never waits.
 fn collect(pid: i32) -> Collected {
-    let (pid, ended) = match waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)) {
+    collected(waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)))
+}
+
+/// The exit of a child that stays a zombie. Never waits.
+fn peek(whose: Id<'_>) -> Collected {
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    collected(waitid(whose, flags))
+}
+
+/// Collects the exit of any child; one of `lingering` stays a zombie.
+fn collect_but(lingering: &HashSet<i32>) -> Collected {
+    match peek(Id::All) {
+        Collected::Ended(exit, _) if !lingering.contains(&exit.pid) => collect(exit.pid),
+        peeked => peeked,
+    }
+}
+
+fn collected(status: nix::Result<WaitStatus>) -> Collected {
+    let (pid, ended) = match status {
         Ok(WaitStatus::Exited(pid, code)) => (pid, Ended::Exited(code)),
         Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, Ended::Signaled(signal as i32)),
         Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Collected::Nothing,
@@ -268,8 +304,11 @@ pub fn lists_children() -> bool {
     fs::metadata("/proc/thread-self/children").is_ok()
 }
 
-/// Gives an exit to whoever wants it, without the lock.
+/// Gives an exit to whoever wants it, without the lock. A child that lingers is a zombie from now on.
 fn deliver(mut state: MutexGuard<'_, State>, exit: Exit, ended: Ended) {
+    if state.lingering.remove(&exit.pid) {
+        state.kept.insert(exit.pid);
+    }
     match state.handlers.remove(&exit.pid) {
         Some(handler) => {
             drop(state);
@@ -343,6 +382,16 @@ pub struct Watch {
 impl Watch {
     /// Calls `handler` once with the exit of `pid`: now if it is gone already, else when it goes.
     pub fn claim(self, pid: i32, handler: impl FnOnce(Exit) + Send + 'static) {
+        self.claim_as(pid, false, handler);
+    }
+
+    /// The same; unless it is gone already, it stays a zombie once it has ended, until
+    /// [`Reaper::release`]. Its exit is told all the same.
+    pub fn claim_lingering(self, pid: i32, handler: impl FnOnce(Exit) + Send + 'static) {
+        self.claim_as(pid, true, handler);
+    }
+
+    fn claim_as(self, pid: i32, lingers: bool, handler: impl FnOnce(Exit) + Send + 'static) {
         let mut state = self.reaper.state.lock();
         let gone = state
             .watches
@@ -354,6 +403,9 @@ impl Watch {
                 handler(exit);
             }
             None => {
+                if lingers {
+                    state.lingering.insert(pid);
+                }
                 state
                     .handlers
                     .insert(pid, Box::new(move |exit, _| handler(exit)));

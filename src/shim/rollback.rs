@@ -39,9 +39,9 @@ use crate::{
 };
 
 /// How long execs that are being started may take.
-const LATCH_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const LATCH_LIMIT: Duration = Duration::from_secs(30);
 /// How long killed processes may take to be gone.
-const DEATH_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const DEATH_LIMIT: Duration = Duration::from_secs(30);
 /// Between two looks at processes that are about to be gone.
 const PAUSE: Duration = Duration::from_millis(1);
 /// What the client is told of an init that could not be brought back.
@@ -112,15 +112,26 @@ fn go_back(
     stopping.kill(container).map_err(ended)?;
     drop(place);
     steps.done(Step::Kill);
-    container.still_wanted().map_err(ended)?;
+    replace(container, turn, laid, scratch, &mut steps).map_err(ended)?;
+    Ok(steps)
+}
+
+/// Puts the files and the processes of a checkpoint into the place of those of dead processes.
+pub(super) fn replace(
+    container: &Arc<Container>,
+    turn: TurnNo,
+    laid: &Arc<Laid>,
+    scratch: &Path,
+    steps: &mut Steps,
+) -> Result<()> {
+    container.still_wanted()?;
     container
         .runtime
         .forget(container.sandbox.id())
-        .context("make the runtime forget the old processes")
-        .map_err(ended)?;
-    put_back(container, laid).map_err(ended)?;
+        .context("make the runtime forget the old processes")?;
+    put_back(container, laid)?;
     steps.done(Step::Files);
-    container.still_wanted().map_err(ended)?;
+    container.still_wanted()?;
     let source = Source::Armed {
         turn,
         kind: store::Kind::Full,
@@ -128,7 +139,7 @@ fn go_back(
         scratch: scratch.to_owned(),
     };
     let limits = container.limits.lock().clone();
-    restore::restore(container, &source).map_err(ended)?;
+    restore::restore(container, &source)?;
     // The client sees the same container, with the limits that it has set since. If that fails, its
     // processes go on, with less or more than the client wanted.
     if let Some(limits) = limits
@@ -137,7 +148,7 @@ fn go_back(
         log::error!("{}: {e}", container.sandbox);
     }
     steps.done(Step::Restore);
-    Ok(steps)
+    Ok(())
 }
 
 impl Container {
@@ -148,10 +159,10 @@ impl Container {
     }
 
     /// An error if the container has ended, or is to be.
-    fn still_wanted(&self) -> Result<()> {
+    pub(super) fn still_wanted(&self) -> Result<()> {
         let inner = self.inner.lock();
         let why = match inner.phase {
-            Phase::Running | Phase::Paused if self.doors.is_dying() => "it is being killed",
+            Phase::Running | Phase::Paused if self.doors.is_doomed() => "it is being killed",
             Phase::Running | Phase::Paused if inner.init_gone => "its init has ended",
             Phase::Running | Phase::Paused => return Ok(()),
             _ => "it has ended",
@@ -180,7 +191,7 @@ impl Container {
     }
 
     /// Waits until the end of every exec has been told.
-    fn wait_for_execs(&self, limit: Duration) -> Result<()> {
+    pub(super) fn wait_for_execs(&self, limit: Duration) -> Result<()> {
         let end = Instant::now() + limit;
         let mut inner = self.inner.lock();
         while inner.running_execs > 0 {
@@ -249,11 +260,6 @@ impl Stopping {
             }
         }
         self.held.let_die().context("thaw what was killed")?;
-        let end = Instant::now() + DEATH_LIMIT;
-        let late = || {
-            let text = format!("killed processes are not gone after {DEATH_LIMIT:?}");
-            ShimError::new(Kind::Failed, text)
-        };
         // With it end all of its pid namespace; the kernel has it wait for them.
         if !self
             .init
@@ -262,17 +268,28 @@ impl Stopping {
         {
             return Err(late());
         }
-        loop {
-            match self.place.cgroup.procs() {
-                Ok(pids) if pids.is_empty() => break,
-                Err(e) if e.is_gone() => break,
-                Err(e) => return Err(e).context("list its processes"),
-                Ok(_) if Instant::now() > end => return Err(late()),
-                Ok(_) => thread::sleep(PAUSE),
-            }
-        }
-        container.wait_for_execs(DEATH_LIMIT)
+        wait_for_the_dead(container, &self.place)
     }
+}
+
+fn late() -> ShimError {
+    let text = format!("killed processes are not gone after {DEATH_LIMIT:?}");
+    ShimError::new(Kind::Failed, text)
+}
+
+/// Waits until none of the processes of a dead init is left, and the end of every exec was told.
+pub(super) fn wait_for_the_dead(container: &Container, place: &Place) -> Result<()> {
+    let end = Instant::now() + DEATH_LIMIT;
+    loop {
+        match place.cgroup.procs() {
+            Ok(pids) if pids.is_empty() => break,
+            Err(e) if e.is_gone() => break,
+            Err(e) => return Err(e).context("list its processes"),
+            Ok(_) if Instant::now() > end => return Err(late()),
+            Ok(_) => thread::sleep(PAUSE),
+        }
+    }
+    container.wait_for_execs(DEATH_LIMIT)
 }
 
 /// Puts the checkpoint's files into the place of what is mounted, and mounts them.
@@ -325,6 +342,18 @@ fn remove_later(container: &Container, replaced: Replaced) -> Result<()> {
 
 /// The processes are killed and could not be brought back: that is the end of the task.
 fn end(container: &Arc<Container>) {
+    end_with(
+        container,
+        Exit {
+            pid: container.init.pid(),
+            status: KILLED,
+            at: OffsetDateTime::now_utc(),
+        },
+    );
+}
+
+/// The same; `exit` is what is told, unless init's own end is known.
+pub(super) fn end_with(container: &Arc<Container>, exit: Exit) {
     container.doors.give_up();
     discard(container);
     if let Ok(place) = container.place() {
@@ -343,10 +372,6 @@ fn end(container: &Arc<Container>) {
     inner.going_back = None;
     inner.kill_at_start = None;
     inner.init_gone = true;
-    inner.init_exit.get_or_insert(Exit {
-        pid: container.init.pid(),
-        status: KILLED,
-        at: OffsetDateTime::now_utc(),
-    });
+    inner.init_exit.get_or_insert(exit);
     container.tell_init_exit(inner);
 }

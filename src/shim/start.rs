@@ -16,7 +16,7 @@ use super::{
     events::TaskEvent,
     io::{ConsoleSocket, IoContext, ProcessIo, StdioConfig},
     process::Process,
-    reaper::{Exit, Watch},
+    reaper::{Exit, Watch, lists_children},
     restore::{self, Source},
     state::{Phase, Request},
 };
@@ -54,9 +54,12 @@ pub fn open_io(container: &Container, process: &Process) -> Result<Arc<ProcessIo
         spawner: &spawner,
         orphan,
     };
-    ProcessIo::open(container.host.pump(), &process.stdio, &context)
-        .map(Arc::new)
-        .context(&container.sandbox)
+    let io = ProcessIo::open(container.host.pump(), &process.stdio, &context)
+        .context(&container.sandbox)?;
+    if process.exec_id.is_empty() && container.recovers() {
+        io.hold();
+    }
+    Ok(Arc::new(io))
 }
 
 /// The ends that the runtime gets, and the socket to wait at if it is a terminal.
@@ -177,12 +180,18 @@ pub fn adopt_init(container: &Arc<Container>, pid_file: &Path, watch: Watch) -> 
         Err(e) => return Err(e).context(&container.sandbox),
     }
     let this = Arc::clone(container);
-    watch.claim(pid, move |exit| {
+    let exited = move |exit| {
         handle_exit(move || {
             let pid = this.init.pid();
             this.init_exited(Exit { pid, ..exit });
         });
-    });
+    };
+    // One that may come back keeps the pid that the client was told.
+    let lingers = container.recovers() && pid == container.init.pid() && lists_children();
+    match lingers {
+        true => watch.claim_lingering(pid, exited),
+        false => watch.claim(pid, exited),
+    }
     Ok(())
 }
 

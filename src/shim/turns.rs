@@ -4,17 +4,21 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, Weak},
-    time::Instant,
+    time::{Duration, Instant},
 };
+
+use time::OffsetDateTime;
 
 use super::{
     artefacts,
     container::Container,
     error::{Context, Kind, Result, ShimError},
     hooks, prove,
+    reaper::Exit,
     restore::Source,
 };
 use crate::{
+    config::units,
     coordinator::{
         budget::HostBudget,
         cut,
@@ -24,6 +28,9 @@ use crate::{
     rootfs::Overlay,
     store::{Checkpoint, JournalLine, Retention, Store},
 };
+
+/// An exec that takes longer is worth a word.
+const LONG: Duration = Duration::from_secs(60);
 
 impl Subject for Container {
     fn parts(&self) -> std::result::Result<cut::Sandbox<'_>, String> {
@@ -108,6 +115,7 @@ impl Container {
             dump_limit: self.config.dump_timeout,
             skip_unchanged: self.config.skip_unchanged,
             consistent_cut: self.config.consistent_cut,
+            timer: self.config.timer,
             budget: HostBudget {
                 run: self.run_dir.run().to_owned(),
                 limits: self.config.engine.limits(),
@@ -116,6 +124,11 @@ impl Container {
         let this: Weak<Self> = Arc::downgrade(self);
         let started = Store::open(&self.config.store)
             .and_then(|store| store.writer(&self.sandbox))
+            .and_then(|store| {
+                // Also of an earlier life with another configuration.
+                store.set_alive(self.recovers())?;
+                Ok(store)
+            })
             .map_err(|e| e.to_string())
             .and_then(|store| {
                 Turns::start(this, store, Arc::clone(&self.doors), settings)
@@ -147,19 +160,64 @@ impl Container {
         }
     }
 
-    /// Takes a checkpoint now, as a turn of its own.
-    pub(super) fn checkpoint_now(&self, asked: Asked) -> Result<(JournalLine, Proof)> {
-        let turns = self.turns.get().ok_or_else(|| {
+    /// If it has ended as it should, its next start boots. Before anybody is told of its end: they may
+    /// start it again.
+    pub(super) fn note_end(&self, exit: Exit) {
+        if !self.recovers() || !self.inner.lock().is_clean(exit) {
+            return;
+        }
+        let store = Store::open(&self.config.store).map(|store| store.sandbox(&self.sandbox));
+        if let Err(e) = store.and_then(|store| store.set_alive(false)) {
+            log::error!("{}: its next start will restore it: {e}", self.sandbox);
+        }
+    }
+
+    fn turns(&self) -> Result<&Turns> {
+        let turns = self.turns.get();
+        turns.map(|turns| &**turns).ok_or_else(|| {
             let text = format!(
                 "{}: {}",
                 self.sandbox,
                 self.why_unprotected().unwrap_or_default()
             );
             ShimError::new(Kind::FailedPrecondition, text)
-        })?;
-        turns
+        })
+    }
+
+    /// Takes a checkpoint now, as a turn of its own.
+    pub(super) fn checkpoint_now(&self, asked: Asked) -> Result<(JournalLine, Proof)> {
+        self.turns()?
             .checkpoint(asked)
             .context(format_args!("{}: checkpoint", self.sandbox))
+    }
+
+    /// Ends the turn under way, as the end of its last exec would.
+    pub(super) fn end_turn(&self) -> Result<JournalLine> {
+        self.turns()?
+            .boundary_now()
+            .context(format_args!("{}: turn", self.sandbox))
+    }
+
+    /// What of a protected sandbox no checkpoint holds, and when it will: the work of an exec that takes
+    /// long.
+    pub(super) fn exposed_work(&self) -> Option<String> {
+        self.turns.get()?;
+        let (execs, begin) = self.doors.turn_under_way()?;
+        let lasts = (OffsetDateTime::now_utc() - begin).unsigned_abs();
+        (lasts >= LONG).then(|| {
+            let until = match self.config.timer {
+                Some(timer) => format!(
+                    "the timer keeps its files every {}",
+                    units::show_duration(timer)
+                ),
+                None => "nothing of it is kept before it ends (timer is off)".into(),
+            };
+            format!(
+                "exec {} has run for {} min: {until}",
+                execs.join(", "),
+                lasts.as_secs() / 60
+            )
+        })
     }
 
     /// Why no turns are taken; None if they are.

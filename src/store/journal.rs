@@ -62,6 +62,13 @@ pub struct JournalLine {
     pub note: Option<String>,
 }
 
+impl Trigger {
+    /// Whether the sandbox went back to a checkpoint, or was to.
+    pub fn is_way_back(&self) -> bool {
+        matches!(self, Self::Rollback | Self::Recovery)
+    }
+}
+
 impl JournalLine {
     /// A turn of which nothing is known yet but when it was.
     pub fn new(
@@ -104,6 +111,8 @@ pub enum Trigger {
     Timer,
     /// `crab rollback`.
     Rollback,
+    /// It had died, and went on from a checkpoint.
+    Recovery,
     /// Written by a newer crab.
     #[serde(untagged)]
     Other(String),

@@ -5,6 +5,7 @@
 //!     lock                   flock of the one writer; its pid
 //!     journal.jsonl          a line for each turn
 //!     armed                  the turn that the next start restores
+//!     alive                  it was started, and has not ended as it should
 //!     names/<NAME>           the turn of a named checkpoint
 //!     packs/<N>.pack         the checkpoint of turn N, and what no other pack had then
 //!     packs/<N>.kept         what others still need of checkpoints that are gone

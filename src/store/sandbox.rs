@@ -23,6 +23,8 @@ use super::{
 };
 use crate::sandbox::{SandboxId, TurnNo, check};
 
+/// A file that is there from a container's start until it ends as it should, if it recovers.
+const ALIVE: &str = "alive";
 /// Where version 1 kept its checkpoints.
 const FORMAT_1: &str = "turns";
 
@@ -128,6 +130,20 @@ impl SandboxStore {
     /// The turn that the next start restores; none if it boots.
     pub fn armed(&self) -> Result<Option<TurnNo>, StoreError> {
         arm::armed(&self.dir.join("armed"))
+    }
+
+    /// Whether its container was started, and has not ended as it should.
+    pub fn was_alive(&self) -> bool {
+        self.dir.join(ALIVE).exists()
+    }
+
+    /// Says whether it was started, or has ended as it should. Only its shim may.
+    pub fn set_alive(&self, alive: bool) -> Result<(), StoreError> {
+        let path = self.dir.join(ALIVE);
+        match alive {
+            true => files::replace(&path, b""),
+            false => arm::disarm(&path),
+        }
     }
 
     /// The journal of all turns.
@@ -279,7 +295,8 @@ impl SandboxWriter {
     /// Makes the container's next start boot it.
     pub fn disarm(&self) -> Result<(), StoreError> {
         let _index = self.lock.index.lock();
-        arm::disarm(&self.dir.join("armed"))
+        arm::disarm(&self.dir.join("armed"))?;
+        self.set_alive(false)
     }
 
     /// Names a checkpoint, which is then kept; a name that is in use moves to it.

@@ -44,6 +44,9 @@ pub(super) struct State {
     pub(super) outputs: [Option<FlowId>; 2],
     /// The process's ends, until somebody spawns it.
     pub(super) child: Option<[OwnedFd; 3]>,
+    /// Whether copies of them stay here.
+    holds: bool,
+    held: Vec<OwnedFd>,
     size: Option<WindowSize>,
     /// Deleted: only background processes are left.
     pub(super) finished: bool,
@@ -60,7 +63,22 @@ impl ProcessIo {
     /// The process's ends of stdin, stdout and stderr, close-on-exec, for whoever spawns it. They
     /// are given once per pipe, and not with a terminal.
     pub fn take_child_fds(&self) -> Option<[OwnedFd; 3]> {
-        self.state.lock().child.take()
+        let mut state = self.state.lock();
+        let child = state.child.take()?;
+        if state.holds {
+            let copies: io::Result<Vec<OwnedFd>> = child.iter().map(OwnedFd::try_clone).collect();
+            state.held = copies.unwrap_or_else(|e| {
+                log::warn!("streams end with their process: {e}");
+                Vec::new()
+            });
+        }
+        Some(child)
+    }
+
+    /// Keeps the process's ends open here as well: that all its processes are gone is no end of its
+    /// streams, until [`Self::leader_exited`]. Before they are taken; a terminal needs none of it.
+    pub fn hold(&self) {
+        self.state.lock().holds = true;
     }
 
     /// Bytes begin to move. Call it after the spawn, when the shim's copies of the process's ends
@@ -142,7 +160,8 @@ impl ProcessIo {
     /// The process itself has exited. What lies in the pipes is still delivered; a terminal that
     /// nobody has open ends.
     pub fn leader_exited(&self) {
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        state.held.clear();
         let mut core = self.pump.lock();
         Self::mark_exited(&state, &mut core);
         drop(core);
@@ -169,6 +188,7 @@ impl ProcessIo {
         let (stdin, outputs) = {
             let mut state = self.state.lock();
             state.child = None;
+            state.held.clear();
             if std::mem::replace(&mut state.finished, true) {
                 return;
             }

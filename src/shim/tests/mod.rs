@@ -46,12 +46,14 @@ mod group;
 mod kill;
 mod plan;
 mod random;
+mod recover;
 mod restore;
 mod rollback;
 mod runtime;
 mod sink;
 mod slow;
 mod states;
+mod triggers;
 mod turns;
 mod without_processes;
 
