@@ -204,6 +204,26 @@ fn a_checkpoint_may_not_refer_to_another() {
     assert!(files::all_names(&writer.packs_dir()).unwrap().is_empty());
 }
 
+#[test]
+fn a_checkpoint_without_new_images_leaves_no_trace_beside_its_pack() {
+    let bed = bed();
+    let writer = bed.writer();
+    let base = bed.checkpoint(&writer, 1);
+    let mut pending = writer.begin_without_images(TurnNo(2)).unwrap();
+    pending.prepare().unwrap();
+    pending.add_to_bundle("config.json", b"another".to_vec());
+    let tmp = writer.scratch_dir();
+    assert!(files::all_names(&tmp).unwrap().is_empty());
+    let parts = (Images::Same(&base), Files::Same(&base));
+    let (made, staging) = pending.commit(facts(), parts.0, parts.1).unwrap();
+    drop(staging);
+    assert_eq!(writer.verify(TurnNo(2)).unwrap(), []);
+    let laid = made.lay_out_all(&tmp).unwrap();
+    let config = fs::read(laid.bundle_dir().join("config.json")).unwrap();
+    assert_eq!(config, b"another");
+    assert!(laid.image_dir().join("core-1.img").exists());
+}
+
 /// Overlay's index has names for what has several.
 #[test]
 fn an_inode_with_a_name_outside_of_the_layer_is_kept_like_any_other() {
