@@ -30,7 +30,7 @@ use crate::{
     sandbox::TurnNo,
     store::{
         Action, Captured, Checkpoint, Facts, Files, Host, Images, JournalLine, Kind, LayerChanges,
-        Part, Pending, Staging, StdioPipe, Trigger,
+        Part, Pending, Staging, StdioPipe, StoreError, Trigger,
     },
 };
 
@@ -292,12 +292,13 @@ impl Worker {
 
     /// The checkpoint that what is known is about: changes can be held against it.
     fn base(&self, order: &Order) -> Result<Option<Checkpoint>, String> {
-        match (&self.inspection, order.parent) {
-            (Some(inspection), Some(parent)) if inspection.is_about(parent) => {
-                self.store.get(parent).map(Some).map_err(text)
-            }
-            _ => Ok(None),
-        }
+        let inspection = self.inspection.as_ref();
+        let base = inspection
+            .zip(order.parent)
+            .and_then(|(its, head)| its.base(head));
+        // Everything is captured then.
+        let unreadable = |e: &StoreError| log::warn!("{}: {e}", self.store.id());
+        Ok(base.and_then(|base| self.store.get(base).inspect_err(unreadable).ok()))
     }
 
     /// Files, beside the image of the newest checkpoint.
@@ -312,11 +313,14 @@ impl Worker {
         let (Some(parent), Some(inspection)) = (order.parent, &mut self.inspection) else {
             return Ok(Tried::Not(Look::everything("nothing to compare with")));
         };
-        let Some(dumped_in) = inspection.dumped_in() else {
+        let (Some(dumped_in), Some(base)) = (inspection.dumped_in(), inspection.base(parent))
+        else {
             return Ok(Tried::Not(Look::everything("no dump to compare with")));
         };
         let overlay = subject.overlay()?;
-        let before = self.store.get(parent).map_err(text)?;
+        let Ok(before) = self.store.get(base) else {
+            return Ok(Tried::Not(Look::everything("nothing to compare with")));
+        };
         let mut pending = self.store.begin(order.turn).map_err(text)?;
         pending.prepare().map_err(text)?;
         inspection.prepare();
