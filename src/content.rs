@@ -321,3 +321,12 @@ fn close<S: Sink>(sink: &mut S, list: &mut Vec<Digest>) -> Result<Digest, S::Err
     list.clear();
     Ok(digest)
 }
+
+/// A content in memory; what is in no piece is zeros.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Data {
+    /// In bytes.
+    pub size: u64,
+    /// Where each piece begins, and its bytes.
+    pub pieces: Vec<(u64, Vec<u8>)>,
+}

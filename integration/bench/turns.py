@@ -29,6 +29,7 @@ WANTED = {
     "tiny sandbox, boundary to durable": 120.0,
     "100 MB python, 1 % changed, written": 3 * MIB,
     "rollback of a tiny sandbox": 150.0,
+    "rollback of files alone": 20.0,
 }
 
 
@@ -185,14 +186,30 @@ def rollback(rounds: int) -> None:
     report("rollback of a tiny sandbox", statistics.median(times), "ms")
 
 
+def rollback_files(rounds: int) -> None:
+    """Ten files of 10 KB each, other bytes, between two turns with nothing but an idle init."""
+    write = "mkdir -p /d; for i in 0 1 2 3 4 5 6 7 8 9; do head -c 10000 /dev/urandom >/d/$i; done"
+    with Sandbox() as box:
+        box.checkpoint()
+        reports = []
+        for _ in range(rounds):
+            turn = box.turn(write)["turn"]
+            box.turn(write)
+            reports.append(json.loads(run("crab", "rollback", "--json", f"{box.name}@{turn}")))
+        if any("kill" in its["steps_us"] for its in reports):
+            raise SystemExit("processes were replaced")
+    print(f"  of the last: {reports[-1]}")
+    report("rollback of files alone", statistics.median(its["total_us"] for its in reports) / 1000, "ms")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", help="names of measures, with commas: few_files, append, tiny, python, rollback")
+    parser.add_argument("--only", help="names of measures, with commas: few_files, append, tiny, python, rollback, rollback_files")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     print(f"kernel {os.uname().release}; {os.cpu_count()} cpus; load {os.getloadavg()[0]:.1f}; medians of {args.rounds}", flush=True)
-    measures = {measure.__name__: measure for measure in (few_files, append, tiny, python, rollback)}
+    measures = {measure.__name__: measure for measure in (few_files, append, tiny, python, rollback, rollback_files)}
     for name in args.only.split(",") if args.only else measures:
         measures[name](args.rounds)
     if args.json:

@@ -111,7 +111,7 @@ def test_turns_go_on_from_there_and_a_crash_does_too(kind, tmp_path):
         assert back == second + 1
         line = sandbox.turns()[-1]
         assert (line["trigger"], line["action"]) == ("rollback", "skip")
-        assert line["note"] == f"rolled back from turn {second} to turn {first}"
+        assert line["note"].startswith(f"rolled back from turn {second} to turn {first}, and its processes, too: "), line
         assert (sandbox.shown["turn"], sandbox.shown["checkpoint"]) == (back, first)
         # The rollback's own number is a state as well, and its checkpoint is that of the turn gone back to.
         assert json.loads(rollback(sandbox, back).out)["to"] == first

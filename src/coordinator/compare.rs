@@ -68,6 +68,8 @@ pub(super) struct Basis<'k> {
     layer: &'k Layer,
     dump: &'k Dump,
     processes: &'k Processes,
+    /// The sandbox goes on from another checkpoint than the one that the layer is held against.
+    elsewhere: bool,
 }
 
 /// What there is to compare with, or why everything counts as changed.
@@ -80,7 +82,7 @@ pub(super) fn basis<'k>(
         return Err(dirty.doubts.join("; "));
     }
     let known = known.ok_or("no checkpoint to compare with")?;
-    if latest != Some(known.turn) {
+    if latest != Some(known.head()) {
         return Err("the last checkpoint is not in the store".into());
     }
     let dump = known.dump.as_ref();
@@ -90,6 +92,7 @@ pub(super) fn basis<'k>(
         layer: &known.layer,
         dump,
         processes: processes.ok_or("the processes of the last checkpoint are not known")?,
+        elsewhere: known.is_elsewhere(),
     })
 }
 
@@ -105,8 +108,13 @@ pub(super) fn compare(
         layer,
         dump,
         processes,
+        elsewhere,
     } = basis;
     let mut look = Look::default();
+    if elsewhere {
+        look.add(Effect::Files);
+        look.tell("its files were rolled back");
+    }
     let files = changed::files(
         layer,
         &dump.memory_files,

@@ -43,17 +43,32 @@ pub(super) struct Scene<'a> {
 
 /// What is known of a sandbox since its last durable checkpoint.
 pub(super) struct Inspection {
-    watch: Result<Watch, String>,
-    known: Option<Known>,
+    pub(super) watch: Result<Watch, String>,
+    pub(super) known: Option<Known>,
     consistent_cut: bool,
 }
 
 /// The state of the newest checkpoint.
 pub(super) struct Known {
     pub(super) turn: TurnNo,
+    /// The checkpoint to whose files the sandbox was taken back since, while its processes went on.
+    pub(super) back_to: Option<TurnNo>,
     pub(super) layer: Layer,
     /// None: it has no processes.
     pub(super) dump: Option<Dump>,
+}
+
+impl Known {
+    /// The checkpoint that the sandbox goes on from.
+    pub(super) fn head(&self) -> TurnNo {
+        self.back_to.unwrap_or(self.turn)
+    }
+
+    /// The layer is held against another checkpoint than the one that the sandbox goes on from: that nothing
+    /// differs from it does not mean that nothing has changed.
+    pub(super) fn is_elsewhere(&self) -> bool {
+        self.back_to.is_some()
+    }
 }
 
 /// The state of the dump that the newest checkpoint has its image from.
@@ -352,7 +367,12 @@ impl Inspection {
         match layer {
             Ok(mut layer) => {
                 layer.learn(&captured.contents);
-                self.known = Some(Known { turn, layer, dump });
+                self.known = Some(Known {
+                    turn,
+                    back_to: None,
+                    layer,
+                    dump,
+                });
             }
             Err(e) => log::warn!("the writable layer cannot be compared: {e}"),
         }
@@ -373,6 +393,7 @@ impl Inspection {
         match known.layer.apply(still.comparison) {
             Ok(()) => {
                 known.turn = turn;
+                known.back_to = None;
                 known.layer.learn(&captured.contents);
                 if let Some(dump) = &mut known.dump {
                     dump.settled = true;
@@ -384,9 +405,11 @@ impl Inspection {
         }
     }
 
-    /// Whether what is known is about the checkpoint of this turn.
-    pub(super) fn is_about(&self, turn: TurnNo) -> bool {
-        self.known.as_ref().is_some_and(|known| known.turn == turn)
+    /// The checkpoint that files are held against, if the sandbox goes on from that of `head`: the same one,
+    /// but after a rollback of files alone.
+    pub(super) fn base(&self, head: TurnNo) -> Option<TurnNo> {
+        let known = self.known.as_ref().filter(|known| known.head() == head);
+        known.map(|known| known.turn)
     }
 
     /// What the processes stand upon, as it was at their dump: in the files of `newest`, the newest

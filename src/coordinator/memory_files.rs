@@ -75,6 +75,15 @@ impl Mounts {
         places.map(|(_, place)| place.as_path()).collect()
     }
 
+    /// A place at this path, relative to the root, or below it, where something is mounted. The root is none.
+    pub(super) fn at_or_below(&self, path: &Path) -> Option<PathBuf> {
+        let places = parse_mountinfo(&self.text).filter_map(|mount| {
+            let place = mount.mountpoint.strip_prefix("/").ok()?;
+            (!place.as_os_str().is_empty()).then(|| place.to_owned())
+        });
+        places.into_iter().find(|place| place.starts_with(path))
+    }
+
     /// Whether anything of a device is mounted.
     pub(super) fn has(&self, dev: u64) -> bool {
         self.tmpfs.contains_key(&dev) || self.others.contains_key(&dev)

@@ -110,7 +110,9 @@ impl Worker {
             return Err(given_up("it is being killed".into()));
         }
         self.recoveries += 1;
-        let (checkpoint, laid) = self.whole(to).map_err(|e| given_up(e.to_string()))?;
+        let untouched = |e: Failure| given_up(e.to_string());
+        let checkpoint = self.restorable(to).map_err(untouched)?;
+        let laid = self.whole(&checkpoint).map_err(untouched)?;
         let turn = self.next_turn().map_err(text).map_err(given_up)?;
         let now = OffsetDateTime::now_utc();
         let mut line = JournalLine::new(turn, Trigger::Recovery, now, now);

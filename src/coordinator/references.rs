@@ -83,6 +83,14 @@ impl References {
         })
     }
 
+    /// What is at this path, or, if `below`, under it.
+    pub(super) fn at(&self, path: &Path, below: bool) -> Option<&Path> {
+        let from = (Bound::Included(path), Bound::Unbounded);
+        let (found, _) = self.paths.range::<Path, _>(from).next()?;
+        let touched = found == path || below && found.starts_with(path);
+        touched.then_some(found.as_path())
+    }
+
     fn touched_by(&self, path: &Path, change: &Change) -> Option<&Path> {
         if let Some((known, mode)) = self.paths.get_key_value(path)
             && !is_copied_up(change, *mode)

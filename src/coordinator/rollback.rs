@@ -13,7 +13,9 @@ use serde::{Serialize, Serializer, ser::SerializeMap};
 use time::OffsetDateTime;
 
 use super::{
+    freeze::Held,
     machine::Event,
+    rollback_files::{OnlyFiles, Went},
     turns::{Job, Subject, Turns, Worker},
 };
 use crate::{
@@ -22,6 +24,9 @@ use crate::{
         Checkpoint, Digest, Effect, JournalLine, Laid, StoreError, Sync as Durability, Trigger,
     },
 };
+
+/// So many characters of why processes were replaced are in the journal.
+const MAX_REASON: usize = 300;
 
 /// What one part of a rollback is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -127,11 +132,34 @@ impl Failure {
     fn untouched(e: impl std::fmt::Display) -> Self {
         Self::Untouched(e.to_string())
     }
+
+    fn into_text(self) -> String {
+        match self {
+            Self::Untouched(text) | Self::Ended(text) => text,
+        }
+    }
 }
 
-/// Whoever takes the sandbox itself back: to a checkpoint that was laid out, and so is whole, with a
-/// directory for what a restore needs for a while.
-pub type GoBack = Box<dyn FnOnce(Arc<Laid>, &Path) -> Result<Steps, Failure> + Send>;
+/// What the sandbox's processes and files are replaced with.
+pub struct Replacement<'a> {
+    /// A checkpoint that was laid out, and so is whole; or why there is none, though the sandbox cannot stay
+    /// what it is.
+    pub laid: Result<Arc<Laid>, String>,
+    /// For what a restore needs for a while.
+    pub scratch: &'a Path,
+    /// The sandbox stands still, and its files are half-way: none of its processes may run again.
+    pub half_way: Option<Held>,
+}
+
+/// Whoever takes the sandbox itself back.
+pub type GoBack = Box<dyn FnOnce(Replacement<'_>) -> Result<Steps, Failure> + Send>;
+
+/// How a sandbox may be taken back.
+enum Way {
+    Files(Box<OnlyFiles>),
+    /// And why not by files alone.
+    All(Box<Laid>, String),
+}
 
 /// A rollback that waits for the turns before it.
 pub(super) struct Order {
@@ -175,7 +203,8 @@ impl Worker {
         let begin = Instant::now();
         let started_at = OffsetDateTime::now_utc();
         let mut steps = Steps::begin();
-        let (checkpoint, laid) = self.whole(to)?;
+        let checkpoint = self.restorable(to)?;
+        let way = self.way(subject, &checkpoint)?;
         let turn = self.next_turn().map_err(Failure::untouched)?;
         let from = TurnNo(turn.0.saturating_sub(1));
         steps.done(Step::Verify);
@@ -188,7 +217,7 @@ impl Worker {
         let told = self.store.append(&line, Durability::Now);
         told.map_err(Failure::untouched)?;
         steps.done(Step::Journal);
-        let gone = go_back(Arc::new(laid), &self.store.scratch_dir());
+        let (gone, instead) = self.go(subject, &checkpoint, way, go_back);
         self.undo_what_ended();
         match &gone {
             Ok(shims) => {
@@ -196,7 +225,18 @@ impl Worker {
                 steps.last = shims.last;
                 line.freeze_us = micros(steps.of(&[Step::Kill, Step::Files, Step::Restore]));
                 line.durable_us = Some(micros(begin.elapsed()));
-                self.goes_on_from(subject, to, format!("it was rolled back to turn {to}"));
+                match instead {
+                    None => {
+                        self.head = Some(to);
+                        line.effects = vec![Effect::Files];
+                    }
+                    Some(why) => {
+                        self.goes_on_from(subject, to, format!("it was rolled back to turn {to}"));
+                        let note = line.note.get_or_insert_default();
+                        let why: String = why.chars().take(MAX_REASON).collect();
+                        *note += &format!(", and its processes, too: {why}");
+                    }
+                }
             }
             Err(Failure::Ended(e)) => {
                 line.checkpoint = None;
@@ -233,6 +273,49 @@ impl Worker {
         })
     }
 
+    /// Files alone, if that may do; else all of the checkpoint must be there before anything is touched.
+    fn way(&mut self, subject: &dyn Subject, checkpoint: &Checkpoint) -> Result<Way, Failure> {
+        match self.only_files(subject, checkpoint) {
+            Ok(files) => Ok(Way::Files(Box::new(files))),
+            Err(why) => Ok(Way::All(Box::new(self.whole(checkpoint)?), why)),
+        }
+    }
+
+    /// Takes the sandbox back. Also tells why not by files alone, if it was not.
+    fn go(
+        &mut self,
+        subject: &dyn Subject,
+        checkpoint: &Checkpoint,
+        way: Way,
+        go_back: GoBack,
+    ) -> (Result<Steps, Failure>, Option<String>) {
+        let scratch = self.store.scratch_dir();
+        let replace = |laid: Result<Laid, String>, half_way| {
+            go_back(Replacement {
+                laid: laid.map(Arc::new),
+                scratch: &scratch,
+                half_way,
+            })
+        };
+        let files = match way {
+            Way::All(laid, why) => return (replace(Ok(*laid), None), Some(why)),
+            Way::Files(files) => files,
+        };
+        match self.back_by_files(subject, *files) {
+            Went::Back(steps) => (Ok(steps), None),
+            Went::Not(why) => {
+                let laid = self.whole(checkpoint);
+                (laid.and_then(|laid| replace(Ok(laid), None)), Some(why))
+            }
+            Went::HalfWay(why, held, _latched) => {
+                log::warn!("{}: files alone: {why}", self.store.id());
+                let laid = self.whole(checkpoint);
+                let laid = laid.map_err(|e| format!("{why}; {}", e.into_text()));
+                (replace(laid, Some(held)), Some(why))
+            }
+        }
+    }
+
     /// Turns that ended while nobody knew of the way back are none any more.
     pub(super) fn undo_what_ended(&mut self) {
         self.void_before = Some(Instant::now());
@@ -247,17 +330,23 @@ impl Worker {
         }
     }
 
-    /// A checkpoint that brings back all of a sandbox, laid out: so it was checked to its last byte.
-    pub(super) fn whole(&self, turn: TurnNo) -> Result<(Checkpoint, Laid), Failure> {
+    /// A checkpoint that has processes.
+    pub(super) fn restorable(&self, turn: TurnNo) -> Result<Checkpoint, Failure> {
         let checkpoint = self.store.get(turn).map_err(Failure::untouched)?;
-        if !checkpoint.has_processes() {
-            return Err(Failure::Untouched(format!(
+        match checkpoint.has_processes() {
+            true => Ok(checkpoint),
+            false => Err(Failure::Untouched(format!(
                 "the checkpoint of turn {turn} is {notes}; no rollback brings back what is not there. \
                  To boot on its files, stop the sandbox, and then: crab restore {id}@{turn} --start",
                 notes = checkpoint.manifest.facts.notes.join("; "),
                 id = self.store.id().id(),
-            )));
+            ))),
         }
+    }
+
+    /// All of it, laid out: so it was checked to its last byte.
+    pub(super) fn whole(&self, checkpoint: &Checkpoint) -> Result<Laid, Failure> {
+        let turn = checkpoint.turn();
         let broken = |e: StoreError| {
             Failure::Untouched(format!("the checkpoint of turn {turn} is broken ({e})"))
         };
@@ -267,7 +356,7 @@ impl Worker {
             )));
         }
         let laid = checkpoint.lay_out(&self.store.scratch_dir());
-        Ok((checkpoint, laid.map_err(broken)?))
+        laid.map_err(broken)
     }
 }
 

@@ -5,7 +5,7 @@
 //! dumped: the checkpoint has the image of an earlier one, which is what the processes still are (D7a). It
 //! is looked once more while nothing runs; if it is otherwise then, everything is taken.
 
-use std::{collections::BTreeMap, fs, path::Path, sync::Arc, time::Duration};
+use std::{borrow::Cow, collections::BTreeMap, fs, path::Path, sync::Arc, time::Duration};
 
 use time::OffsetDateTime;
 
@@ -30,7 +30,7 @@ use crate::{
     sandbox::TurnNo,
     store::{
         Action, Captured, Checkpoint, Facts, Files, Host, Images, JournalLine, Kind, LayerChanges,
-        Part, Pending, Staging, StdioPipe, Trigger,
+        Part, Pending, Staging, StdioPipe, StoreError, Trigger,
     },
 };
 
@@ -176,7 +176,7 @@ impl Worker {
             inspection.prepare();
             if order.large {
                 let scene = (subject, order.overlay()?, &*self.doors);
-                read_ahead(scene, inspection, &mut pending, base)?;
+                read_ahead(scene, inspection, &mut pending, base.as_deref())?;
             }
         }
         let held_before = subject.parts()?.freeze.held();
@@ -192,7 +192,7 @@ impl Worker {
             Err(e) => {
                 let rest = Rest {
                     pending,
-                    base,
+                    base: base.as_deref(),
                     why: e.why(),
                     held_before,
                 };
@@ -241,7 +241,7 @@ impl Worker {
                 distrust(inspection, pending);
             }
             let comparison = seen.as_ref().and_then(Found::changes);
-            let known = base.zip(comparison);
+            let known = base.as_deref().zip(comparison);
             let captured = capture(pending, &overlay.upperdir, known, doors)?;
             artefacts = subject.artefacts()?;
             subject.frozen_hook()?;
@@ -302,10 +302,16 @@ impl Worker {
     }
 
     /// The checkpoint that what is known is about: changes can be held against it.
-    pub(super) fn base<'o>(&self, order: &'o Order) -> Option<&'o Checkpoint> {
-        let inspection = self.inspection.as_ref()?;
+    pub(super) fn base<'o>(&self, order: &'o Order) -> Option<Cow<'o, Checkpoint>> {
         let parent = order.parent.as_ref()?;
-        inspection.is_about(parent.turn()).then_some(parent)
+        let base = self.inspection.as_ref()?.base(parent.turn())?;
+        if base == parent.turn() {
+            return Some(Cow::Borrowed(parent));
+        }
+        // Everything is captured then.
+        let unreadable = |e: &StoreError| log::warn!("{}: {e}", self.store.id());
+        let base = self.store.get(base).inspect_err(unreadable);
+        base.ok().map(Cow::Owned)
     }
 
     /// Files, beside the image of the newest checkpoint.
@@ -317,13 +323,18 @@ impl Worker {
         line: &mut JournalLine,
         spending: &mut Spending<'_>,
     ) -> Result<Tried, String> {
-        let (Some(before), Some(inspection)) = (&order.parent, &mut self.inspection) else {
+        let base = self.base(order);
+        let (Some(head), Some(before)) = (&order.parent, base.as_deref()) else {
             return Ok(Tried::Not(Look::everything("nothing to compare with")));
         };
-        let Some(dumped_in) = inspection.dumped_in() else {
+        let Some((inspection, dumped_in)) = self
+            .inspection
+            .as_mut()
+            .and_then(|its| its.dumped_in().map(|turn| (its, turn)))
+        else {
             return Ok(Tried::Not(Look::everything("no dump to compare with")));
         };
-        let (parent, overlay) = (before.turn(), order.overlay()?);
+        let (parent, overlay) = (head.turn(), order.overlay()?);
         let pending = self.store.begin_without_images(order.turn);
         let mut pending = pending.map_err(text)?;
         pending.prepare().map_err(text)?;

@@ -45,6 +45,8 @@ pub trait Subject: Send + Sync {
     fn parts(&self) -> Result<cut::Sandbox<'_>, String>;
     /// Why its processes can never be dumped; none if they can.
     fn never_dumped(&self) -> Option<String>;
+    /// Where its root file system is mounted.
+    fn root(&self) -> PathBuf;
     /// Its writable layer.
     fn overlay(&self) -> Result<Overlay, String>;
     /// What of its state lies in small files of the host, by the name under which a checkpoint keeps it:
@@ -65,6 +67,8 @@ pub trait Subject: Send + Sync {
     fn frozen_hook(&self) -> Result<(), String>;
     /// Whether there is such a program: it finds the sandbox frozen.
     fn has_frozen_hook(&self) -> bool;
+    /// What the host's owner runs when it is what it was at a checkpoint, before anything of it runs.
+    fn restored_hook(&self) -> Result<(), String>;
     /// Restores a checkpoint of it beside it, and throws that away (D9b).
     fn prove(&self, checkpoint: &Checkpoint) -> Result<(), String>;
 }
@@ -514,7 +518,7 @@ impl Worker {
     }
 
     /// The checkpoint that the sandbox goes on from, if it is still there.
-    fn parent(&mut self) -> Result<Option<Checkpoint>, StoreError> {
+    pub(super) fn parent(&mut self) -> Result<Option<Checkpoint>, StoreError> {
         let kept = self.store.turns()?;
         if self.head.is_none_or(|head| !kept.contains(&head)) {
             self.head = self.store.head()?.map(|checkpoint| checkpoint.turn());

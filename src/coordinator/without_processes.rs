@@ -84,7 +84,8 @@ impl Worker {
         if self.settings.gate == Gate::Async {
             line.exposed_us = micros(gate.open());
         }
-        let unchanged = base.is_some()
+        let continues = |base: &Checkpoint| Some(base.turn()) == order.parent();
+        let unchanged = base.is_some_and(continues)
             && files.equal_layer()
             && self.artefacts.as_ref() == Some(&files.artefacts);
         if unchanged {

@@ -5,6 +5,7 @@
 //! cached. A state is put back as a *new* upper directory while nothing is mounted (D13).
 
 pub mod layer;
+pub mod merged;
 mod mount;
 mod overlay;
 mod put_back;

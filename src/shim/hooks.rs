@@ -41,6 +41,14 @@ pub fn run_restored(container: &Container) -> Result<(), String> {
     done
 }
 
+/// Runs the hook of a restore, if there is one, of a sandbox that crab holds frozen.
+pub fn run_restored_while_held(container: &Container) -> Result<(), String> {
+    match restored_exists() {
+        true => run(container, RESTORED),
+        false => Ok(()),
+    }
+}
+
 fn run(container: &Container, hook: &str) -> Result<(), String> {
     let mut command = Command::new(hook);
     command.args([container.sandbox.namespace(), container.sandbox.id()]);

@@ -32,7 +32,10 @@ use super::{
     state::{Phase, Request},
 };
 use crate::{
-    coordinator::rollback::{Failure, RolledBack, Step, Steps},
+    coordinator::{
+        freeze::Held,
+        rollback::{Failure, Replacement, RolledBack, Step, Steps},
+    },
     rootfs::{self, Overlay, Replaced},
     sandbox::TurnNo,
     store::{self, Laid},
@@ -66,10 +69,7 @@ pub fn roll_back(container: &Arc<Container>, turn: TurnNo) -> Result<RolledBack>
         ShimError::new(Kind::FailedPrecondition, format!("{step}: {why}"))
     })?;
     let this = Arc::clone(container);
-    let done = turns.roll_back(
-        turn,
-        Box::new(move |laid, scratch| go_back(&this, turn, &laid, scratch)),
-    );
+    let done = turns.roll_back(turn, Box::new(move |with| go_back(&this, turn, with)));
     match &done {
         Err(Failure::Ended(_)) => end(container),
         _ => container.kill_restored(),
@@ -91,14 +91,37 @@ pub fn roll_back(container: &Arc<Container>, turn: TurnNo) -> Result<RolledBack>
 }
 
 /// The shim's part, between the checks and the line in the journal.
-fn go_back(
+pub(super) fn go_back(
     container: &Arc<Container>,
     turn: TurnNo,
-    laid: &Arc<Laid>,
-    scratch: &Path,
+    with: Replacement<'_>,
 ) -> std::result::Result<Steps, Failure> {
+    let is_half_way = with.half_way.is_some();
+    let gone = replace_running(container, turn, with);
+    match gone {
+        // Killed before it was let go.
+        Err(Failure::Untouched(why)) if is_half_way => Err(Failure::Ended(why)),
+        gone => gone,
+    }
+}
+
+/// Replaces processes and files of a sandbox that runs.
+fn replace_running(
+    container: &Arc<Container>,
+    turn: TurnNo,
+    with: Replacement<'_>,
+) -> std::result::Result<Steps, Failure> {
+    let Replacement {
+        laid,
+        scratch,
+        half_way,
+    } = with;
     let untouched = |e: ShimError| Failure::Untouched(e.message);
     let ended = |e: ShimError| Failure::Ended(e.message);
+    let mut half_way = HalfWay {
+        container,
+        held: half_way,
+    };
     let mut steps = Steps::begin();
     container.begin_going_back().map_err(untouched)?;
     let _latched = container.doors.latch(LATCH_LIMIT).ok_or_else(|| {
@@ -107,12 +130,13 @@ fn go_back(
     // Execs that are killed end no turn.
     let _void = container.doors.void_turn();
     let place = container.place().map_err(untouched)?;
-    let stopping = Stopping::prepare(container, &place).map_err(untouched)?;
+    let stopping = Stopping::prepare(container, &place, &mut half_way.held).map_err(untouched)?;
     steps.done(Step::Freeze);
     stopping.kill(container).map_err(ended)?;
     drop(place);
     steps.done(Step::Kill);
-    replace(container, turn, laid, scratch, &mut steps).map_err(ended)?;
+    let laid = laid.map_err(Failure::Ended)?;
+    replace(container, turn, &laid, scratch, &mut steps).map_err(ended)?;
     Ok(steps)
 }
 
@@ -204,10 +228,45 @@ impl Container {
     }
 }
 
+/// A sandbox that stands still, and whose files are half-way to what they are to be.
+struct HalfWay<'c> {
+    container: &'c Container,
+    held: Option<Held>,
+}
+
+impl Drop for HalfWay<'_> {
+    /// Unless it was taken over: nothing in it may run on.
+    fn drop(&mut self) {
+        let Some(held) = self.held.take() else {
+            return;
+        };
+        let container = self.container;
+        let mut pids = vec![container.init.live_pid()];
+        if let Ok(place) = container.place() {
+            pids.extend(place.cgroup.procs().unwrap_or_default());
+        }
+        for pid in pids {
+            match container
+                .host
+                .target(pid)
+                .and_then(|it| it.signal(libc::SIGKILL))
+            {
+                Err(e) if e.raw_os_error() != Some(libc::ESRCH) => {
+                    log::error!("{}: kill: {e}", container.sandbox);
+                }
+                _ => {}
+            }
+        }
+        if let Err(e) = held.let_die() {
+            log::error!("{}: {e}", container.sandbox);
+        }
+    }
+}
+
 /// A sandbox that stands still and is about to be killed.
 struct Stopping {
     place: Arc<Place>,
-    held: crate::coordinator::freeze::Held,
+    held: Held,
     init: Box<dyn Target>,
     others: Vec<Box<dyn Target>>,
 }
@@ -215,9 +274,17 @@ struct Stopping {
 impl Stopping {
     /// Freezes, takes over what was written until now, and puts new pipes behind the client's side.
     /// The last step decides: after an error the sandbox is as it was, and thawed.
-    fn prepare(container: &Container, place: &Arc<Place>) -> Result<Self> {
+    /// `half_way`: it is frozen already, and must not be thawed after an error. It is taken if there is none.
+    fn prepare(
+        container: &Container,
+        place: &Arc<Place>,
+        half_way: &mut Option<Held>,
+    ) -> Result<Self> {
         use crate::coordinator::cut::Scene;
-        let held = place.freeze.hold().context("freeze it")?;
+        let fresh = match half_way {
+            Some(_) => None,
+            None => Some(place.freeze.hold().context("freeze it")?),
+        };
         let init = container
             .host
             .target(container.init.live_pid())
@@ -241,9 +308,10 @@ impl Stopping {
         if let Some((pipes, io)) = pipes {
             io.switch_to(pipes);
         }
+        let held = fresh.or_else(|| half_way.take());
         Ok(Self {
             place: Arc::clone(place),
-            held,
+            held: held.ok_or_else(|| ShimError::new(Kind::Failed, "nobody holds it"))?,
             init,
             others,
         })

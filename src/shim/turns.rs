@@ -41,6 +41,10 @@ impl Subject for Container {
         self.spec.shared_with_others().map(str::to_owned)
     }
 
+    fn root(&self) -> PathBuf {
+        self.rootfs()
+    }
+
     fn overlay(&self) -> std::result::Result<Overlay, String> {
         self.host.overlay(&self.rootfs())
     }
@@ -85,6 +89,10 @@ impl Subject for Container {
 
     fn has_frozen_hook(&self) -> bool {
         hooks::frozen_exists()
+    }
+
+    fn restored_hook(&self) -> std::result::Result<(), String> {
+        hooks::run_restored_while_held(self)
     }
 
     fn prove(&self, checkpoint: &Checkpoint) -> std::result::Result<(), String> {

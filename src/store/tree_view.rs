@@ -8,10 +8,13 @@ use std::{
 };
 
 use super::{
-    Checkpoint, Digest, StoreError, directory,
-    entry::{DirRef, TreeEntry},
+    Checkpoint, Digest, StoreError,
+    content::{Cut, read_chunk},
+    directory,
+    entry::{Content, DirRef, TreeEntry},
     objects::Objects,
 };
+use crate::content::Data;
 
 /// The writable layer of one checkpoint.
 #[derive(Debug)]
@@ -39,6 +42,16 @@ impl Checkpoint {
             return Ok(None);
         };
         let mut objects = self.objects()?;
+        let root = directory::read_root(&mut objects, &upper.digest)?;
+        Ok(Some(Tree { objects, root }))
+    }
+
+    /// The same, of which each pack that is used is checked first, as a restore does it.
+    pub fn strict_tree(&self) -> Result<Option<Tree>, StoreError> {
+        let Some(upper) = &self.manifest.contents.upper else {
+            return Ok(None);
+        };
+        let mut objects = self.strict_objects()?;
         let root = directory::read_root(&mut objects, &upper.digest)?;
         Ok(Some(Tree { objects, root }))
     }
@@ -94,6 +107,36 @@ impl Tree {
             }
         }
         Ok(Some(entry))
+    }
+
+    /// One name of a directory.
+    pub fn child(&mut self, dir: &DirRef, name: &OsStr) -> Result<Option<TreeEntry>, StoreError> {
+        directory::find(&mut self.objects, dir, name.as_bytes())
+    }
+
+    /// The bytes of a file, checked against their digests. What is all zeros is in no piece.
+    pub fn data(&mut self, content: Content) -> Result<Data, StoreError> {
+        let cut = Cut::file(content);
+        let mut pieces = Vec::new();
+        cut.for_each(
+            &mut self.objects,
+            &mut |_| true,
+            &mut |objects, number, digest| {
+                let bytes = read_chunk(objects, &cut, number, digest)?;
+                pieces.push((number * u64::from(cut.chunk), bytes));
+                Ok(())
+            },
+        )?;
+        let data: usize = pieces.iter().map(|(_, bytes)| bytes.len()).sum();
+        match data as u64 == content.data {
+            true => Ok(Data {
+                size: content.size,
+                pieces,
+            }),
+            false => Err(self
+                .objects
+                .damaged("the lists of a file hold other chunks")),
+        }
     }
 
     /// The names directly in a directory, in byte order.

@@ -4,9 +4,15 @@ use containerd_shim::protos::api::UpdateTaskRequest;
 
 use super::{plan::Verb, *};
 use crate::{
-    coordinator::{rollback::RolledBack, turns::Asked},
+    coordinator::{
+        rollback::{Failure, Replacement, RolledBack},
+        turns::Asked,
+    },
     sandbox::TurnNo,
-    shim::{error::ShimError, rollback::roll_back},
+    shim::{
+        error::ShimError,
+        rollback::{go_back, roll_back},
+    },
     store::{Action, Trigger},
 };
 
@@ -112,6 +118,29 @@ fn the_client_sees_the_same_container_with_the_files_of_then() {
 }
 
 #[test]
+fn a_sandbox_whose_files_are_half_way_does_not_run_again() {
+    // What fails before it is killed, and after it.
+    for kill_first in [false, true] {
+        let bed = Bed::gone_on("");
+        let container = bed.container("c");
+        let told = bed.pids("c")[0];
+        if kill_first {
+            container.doors.give_up();
+        }
+        let held = container.place().unwrap().freeze.hold().unwrap();
+        let with = Replacement {
+            laid: Err("the checkpoint is broken".into()),
+            scratch: bed.dir.path(),
+            half_way: Some(held),
+        };
+        let failed = go_back(&container, TurnNo(1), with).unwrap_err();
+        assert!(matches!(failed, Failure::Ended(_)), "{failed:?}");
+        let calls = bed.calls_since("signal");
+        assert_eq!(calls[0], format!("signal {told} 9"), "{calls:?}");
+    }
+}
+
+#[test]
 fn turns_go_on_from_where_it_went_back_to() {
     let bed = Bed::gone_on("");
     bed.turn("a");
@@ -127,10 +156,9 @@ fn turns_go_on_from_where_it_went_back_to() {
         (&Trigger::Rollback, Action::Skip)
     );
     assert_eq!(back.checkpoint, lines[0].checkpoint);
-    assert_eq!(
-        back.note.as_deref(),
-        Some("rolled back from turn 2 to turn 1")
-    );
+    let note = back.note.as_deref().unwrap();
+    let said = "rolled back from turn 2 to turn 1, and its processes, too: ";
+    assert!(note.starts_with(said), "{note}");
     assert!(back.durable_us.is_some() && back.freeze_us > 0, "{back:?}");
     let next = bed.store().get(lines[3].turn).unwrap();
     assert_eq!(next.manifest.facts.parent, Some(TurnNo(1)));
