@@ -145,14 +145,14 @@ def test_a_sandbox_that_does_not_run(argv, shared):
 
 @verbs(OF_SHIM)
 def test_a_shim_of_another_build(argv, shared):
-    with FakeShim(shared.name, {"List": listed(shared.name), "Checkpoint": UNKNOWN, "Rollback": UNKNOWN}) as shim:
+    with FakeShim(shared.name, {"List": listed(shared.name), "Turn": UNKNOWN, "Checkpoint": UNKNOWN, "Rollback": UNKNOWN}) as shim:
         refused(argv, shared.name, shared.name, "another build of crab (0.0.9)", "start it again")
         assert shim.asked == [argv[0].capitalize(), "List"] * 2
 
 
 @verbs(OF_SHIM)
 def test_a_sandbox_that_goes_away_in_the_middle(argv, shared):
-    with FakeShim(shared.name, {"Checkpoint": CLOSE, "Rollback": CLOSE}):
+    with FakeShim(shared.name, {"Turn": CLOSE, "Checkpoint": CLOSE, "Rollback": CLOSE}):
         refused(argv, shared.name, f"default/{shared.name}", "went away", "crab log")
 
 

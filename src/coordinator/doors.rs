@@ -199,7 +199,7 @@ impl Doors {
     }
 
     /// Something has happened that moves the coordinator.
-    pub(super) fn on(&self, event: Event) {
+    pub(crate) fn on(&self, event: Event) {
         self.state.lock().on(event);
     }
 

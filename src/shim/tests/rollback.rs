@@ -5,6 +5,7 @@ use containerd_shim::protos::api::UpdateTaskRequest;
 use super::{plan::Verb, *};
 use crate::{
     coordinator::{
+        machine::Event,
         rollback::{Failure, Replacement, RolledBack},
         turns::Asked,
     },
@@ -127,6 +128,7 @@ fn a_sandbox_whose_files_are_half_way_does_not_run_again() {
         if kill_first {
             container.doors.give_up();
         }
+        container.doors.on(Event::GoBack);
         let held = container.place().unwrap().freeze.hold().unwrap();
         let with = Replacement {
             laid: Err("the checkpoint is broken".into()),
