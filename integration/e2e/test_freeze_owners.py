@@ -1,0 +1,95 @@
+"""A freeze has owners (D7b): what crab holds is no client's PAUSED, and what a client has paused stays so."""
+
+import json
+import shutil
+import threading
+
+from equality import HOOKS
+from harness import BUNDLES, crab, run, until
+from taskapi import Shim
+from test_armed_restore import Sandbox, both_clients
+
+RUNNING = 2
+"""Of the task API's states."""
+POLL = 0.005
+HOOK = """#!/bin/sh
+: >{dir}/frozen
+until [ -e {dir}/go ]; do sleep 0.01; done
+"""
+
+
+class Checkpoint:
+    """One that is taken meanwhile, and stops in its freeze until `go`."""
+
+    def __init__(self, sandbox, directory):
+        self.directory = directory
+        HOOKS.mkdir(parents=True, exist_ok=True)
+        hook = HOOKS / "frozen"
+        hook.write_text(HOOK.format(dir=directory))
+        hook.chmod(0o755)
+        self.thread = threading.Thread(target=self.take, args=(sandbox.name,))
+        self.done = None
+
+    def take(self, name):
+        self.done = crab("checkpoint", "--json", name, check=False)
+
+    def __enter__(self):
+        self.thread.start()
+        until(lambda: (self.directory / "frozen").exists() or self.done, "it stands still")
+        assert self.done is None, self.done
+        return self
+
+    def go(self):
+        (self.directory / "go").touch()
+        self.thread.join()
+        return json.loads(self.done.out)
+
+    def __exit__(self, *_):
+        self.go()
+        shutil.rmtree(HOOKS)
+
+
+@both_clients
+def test_a_freeze_by_crab_is_never_seen_as_paused(kind, tmp_path):
+    seen, over = set(), threading.Event()
+    with Sandbox(kind, tmp_path) as sandbox:
+        bundle = BUNDLES / ("default" if kind == "ctr" else "moby") / sandbox.container.id
+
+        def poll():
+            with Shim((bundle / "address").read_text()) as shim:
+                while not over.wait(POLL):
+                    seen.add(shim.call("State", {1: sandbox.container.id})[4])
+
+        poller = threading.Thread(target=poll)
+        poller.start()
+        try:
+            for _ in range(3):
+                crab("checkpoint", sandbox.name)
+            with Checkpoint(sandbox, tmp_path) as checkpoint:
+                freezer = sandbox.container.cgroup("freezer") / "freezer.state"
+                assert freezer.read_text() == "FROZEN\n"
+                if kind == "docker":
+                    assert sandbox.container.state["Status"] == "running"
+                else:
+                    assert sandbox.container.status[1] == "RUNNING"
+                assert checkpoint.go()["checkpoint"]
+        finally:
+            over.set()
+            poller.join()
+        assert seen == {RUNNING}
+
+
+@both_clients
+def test_a_pause_during_a_checkpoint_stays(kind, tmp_path):
+    with Sandbox(kind, tmp_path) as sandbox:
+        client, name = (["docker"], sandbox.container.name) if kind == "docker" else (["ctr", "task"], sandbox.container.id)
+        freezer = sandbox.container.cgroup("freezer") / "freezer.state"
+        with Checkpoint(sandbox, tmp_path) as checkpoint:
+            run(*client, "pause", name)
+            assert checkpoint.go()["checkpoint"]
+        assert freezer.read_text() == "FROZEN\n"
+        paused = sandbox.container.state["Status"] if kind == "docker" else sandbox.container.status[1]
+        assert paused.lower() == "paused"
+        run(*client, "unpause" if kind == "docker" else "resume", name)
+        assert freezer.read_text() == "THAWED\n"
+        assert sandbox.sh("echo alive") == "alive\n"
