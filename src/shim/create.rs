@@ -50,7 +50,7 @@ pub struct Remains {
     pub systemd_cgroup: bool,
     /// Where the shim mounts the root file system, if it does.
     pub mounted: Option<PathBuf>,
-    /// The directories of its cgroup, while the runtime may have forgotten it.
+    /// The directories of its cgroup, once it has one.
     #[serde(default)]
     pub cgroup: Vec<PathBuf>,
 }
@@ -69,7 +69,7 @@ impl Remains {
         fs::write(path, serde_json::to_vec(self)?)
     }
 
-    /// Adds the cgroup, before a rollback makes the runtime forget the container.
+    /// Adds the cgroup, as soon as there is one.
     pub fn add_cgroup(run_dir: &RunDir, cgroup: Vec<PathBuf>) -> std::io::Result<()> {
         let mut remains = Self::load(run_dir)
             .ok_or_else(|| std::io::Error::other("this shim's own notes are gone"))?;

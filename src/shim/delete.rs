@@ -139,13 +139,15 @@ pub(super) fn clear(host: &dyn Host, sandbox: &SandboxId, remains: Option<&Remai
     }
     let runtime = host.runtime(&config, sandbox.namespace(), run_dir.path());
     let states = config.root.join(sandbox.namespace());
-    // Known before the runtime has written down anything; in a rollback, the runtime has been made
-    // to forget the container.
+    // By its name where it died before it knew more. Both may be more than the runtime knows: in a
+    // rollback that was made to forget the container.
     let cgroup = || {
         let mut dirs = remains.map_or_else(Vec::new, |r| r.cgroup.clone());
         if let Some(path) = remains.and_then(|r| r.cgroups_path.as_deref()) {
             dirs.extend(host.cgroup_named(path, sandbox.id()));
         }
+        dirs.sort_unstable();
+        dirs.dedup();
         dirs
     };
     prove::remove(host, &*runtime, &states, sandbox, &run_dir);

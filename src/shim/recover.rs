@@ -9,7 +9,6 @@ use std::{path::Path, sync::Arc};
 
 use super::{
     container::{Container, GoingBack, Inner},
-    create::Remains,
     error::{Context, ShimError},
     reaper::Exit,
     rollback::{LATCH_LIMIT, end_with, replace, wait_for_the_dead},
@@ -187,8 +186,6 @@ fn bring_back(
     })?;
     let place = container.place().map_err(untouched)?;
     wait_for_the_dead(container, &place).map_err(untouched)?;
-    let noted = Remains::add_cgroup(&container.run_dir, place.cgroup.directories());
-    noted.context("note its cgroup").map_err(untouched)?;
     steps.done(Step::Kill);
     // What they have said is still delivered.
     container.drain();

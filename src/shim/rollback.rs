@@ -23,7 +23,6 @@ use time::OffsetDateTime;
 use super::{
     artefacts,
     container::{Container, GoingBack, Place},
-    create::Remains,
     error::{Context, Kind, Result, ShimError},
     host::Target,
     reaper::{self, Exit},
@@ -296,8 +295,6 @@ impl Stopping {
                 others.extend(container.host.target(pid).ok());
             }
         }
-        Remains::add_cgroup(&container.run_dir, place.cgroup.directories())
-            .context("note its cgroup")?;
         container.drain();
         let pipes = match container.init.io() {
             Some(io) => Some((io.make_pipes().context("make new pipes")?, io)),

@@ -12,6 +12,7 @@ use time::OffsetDateTime;
 use super::{
     artefacts,
     container::{Container, Place},
+    create::Remains,
     error::{Context, Kind, Result, ShimError},
     events::TaskEvent,
     io::{ConsoleSocket, IoContext, ProcessIo, StdioConfig},
@@ -155,6 +156,9 @@ pub fn adopt_init(container: &Arc<Container>, pid_file: &Path, watch: Watch) -> 
     container.init.has_pid(pid, target);
     match container.host.cgroup(pid) {
         Ok(cgroup) => {
+            // Whoever cleans up after this shim must find it, whatever the runtime then knows.
+            Remains::add_cgroup(&container.run_dir, cgroup.directories())
+                .context(format_args!("{}: note its cgroup", container.sandbox))?;
             let events = Arc::clone(&container.events);
             let id = container.sandbox.id().to_owned();
             let oom = cgroup.watch_oom(Box::new(move || {
