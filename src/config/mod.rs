@@ -83,6 +83,8 @@ pub struct Config {
     /// How long a sandbox may go on without a turn: then its state is looked at, and kept if it has
     /// changed. Default none (`""`); 1 s to 24 h.
     pub timer: Option<Duration>,
+    /// Whether the sandbox sees which turn it is at, and whether it was taken back. Default false.
+    pub view: bool,
     /// Execs that are no turns. Default none.
     pub not_turns: Vec<Pattern>,
     /// What becomes of established TCP connections at a restore.
@@ -201,6 +203,7 @@ impl Default for Config {
             skip_unchanged: true,
             consistent_cut: true,
             timer: None,
+            view: false,
             not_turns: Vec::new(),
             tcp: Tcp::Close,
             recover: Recover::Off,

@@ -109,6 +109,7 @@ const KEYS: &[(&str, Kind, Scope)] = &[
     ("skip_unchanged", Kind::Bool, Scope::Sandbox),
     ("consistent_cut", Kind::Bool, Scope::Sandbox),
     ("timer", Kind::Text, Scope::Sandbox),
+    ("view", Kind::Bool, Scope::Sandbox),
     ("not_turns", Kind::List, Scope::Sandbox),
     ("tcp", Kind::Text, Scope::Sandbox),
     ("recover", Kind::Text, Scope::Sandbox),
@@ -274,6 +275,7 @@ fn assign(config: &mut Config, key: &str, value: &Value) -> Result<(), String> {
         "timer" => {
             config.timer = optional(value, |v| duration(v, seconds(1)..=seconds(24 * 60 * 60)))?;
         }
+        "view" => config.view = boolean(value)?,
         "not_turns" => config.not_turns = patterns(value)?,
         "tcp" => config.tcp = one_of(value, &[("close", Tcp::Close), ("keep", Tcp::Keep)])?,
         "recover" => {

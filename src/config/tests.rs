@@ -93,6 +93,7 @@ fn every_key_is_read() {
         skip_unchanged = false
         consistent_cut = false
         timer = "24h"
+        view = true
         not_turns = ["/bin/health *", "true"]
         tcp = "keep"
         recover = "last"
@@ -129,6 +130,7 @@ fn every_key_is_read() {
         skip_unchanged: false,
         consistent_cut: false,
         timer: Some(Duration::from_secs(24 * 60 * 60)),
+        view: true,
         not_turns: vec![
             Pattern("/bin/health *".to_owned()),
             Pattern("true".to_owned()),

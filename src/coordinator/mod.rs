@@ -22,5 +22,6 @@ mod stand_still;
 mod stored_images;
 mod take;
 pub mod turns;
+pub mod view;
 mod wanted;
 mod without_processes;

@@ -125,6 +125,7 @@ impl Worker {
         // Before anything is touched, as for a rollback.
         let told = self.store.append(&line, Durability::Now);
         told.map_err(text).map_err(given_up)?;
+        let shown = self.show_way_back(subject, turn, to);
         let back = bring_back(to, Arc::new(laid), &self.store.scratch_dir());
         self.undo_what_ended();
         match &back {
@@ -137,6 +138,7 @@ impl Worker {
                 );
             }
             Err(e) => {
+                self.show_again(subject, shown);
                 line.checkpoint = None;
                 line.note = Some(format!("{death}: recovery from turn {to} failed: {e}"));
             }

@@ -217,6 +217,7 @@ impl Worker {
         let told = self.store.append(&line, Durability::Now);
         told.map_err(Failure::untouched)?;
         steps.done(Step::Journal);
+        let shown = self.show_way_back(subject, turn, to);
         let (gone, instead) = self.go(subject, &checkpoint, way, go_back);
         self.undo_what_ended();
         match &gone {
@@ -245,6 +246,7 @@ impl Worker {
                 ));
             }
             Err(Failure::Untouched(e)) => {
+                self.show_again(subject, shown);
                 line.checkpoint = None;
                 line.effects.clear();
                 line.note = Some(format!("rollback to turn {to} refused: {e}"));

@@ -28,6 +28,7 @@ use super::{
     machine::Event,
     recovery, rollback,
     take::{Order, Taken, WithoutProcesses},
+    view::View,
 };
 use crate::{
     config::Gate,
@@ -69,6 +70,8 @@ pub trait Subject: Send + Sync {
     fn has_frozen_hook(&self) -> bool;
     /// What the host's owner runs when it is what it was at a checkpoint, before anything of it runs.
     fn restored_hook(&self) -> Result<(), String>;
+    /// Shows it what there is to know of its turns.
+    fn show(&self, view: &View) -> Result<(), String>;
     /// Restores a checkpoint of it beside it, and throws that away (D9b).
     fn prove(&self, checkpoint: &Checkpoint) -> Result<(), String>;
 }
@@ -109,6 +112,10 @@ pub struct Settings {
     pub consistent_cut: bool,
     /// How long it may go on without a boundary.
     pub timer: Option<Duration>,
+    /// Whether the sandbox sees its turns.
+    pub view: bool,
+    /// The turn whose checkpoint it was started from.
+    pub started_from: Option<TurnNo>,
     /// What the host may spend on checkpoints.
     pub budget: HostBudget,
 }
@@ -180,6 +187,7 @@ impl Turns {
             head: None,
             void_before: None,
             recoveries: 0,
+            view: None,
             inspection: None,
             artefacts: None,
         };
@@ -265,6 +273,8 @@ pub(super) struct Worker {
     pub(super) void_before: Option<Instant>,
     /// How often it was brought back since the last turn.
     pub(super) recoveries: usize,
+    /// What the sandbox sees of its turns, if it does.
+    pub(super) view: Option<View>,
     /// What is known since the last checkpoint.
     pub(super) inspection: Option<Inspection>,
     /// What the last checkpoint has of the host's files.
@@ -363,6 +373,9 @@ impl Worker {
         if asked.is_none() && look.effects.is_empty() {
             self.doors.on(Event::Unchanged);
             line.note = look.note;
+            if line.trigger != Trigger::Timer {
+                self.show_turn(subject, turn);
+            }
             return self.nothing_new(gate, line);
         }
         line.effects = look.effects;
@@ -392,7 +405,11 @@ impl Worker {
             Ok(Taken::Nothing) => {}
             Err(e) => line.note = Some(format!("not protected: {e}")),
         }
-        if matches!(taken, Ok(Taken::Nothing)) && line.effects.is_empty() {
+        let is_nothing = matches!(taken, Ok(Taken::Nothing)) && line.effects.is_empty();
+        if !is_nothing || line.trigger != Trigger::Timer {
+            self.show_turn(subject, turn);
+        }
+        if is_nothing {
             line = self.nothing_new(gate, line)?;
         } else {
             // Before the gate opens: the journal never lacks a turn that the next one follows. It

@@ -25,6 +25,7 @@ use super::{
     start,
     state::Phase,
     undo::Undo,
+    view,
 };
 use crate::{
     config::{Config, Recover},
@@ -138,6 +139,10 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         ControlSocket::link(socket, run_dir.path()).context(&sandbox)?;
     }
     let source = source_of(request, &sandbox, &config)?;
+    let spec = match config.enabled && config.view {
+        true => view::give(&sandbox, &bundle, &spec, &config, source.as_ref(), &run_dir)?,
+        false => spec,
+    };
     let mounted = mount_rootfs(host, request, &sandbox, &spec, source.as_ref(), &mut undo)?;
     if spec.wants_private_network() {
         make_netns(host, &sandbox, &bundle, &run_dir)?;

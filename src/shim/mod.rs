@@ -39,3 +39,4 @@ pub mod state;
 mod tests;
 pub mod turns;
 mod undo;
+mod view;

@@ -59,6 +59,14 @@ impl Source {
         matches!(self, Self::Armed { kind, .. } if *kind == store::Kind::Files)
     }
 
+    /// The turn whose checkpoint it is; a client's images have none.
+    pub fn turn(&self) -> Option<TurnNo> {
+        match self {
+            Self::Client { .. } => None,
+            Self::Armed { turn, .. } => Some(*turn),
+        }
+    }
+
     /// Adds to an error what can be done about it.
     pub fn way_out(&self, mut error: ShimError) -> ShimError {
         if let Self::Armed { turn, .. } = self {

@@ -157,6 +157,12 @@ impl Spec {
         binds.map(|mount| mount.destination.clone()).collect()
     }
 
+    /// Whether the client mounts anything at or below a place in the container.
+    pub fn mounts_at_or_below(&self, place: &Path) -> bool {
+        let mut mounts = self.mounts.iter();
+        mounts.any(|mount| mount.destination.starts_with(place))
+    }
+
     /// Whether the container has a network of its own, or one that was made for it.
     pub fn has_network_namespace(&self) -> bool {
         self.namespace(LinuxNamespaceType::Network).is_some()
@@ -198,19 +204,47 @@ fn read(bundle: &Path) -> Result<(PathBuf, Vec<u8>), SpecError> {
 
 /// Gives the network namespace in a bundle's `config.json` a path.
 pub fn set_network_path(bundle: &Path, netns: &Path) -> Result<(), SpecError> {
+    edit(bundle, |config| {
+        let namespaces = config
+            .pointer_mut("/linux/namespaces")
+            .and_then(Value::as_array_mut)
+            .ok_or_else(|| io::Error::other("it has no namespaces"))?;
+        for namespace in namespaces {
+            if namespace["type"] == "network" {
+                namespace["path"] = Value::from(netns.to_string_lossy());
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Adds to a bundle's `config.json` that a directory of the host is mounted read-only, after all others.
+pub fn add_read_only(bundle: &Path, dir: &Path, destination: &Path) -> Result<(), SpecError> {
+    edit(bundle, |config| {
+        let mount = serde_json::json!({
+            "destination": destination, "type": "bind", "source": dir,
+            "options": ["bind", "ro", "nosuid", "nodev", "noexec"],
+        });
+        let config = config
+            .as_object_mut()
+            .ok_or_else(|| io::Error::other("it is no object"))?;
+        match config
+            .entry("mounts")
+            .or_insert_with(|| Value::Array(Vec::new()))
+        {
+            Value::Array(mounts) => mounts.push(mount),
+            _ => return Err(io::Error::other("its mounts are no list")),
+        }
+        Ok(())
+    })
+}
+
+fn edit(bundle: &Path, change: impl FnOnce(&mut Value) -> io::Result<()>) -> Result<(), SpecError> {
     let (path, bytes) = read(bundle)?;
     let edited = serde_json::from_slice::<Value>(&bytes)
         .map_err(io::Error::from)
         .and_then(|mut config| {
-            let namespaces = config
-                .pointer_mut("/linux/namespaces")
-                .and_then(Value::as_array_mut)
-                .ok_or_else(|| io::Error::other("it has no namespaces"))?;
-            for namespace in namespaces {
-                if namespace["type"] == "network" {
-                    namespace["path"] = Value::from(netns.to_string_lossy());
-                }
-            }
+            change(&mut config)?;
             serde_json::to_vec(&config).map_err(Into::into)
         })
         .and_then(|bytes| {
@@ -250,6 +284,20 @@ mod tests {
         assert_eq!(config["x"][0], 1);
         assert_eq!(config["linux"]["y"], 2);
         assert_eq!(config["linux"]["namespaces"][1]["path"], "/run/n");
+    }
+
+    #[test]
+    fn a_mount_is_added_after_all_others() {
+        let dir = bundle(r#"{"mounts":[{"destination":"/run","type":"tmpfs","source":"x"}]}"#);
+        let (path, at) = (dir.path(), Path::new("/run/crab"));
+        assert!(!Spec::load(path).unwrap().mounts_at_or_below(at));
+        add_read_only(path, Path::new("/host/view"), at).unwrap();
+        let spec = Spec::load(path).unwrap();
+        assert!(spec.mounts_at_or_below(at));
+        assert_eq!(spec.bind_mounts(), [at]);
+        assert_eq!(spec.mounts.len(), 2);
+        assert_eq!(spec.bound_from(at), Some(Path::new("/host/view")));
+        assert_eq!(spec.writable_bind(at), None);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::{
     hooks, prove,
     reaper::Exit,
     restore::Source,
+    view,
 };
 use crate::{
     config::units,
@@ -23,6 +24,7 @@ use crate::{
         budget::HostBudget,
         cut,
         turns::{Asked, Proof, Settings, Subject, Turns},
+        view::View,
     },
     inspector::{self, Watch},
     rootfs::Overlay,
@@ -95,6 +97,10 @@ impl Subject for Container {
         hooks::run_restored_while_held(self)
     }
 
+    fn show(&self, view: &View) -> std::result::Result<(), String> {
+        view::show(&self.run_dir, view).map_err(|e| e.to_string())
+    }
+
     fn prove(&self, checkpoint: &Checkpoint) -> std::result::Result<(), String> {
         prove::prove(self, checkpoint)
     }
@@ -123,6 +129,8 @@ impl Container {
             dump_limit: self.config.dump_timeout,
             skip_unchanged: self.config.skip_unchanged,
             consistent_cut: self.config.consistent_cut,
+            view: self.config.view,
+            started_from: self.source.as_ref().and_then(Source::turn),
             timer: self.config.timer,
             budget: HostBudget {
                 run: self.run_dir.run().to_owned(),

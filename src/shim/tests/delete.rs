@@ -105,9 +105,9 @@ fn assert_cleared(bed: &Bed, bundle: &std::path::Path) {
     assert_eq!(
         calls[calls.len() - 4..],
         [
-            r#"kill cgroup ["/test/c"]"#.into(),
+            r#"kill cgroup ["/sys/fs/cgroup/fake", "/test/c"]"#.into(),
             "delete --force c".into(),
-            r#"remove cgroup ["/test/c"]"#.into(),
+            r#"remove cgroup ["/sys/fs/cgroup/fake", "/test/c"]"#.into(),
             format!("unmount {}", bundle.join("rootfs").display()),
         ]
     );
@@ -137,9 +137,9 @@ fn a_dead_shims_sandbox_is_cleared_by_others_once_containerd_has_forgotten_it() 
         calls[before.len()..],
         [
             "end calls c",
-            r#"kill cgroup ["/test/c"]"#,
+            r#"kill cgroup ["/sys/fs/cgroup/fake", "/test/c"]"#,
             "delete --force c",
-            r#"remove cgroup ["/test/c"]"#
+            r#"remove cgroup ["/sys/fs/cgroup/fake", "/test/c"]"#
         ]
     );
     assert!(!bed.run_dir("c").exists());
