@@ -200,7 +200,7 @@ fn stretch(found: &Found<'_>, file: &OwnedFd, at: u64) -> Result<Option<(u64, u6
 }
 
 /// Reads all of a buffer; `NODATA` if the file is shorter.
-fn fill(file: &OwnedFd, mut buffer: &mut [u8], mut at: u64) -> Result<(), Errno> {
+pub(crate) fn fill(file: &OwnedFd, mut buffer: &mut [u8], mut at: u64) -> Result<(), Errno> {
     while !buffer.is_empty() {
         let n = rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut *buffer, at))?;
         if n == 0 {

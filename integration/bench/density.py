@@ -80,7 +80,7 @@ class Turn:
             return "kill -USR1 $(cat /daemon.pid)"
         if self.files:
             size = min(self.files, MOST_FILES) * FILE_SIZE
-            return f"mkdir -p /work; head -c {size} /dev/urandom | split -b {FILE_SIZE} -a 4 - /work/f"
+            return f"mkdir -p /made; head -c {size} /dev/urandom | split -b {FILE_SIZE} -a 4 - /made/f"
         return "cat /etc/passwd | wc -l"
 
 

@@ -15,7 +15,7 @@ use rustix::{
 
 use super::{Kind, Links, MergedError, Node, View};
 use crate::{
-    content::{Content, Data, FILE_CHUNK, content_of},
+    content::{Content, Data, FILE_CHUNK, content_of, fill},
     tree::{self, TreeError, failed, found_at, next_data, proc_path, wide},
 };
 
@@ -86,7 +86,7 @@ impl Merged {
                     return Err(MergedError::TooMuch { limit, what });
                 }
                 let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
-                read_exactly(&handle, &mut bytes, at).map_err(failed("read", &shown))?;
+                fill(&handle, &mut bytes, at).map_err(failed("read", &shown))?;
                 data.pieces.push((at, bytes));
                 at += length;
             }
@@ -96,18 +96,6 @@ impl Merged {
         }
         Ok(data)
     }
-}
-
-fn read_exactly(file: &OwnedFd, mut buffer: &mut [u8], mut at: u64) -> Result<(), Errno> {
-    while !buffer.is_empty() {
-        let n = rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut *buffer, at))?;
-        if n == 0 {
-            return Err(Errno::NODATA);
-        }
-        buffer = &mut buffer[n..];
-        at += n as u64;
-    }
-    Ok(())
 }
 
 impl View for Merged {
