@@ -110,8 +110,18 @@ static __always_inline struct inode *upper_of(struct inode *inode)
 	return upper ? upper->d_inode : NULL;
 }
 
-/* The mode of /proc/PID/mem, and of nothing else in /proc. */
 #define PROC_MEM_MODE 0100600
+
+/*
+ * Whether an inode of /proc is that of a process's memory, which is told by its mode. A sysctl may have the
+ * same one; besides, it is given its times before its mode, and then shows that of the inode which was at
+ * the same place of memory before.
+ */
+static __always_inline bool is_process_memory(struct inode *inode)
+{
+	return inode->i_mode == PROC_MEM_MODE &&
+	       !AROUND(struct proc_inode, vfs_inode, inode)->sysctl;
+}
 
 static __always_inline void pseudo(struct inode *inode, unsigned long magic, __u32 tgid,
 				   __u64 levels)
@@ -127,7 +137,7 @@ static __always_inline void pseudo(struct inode *inode, unsigned long magic, __u
 		others = HAPPENED_QUEUE;
 		break;
 	case MAGIC_PROC:
-		if (inode->i_mode != PROC_MEM_MODE)
+		if (!is_process_memory(inode))
 			return;
 		others = HAPPENED_REACH;
 		break;

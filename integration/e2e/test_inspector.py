@@ -8,6 +8,7 @@ import collections
 import json
 import pathlib
 import re
+import subprocess
 import sys
 import time
 
@@ -368,6 +369,28 @@ def test_an_exec_that_looks_at_a_sleeping_process_does_not_count(tmp_path):
         sandbox.settle()
         line = sandbox.python(REACH + "print(os.getpriority(os.PRIO_PROCESS, pid), os.listdir(f'/proc/{pid}/fd'))")
         assert is_none(line), line
+
+
+#: The inodes of many files of memory, made and given back.
+MANY_MEMORY_FILES = """
+import os, sys
+for _ in range(2000):
+    child = os.fork()
+    if child == 0:
+        os.close(os.open("/proc/self/mem", os.O_RDONLY))
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_sysctl_is_no_memory_file(tmp_path):
+    """Until it has a mode of its own its inode shows that of whoever was at its place before."""
+    with Watched(tmp_path) as sandbox:
+        sandbox.background(TARGET)
+        sandbox.settle()
+        subprocess.run([sys.executable, "-c", MANY_MEMORY_FILES], check=True)
+        line = sandbox.turn_of("find", "/proc/sys", "-type", "f")
+        assert is_none(line) and "equal" not in line["note"], line
 
 
 # Files.

@@ -4,7 +4,7 @@ use std::{path::Path, sync::Arc};
 
 use super::{
     descriptors::Kind,
-    facts::{KernelFacts, Reason, Settings, Verdict},
+    facts::{KernelFacts, Reason, Settings, Verdict, What},
     image::{ImageDir, Images},
     judge, memory,
     proc_fs::{Dir, ProcessError},
@@ -107,19 +107,29 @@ impl Baseline {
         if !now.processes.iter().all(Process::stood_still) {
             return Settled::NotYet;
         }
+        let pairs = self.snapshot.processes.iter().zip(&now.processes);
+        let same_memory: Vec<_> = pairs
+            .map(|(old, new)| self.same_memory(old, new, settings))
+            .collect();
+        if facts.memory_reached && same_memory.iter().any(Result::is_err) {
+            let processes = self.snapshot.processes.iter().zip(same_memory);
+            let changed = processes.filter_map(|(old, same)| Some((old, same.err()?)));
+            return Settled::No(
+                changed
+                    .flat_map(|(old, what)| judge::reasons(old, vec![What::MemoryReached, what]))
+                    .collect(),
+            );
+        }
         self.quiet = cpu_ns.and_then(|cpu| {
             let init = now.processes.first()?.pid;
             let traffic = world::traffic(&Dir::open(init).ok()?).ok()?;
             Some(Quiet { cpu, init, traffic })
         });
-        for (old, new) in self.snapshot.processes.iter_mut().zip(now.processes) {
-            let same_memory = || {
-                let limit = settings.compared_bytes;
-                memory::equal_memory(old, &new, &*self.images, limit).is_ok()
-            };
+        let processes = self.snapshot.processes.iter_mut().zip(now.processes);
+        for ((old, new), same_memory) in processes.zip(same_memory) {
             // A thaw makes interrupted system calls start again, in other registers. Those are
             // P's only if the memory is.
-            let registers = settings.compare_memory && new.has_registers() && same_memory();
+            let registers = same_memory.is_ok() && new.has_registers();
             // Everything else is equal, or is what the image holds: the memory.
             old.io = new.io;
             if registers {
@@ -135,6 +145,14 @@ impl Baseline {
         }
         self.snapshot.taken = now.taken;
         Settled::Yes
+    }
+
+    /// Whether a process has the memory of P's image now; the reason why that is not so, or not known.
+    fn same_memory(&self, old: &Process, new: &Process, settings: &Settings) -> Result<(), What> {
+        if !settings.compare_memory {
+            return Err(What::NotCompared("that is switched off".to_owned()));
+        }
+        memory::equal_memory(old, new, &*self.images, settings.compared_bytes)
     }
 
     /// Whether nothing at all has happened: no process of the cgroup ran (`cpu_ns`, its CPU time,

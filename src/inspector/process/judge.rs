@@ -44,7 +44,8 @@ pub(super) fn verdict(
     }
 }
 
-/// What speaks against counting what ran since the thaw as part of P.
+/// What speaks against counting what ran since the thaw as part of P, but for the doubts: with these,
+/// the memory has to be compared, too.
 pub(super) fn settle(
     baseline: &Baseline,
     now: &Snapshot,
@@ -55,7 +56,6 @@ pub(super) fn settle(
     let mut why = look.set();
     for (before, after) in look.pairs() {
         let mut whats = look.seen(before, after);
-        whats.extend(look.doubts());
         if whats.is_empty() && !not_run(before, after) {
             whats = look.cut(before, after);
         }
@@ -64,7 +64,7 @@ pub(super) fn settle(
     why
 }
 
-fn reasons(process: &Process, whats: Vec<What>) -> impl Iterator<Item = Reason> {
+pub(super) fn reasons(process: &Process, whats: Vec<What>) -> impl Iterator<Item = Reason> {
     let (pid, comm) = (process.pid, process.comm.clone());
     whats.into_iter().map(move |what| Reason {
         pid,

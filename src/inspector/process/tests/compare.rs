@@ -290,3 +290,38 @@ fn settling_takes_new_registers_only_with_the_memory_of_the_image() {
         );
     }
 }
+
+/// Somebody holds a file that writes the memory: what settles is then compared with the image.
+#[test]
+fn whose_memory_was_reached_settles_with_that_of_the_image() {
+    let later = |tid| registers(tid).map(|value| value + 1);
+    let settle = |dumped: &mut Dumped, settings: &Settings| {
+        let now = Snapshot::take(&[dumped.actor.pid()], &later).unwrap();
+        let mut facts = dumped.actor.facts();
+        facts.memory_reached = true;
+        dumped.baseline.settle(now, &facts, settings, None)
+    };
+    let mut dumped = Dumped::new(|_, _| true);
+    let off = Settings {
+        compare_memory: false,
+        ..comparing()
+    };
+    let Settled::No(why) = settle(&mut dumped, &off) else {
+        panic!("settled without a comparison");
+    };
+    assert!(matches!(why[0].what, What::MemoryReached), "{why:?}");
+    assert_eq!(settle(&mut dumped, &comparing()), Settled::Yes);
+    assert!(dumped.judge(&later, &comparing()).is_unchanged());
+
+    let mut dumped = Dumped::new(|_, _| true);
+    dumped.poke(dumped.address, b"M");
+    let Settled::No(why) = settle(&mut dumped, &comparing()) else {
+        panic!("settled with other memory");
+    };
+    let [reached, differs] = &why[..] else {
+        panic!("{why:?}");
+    };
+    assert_eq!(reached.what, What::MemoryReached);
+    assert!(matches!(differs.what, What::Memory(_)), "{why:?}");
+    assert!(!dumped.judge(&later, &comparing()).is_unchanged());
+}
