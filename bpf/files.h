@@ -110,17 +110,34 @@ static __always_inline struct inode *upper_of(struct inode *inode)
 	return upper ? upper->d_inode : NULL;
 }
 
+/* The mode of /proc/PID/mem. */
 #define PROC_MEM_MODE 0100600
+/* The way here from whoever makes an inode has ten frames; the first ones are those of the helper. */
+#define FRAMES 20
 
 /*
- * Whether an inode of /proc is that of a process's memory, which is told by its mode. A sysctl may have the
- * same one; besides, it is given its times before its mode, and then shows that of the inode which was at
- * the same place of memory before.
+ * Whether an inode of /proc with that mode is just being made, and is none of a process. The kernel gives
+ * such an inode its times before its mode, and until then it shows that of the inode which was at the same
+ * place of memory before. What it was made by is all that tells.
  */
-static __always_inline bool is_process_memory(struct inode *inode)
+static __noinline bool is_made_by_others(void)
 {
-	return inode->i_mode == PROC_MEM_MODE &&
-	       !AROUND(struct proc_inode, vfs_inode, inode)->sysctl;
+	__u64 frames[FRAMES];
+	struct makers *their;
+	__u32 zero = 0;
+	long bytes;
+
+	their = bpf_map_lookup_elem(&makers, &zero);
+	bytes = bpf_get_task_stack(bpf_get_current_task_btf(), frames, sizeof(frames), 0);
+	if (!their)
+		return false;
+	for (int i = 0; i < FRAMES && (i + 1) * 8 <= bytes; i++) {
+		for (int j = 0; j < MAKERS; j++) {
+			if (frames[i] > their->all[j].start && frames[i] < their->all[j].end)
+				return true;
+		}
+	}
+	return false;
 }
 
 static __always_inline void pseudo(struct inode *inode, unsigned long magic, __u32 tgid,
@@ -137,7 +154,7 @@ static __always_inline void pseudo(struct inode *inode, unsigned long magic, __u
 		others = HAPPENED_QUEUE;
 		break;
 	case MAGIC_PROC:
-		if (!is_process_memory(inode))
+		if (inode->i_mode != PROC_MEM_MODE || is_made_by_others())
 			return;
 		others = HAPPENED_REACH;
 		break;

@@ -84,6 +84,19 @@ struct control {
 	__u64 watching;   /* not 0: somebody is watched */
 };
 
+/* A function of the kernel: from where to where; 0 and 0: not known. */
+struct code {
+	__u64 start;
+	__u64 end;
+};
+
+#define MAKERS 4
+
+/* Those that make inodes of /proc other than those of processes; user space fills it. */
+struct makers {
+	struct code all[MAKERS];
+};
+
 /* A shared mapping or an open file, as the iterators report it. */
 struct mapping {
 	__u64 ino;

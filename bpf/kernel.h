@@ -165,11 +165,6 @@ struct ovl_inode {
 	struct dentry *__upperdentry;
 };
 
-struct proc_inode {
-	struct ctl_table_header *sysctl;
-	struct inode vfs_inode;
-};
-
 struct xfs_inode {
 	__u64 i_ino;
 	struct inode i_vnode;

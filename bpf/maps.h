@@ -69,6 +69,13 @@ struct {
 	__type(value, struct control);
 } control SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct makers);
+} makers SEC(".maps");
+
 #define NOBODY ((__u32)-1)
 
 static __always_inline volatile struct control *controls(void)

@@ -12,14 +12,14 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use libbpf_rs::{MapCore, ObjectBuilder};
+use libbpf_rs::{MapCore, MapFlags, ObjectBuilder};
 use nix::{
     mount::{MsFlags, mount},
     sys::{prctl, signal::Signal},
 };
 use sha2::{Digest, Sha256};
 
-use super::{host::Place, probes::ProbeSet};
+use super::{host::Place, makers, probes::ProbeSet};
 
 /// The compiled programs.
 static PROGRAMS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/inspector.bpf.o"));
@@ -84,6 +84,9 @@ fn pin_all(set: ProbeSet, dir: &Path, without: &[String]) -> anyhow::Result<()> 
     fs::create_dir(dir)?;
     for mut map in programs.maps_mut() {
         let name = map.name().to_owned();
+        if name == "makers" {
+            fill_makers(&map)?;
+        }
         map.pin(dir.join(name))?;
     }
     failpoint("maps");
@@ -99,6 +102,16 @@ fn pin_all(set: ProbeSet, dir: &Path, without: &[String]) -> anyhow::Result<()> 
         }
     }
     Ok(())
+}
+
+fn fill_makers(map: &impl MapCore) -> anyhow::Result<()> {
+    match makers::makers() {
+        Ok(makers) => Ok(map.update(&0u32.to_ne_bytes(), &makers, MapFlags::ANY)?),
+        Err(e) => {
+            log::info!("the kernel's symbols cannot be read: {e}");
+            Ok(())
+        }
+    }
 }
 
 /// How names of pinned links end.

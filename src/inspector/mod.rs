@@ -8,6 +8,7 @@ mod dirty;
 mod epoch;
 mod host;
 mod load;
+mod makers;
 mod probes;
 pub mod process;
 mod slots;
