@@ -233,7 +233,8 @@ def test_ps_shows_every_process(shared):
             # It may still be the shell that is to become sleep.
             until(lambda: container.exec("pkill", "--exact", "--full", "sleep 1000", check=False).rc == 0, "sleep is killed")
             client.communicate(timeout=LIMIT)
-        return sorted(re.sub(r"\d+", "N", line) for line in table.splitlines())
+        # The columns are as wide as the longest pid.
+        return sorted(re.sub(r"\d+ +", "N ", re.sub(" +", " ", line)) for line in table.splitlines())
 
     lines = both(scenario)
     assert len(lines) == 4 and sum("EXEC" in line for line in lines) == 1

@@ -11,6 +11,9 @@ use serde::Deserialize;
 /// More than this is not read: a message for a person, from a program we do not control.
 const MAX_LOG: u64 = 256 * 1024;
 
+/// So many lines before the last one are told.
+const MOST_BEFORE: usize = 3;
+
 /// A log file that is gone when this value is.
 pub(super) struct LogFile(PathBuf);
 
@@ -36,15 +39,16 @@ impl LogFile {
         &self.0
     }
 
-    /// The message of the last line whose level is `error`, if there is one.
-    pub(super) fn last_error(&self) -> Option<String> {
+    /// The message of the last line whose level is `error` or `fatal`, if there is one, and those before
+    /// it: what happened within the sandbox (`nsexec`) is told there, and what became of it last.
+    pub(super) fn errors(&self) -> Option<String> {
         let mut text = Vec::new();
         File::open(&self.0)
             .ok()?
             .take(MAX_LOG)
             .read_to_end(&mut text)
             .ok()?;
-        last_error(&String::from_utf8_lossy(&text))
+        errors(&String::from_utf8_lossy(&text))
     }
 }
 
@@ -55,17 +59,24 @@ impl Drop for LogFile {
     }
 }
 
-fn last_error(text: &str) -> Option<String> {
-    text.lines()
+fn errors(text: &str) -> Option<String> {
+    let mut all = text
+        .lines()
         .rev()
         .filter_map(|line| serde_json::from_str::<Line>(line).ok())
-        .find(|line| line.level == "error" || line.level == "fatal")
-        .map(|line| line.msg.trim().to_owned())
+        .filter(|line| line.level == "error" || line.level == "fatal")
+        .map(|line| line.msg.trim().to_owned());
+    let last = all.next()?;
+    let before: Vec<_> = all.take(MOST_BEFORE).collect();
+    if before.is_empty() {
+        return Some(last);
+    }
+    Some(format!("{last} (before that: {})", before.join("; ")))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::last_error;
+    use super::errors;
 
     #[test]
     fn the_last_error_line_is_the_message() {
@@ -77,10 +88,20 @@ mod tests {
             "\nnot json\n",
             r#"{"level":"info","msg":"after"}"#,
         );
+        assert_eq!(errors(text).unwrap(), "runc create failed: invalid rootfs");
+        assert_eq!(errors(""), None);
+    }
+
+    #[test]
+    fn what_happened_before_is_told_too() {
+        let line =
+            |level: &str, msg: &str| format!("{{\"level\":\"{level}\",\"msg\":\"{msg}\"}}\n");
+        let mut text = line("error", "0") + &line("error", "1") + &line("error", "2");
+        text += &line("fatal", "nsexec-0[7]: failed to setns");
+        text += &line("error", "runc exec failed: connection reset by peer");
         assert_eq!(
-            last_error(text).unwrap(),
-            "runc create failed: invalid rootfs"
+            errors(&text).unwrap(),
+            "runc exec failed: connection reset by peer (before that: nsexec-0[7]: failed to setns; 2; 1)"
         );
-        assert_eq!(last_error(""), None);
     }
 }

@@ -136,13 +136,13 @@ impl Runc {
         prepare(&mut command);
         let full = match spawn(command) {
             Ok(Ended::Exited(0)) => return Ok(()),
-            Ok(Ended::Exited(code)) => match log.last_error() {
+            Ok(Ended::Exited(code)) => match log.errors() {
                 Some(message) => message,
                 None => format!("exit status {code}: {}", tail(&mut stderr)),
             },
             Ok(Ended::Signaled(signal)) => format!(
                 "killed by signal {signal}: {}",
-                log.last_error().unwrap_or_else(|| tail(&mut stderr))
+                log.errors().unwrap_or_else(|| tail(&mut stderr))
             ),
             Err(e) => return Err(self.error(verb, e)),
         };
