@@ -6,6 +6,7 @@ that the processes are the same ones says how it came about.
 
 import contextlib
 import json
+import os
 import pathlib
 import random
 import sys
@@ -338,6 +339,26 @@ def test_half_way_back_it_goes_the_whole_way_or_ends(hook, tmp_path):
             sandbox.restore(f"@{there}")
             sandbox.start()
         assert sandbox.sh("cat /file; ls -d /etc/skel 2>&1", check=False) == "1\nls: cannot access '/etc/skel': No such file or directory\n"
+
+
+def test_what_no_checkpoint_holds_yet_goes_back_too(tmp_path):
+    """Somebody outside changes files after the last turn: he ends none, and what he did is undone."""
+    with Files("ctr", tmp_path) as sandbox:
+        sandbox.sh("mkdir /w; echo 1 >/w/changed; echo 2 >/w/removed")
+        crab("checkpoint", sandbox.name)
+        turn = sandbox.files_turn("echo 3 >/w/turn")
+        before = sandbox.turns()[-1]["turn"]
+        here = root_of(sandbox)
+        (here / "w/changed").write_text("other")
+        (here / "w/removed").unlink()
+        (here / "w/new").mkdir()
+        (here / "w/new/file").write_text("new")
+        (here / "etc/hostname.conf").write_text("new")
+        report, _ = sandbox.back(turn)
+        assert is_quick(report) and sandbox.turns()[-1]["turn"] == before + 1, sandbox.turns()[-1]
+        assert sorted(os.listdir(here / "w")) == ["changed", "removed", "turn"]
+        assert [(here / "w" / name).read_text() for name in ("changed", "removed", "turn")] == ["1\n", "2\n", "3\n"]
+        assert not (here / "etc/hostname.conf").exists()
 
 
 def test_a_live_exec_ends(tmp_path):
