@@ -8,6 +8,7 @@ mod dirty;
 mod epoch;
 mod host;
 mod load;
+pub mod offers;
 mod probes;
 pub mod process;
 mod slots;
