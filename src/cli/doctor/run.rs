@@ -89,9 +89,13 @@ mod tests {
 
     #[test]
     fn one_that_does_not_end_is_not_waited_for() {
-        let mut child = Command::new("/bin/sleep").arg("1000").spawn().unwrap();
+        // It ends when nobody holds its stdin any more.
+        let mut child = Command::new("/bin/cat")
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
         assert!(!ended(&child, Duration::ZERO).unwrap());
-        child.kill().unwrap();
+        drop(child.stdin.take());
         assert!(ended(&child, Duration::from_secs(60)).unwrap());
         child.wait().unwrap();
     }
