@@ -179,5 +179,6 @@ def test_who_is_not_root_learns_what_can_be_known():
     checks = seen["checks"]
     assert checks["cgroups"]["verdict"] != "unknown" and checks["runc"]["verdict"] == "ok", checks
     assert all(checks[name]["verdict"] == "unknown" for name in ("tp_btf", "inspector", "criu_check")), checks
+    assert checks["tp_btf"]["found"] == "only root can tell", checks
     text = run("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", CRAB, "doctor").out
-    assert "only root can tell" in text and "sudo crab doctor" in text, text
+    assert "sudo crab doctor" in text, text
