@@ -125,7 +125,7 @@ def test_a_store_that_others_may_read(argv, shared):
         STORE.chmod(0o700)
 
 
-@verbs(OF_SANDBOX, OF_ALL)
+@verbs(OF_SANDBOX, OF_ALL, {"doctor": ["doctor"]})
 def test_a_configuration_that_is_wrong(argv, shared, config):
     config("kep = 3\n")
     refused(argv, shared.name, "/etc/crab/config.toml", "kep")
@@ -186,7 +186,7 @@ def test_ps_names_the_sandbox_of_a_shim_that_says_nothing(answer, said, shared):
     ["fly"], [], ["log"], ["log", ""], ["log", "c1@7"], ["log", "c1", "c2"], ["show"], ["show", "c1@"], ["show", "@7"], ["diff", "c1@1"],
     ["diff", "@1", "c1@2"], ["diff", "c1@1", "@"], ["checkpoint"], ["checkpoint", "c1@7"], ["rollback"], ["rollback", "c1"],
     ["restore"], ["restore", "--cancel", "--start", "c1"], ["verify", "--deep"], ["gc", "--keep", "0"], ["gc", "c1@7"],
-    ["engine", "--prometheus", "--json"], ["completions", "cmd"], ["ps", "-n"],
+    ["engine", "--prometheus", "--json"], ["doctor", "c1"], ["completions", "cmd"], ["ps", "-n"],
 ], ids=" ".join)
 def test_wrong_usage(argv):
     done = crab(*argv, check=False)

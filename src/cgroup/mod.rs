@@ -14,12 +14,14 @@ mod remove;
 mod stats;
 mod stats_v1;
 mod stats_v2;
+mod survey;
 
 pub use freezer::FreezerState;
 pub use oom::OomWatch;
 pub use path::Mounts;
 pub use remains::named;
 pub use remove::{kill, remove};
+pub use survey::Survey;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -58,6 +58,18 @@ impl Mounts {
         Self(mountinfo.lines().filter_map(parse_mount).collect())
     }
 
+    /// Whether the hierarchy of a v1 controller is mounted.
+    pub(super) fn has(&self, controller: &str) -> bool {
+        let of_v1 = self.0.iter().filter_map(|m| m.v1_options.as_ref());
+        of_v1.flatten().any(|option| option == controller)
+    }
+
+    /// Where the cgroup2 hierarchy is mounted.
+    pub(super) fn unified(&self) -> Option<&Path> {
+        let its = self.0.iter().find(|m| m.v1_options.is_none())?;
+        Some(&its.point)
+    }
+
     /// The directories of a cgroup whose path is counted from each hierarchy's mount, as the OCI
     /// specification's absolute `cgroupsPath` is. Those that there are.
     pub(super) fn dirs_at(&self, path: &Path) -> Vec<PathBuf> {

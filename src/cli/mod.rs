@@ -5,6 +5,7 @@
 mod checkpoint;
 mod diff;
 mod docker;
+mod doctor;
 mod engine;
 #[cfg(test)]
 mod fixture;
@@ -173,6 +174,12 @@ enum Verb {
         #[arg(long, conflicts_with = "json")]
         prometheus: bool,
     },
+    /// Say what this host offers, and what crab does without it
+    ///
+    /// A line for each thing: what was found, whether that is ok, limited, missing, or unknown, and
+    /// what crab does without it. Fails if crab cannot run here. What only root can tell is unknown to
+    /// others.
+    Doctor,
     /// Free the space of what no checkpoint needs any more
     ///
     /// Running sandboxes do so themselves, and are passed over.
@@ -220,10 +227,13 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         Verb::Man { dir } => return generate::man(Args::command(), &dir),
         _ => {}
     }
-    if !nix::unistd::geteuid().is_root() {
+    if !nix::unistd::geteuid().is_root() && !matches!(args.verb, Verb::Doctor) {
         bail!("only root may see checkpoints, which hold the memory of sandboxes: use sudo");
     }
     let config = Config::load(Path::new(config::FILE), None, std::iter::empty())?;
+    if matches!(args.verb, Verb::Doctor) {
+        return doctor::run(config, args.json);
+    }
     let context = Scope {
         namespace: args.namespace,
         json: args.json,
@@ -265,8 +275,8 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
             keep,
             gone,
         } => gc::run(&context, sandbox.as_deref(), keep, gone),
-        // Done above: they need neither rights nor a configuration.
-        Verb::Completions { .. } | Verb::Man { .. } => Ok(ExitCode::SUCCESS),
+        // Done above: they need no rights.
+        Verb::Completions { .. } | Verb::Man { .. } | Verb::Doctor => Ok(ExitCode::SUCCESS),
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use libbpf_rs::{MapCore, MapFlags, ObjectBuilder};
+use libbpf_rs::{MapCore, MapFlags, ObjectBuilder, OpenObject};
 use nix::{
     mount::{MsFlags, mount},
     sys::{prctl, signal::Signal},
@@ -68,6 +68,15 @@ pub fn load_without(run: &Path, without: &[String]) -> Result<(), String> {
     fs::rename(&unfinished, &place.pins).map_err(|e| format!("{}: {e}", place.pins.display()))?;
     failpoint("renamed");
     Ok(())
+}
+
+/// Loads the programs as [`load`] does, and lets them go.
+pub(super) fn try_out() -> Result<(), String> {
+    // It says on stderr what it tries.
+    libbpf_rs::set_print(None);
+    let programs = ObjectBuilder::default().open_memory(PROGRAMS);
+    let loaded = programs.and_then(OpenObject::load);
+    loaded.map(drop).map_err(|e| format!("{e:#}"))
 }
 
 /// How names begin of what is not complete.

@@ -9,6 +9,7 @@ mod epoch;
 mod host;
 mod load;
 mod makers;
+pub mod offers;
 mod probes;
 pub mod process;
 mod slots;

@@ -5,7 +5,7 @@ use std::path::Path;
 use libbpf_rs::btf::{Btf, types::Typedef};
 
 /// The kernel's own description of its types.
-const KERNEL: &str = "/sys/kernel/btf/vmlinux";
+pub(super) const KERNEL: &str = "/sys/kernel/btf/vmlinux";
 
 /// A set of programs that together miss nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use libbpf_sys::{BPF_TRACE_ITER, bpf_prog_info};
+use libbpf_sys::{BPF_TRACE_ITER, bpf_insn, bpf_prog_info, bpf_prog_load_opts, bpf_prog_type};
 
 use super::abi::{Control, Plain, SLOTS};
 
@@ -130,12 +130,17 @@ fn owned(fd: i32) -> io::Result<OwnedFd> {
 
 /// How often a program was not run because it was running already.
 pub(super) fn missed(program: BorrowedFd<'_>) -> io::Result<u64> {
+    Ok(info(program)?.recursion_misses)
+}
+
+/// What the kernel says of a program.
+pub(super) fn info(program: impl AsFd) -> io::Result<bpf_prog_info> {
     let mut info = bpf_prog_info::default();
     let mut size = size_of_val(&info) as u32;
     // SAFETY: the structure and its size.
     let error = unsafe {
         libbpf_sys::bpf_obj_get_info_by_fd(
-            program.as_raw_fd(),
+            program.as_fd().as_raw_fd(),
             (&raw mut info).cast(),
             &raw mut size,
         )
@@ -143,7 +148,33 @@ pub(super) fn missed(program: BorrowedFd<'_>) -> io::Result<u64> {
     if error < 0 {
         return Err(io::Error::from_raw_os_error(-error));
     }
-    Ok(info.recursion_misses)
+    Ok(info)
+}
+
+/// Loads a program that is no part of an object file.
+pub(super) fn load(
+    kind: bpf_prog_type,
+    code: &[bpf_insn],
+    mut options: bpf_prog_load_opts,
+) -> io::Result<OwnedFd> {
+    // SAFETY: the name is none, the licence a C string; code and options live through the call.
+    owned(unsafe {
+        libbpf_sys::bpf_prog_load(
+            kind,
+            ptr::null(),
+            c"GPL".as_ptr(),
+            code.as_ptr(),
+            code.len() as _,
+            &raw mut options,
+        )
+    })
+}
+
+/// Attaches a tracing program to what it was loaded for, as long as the link lives.
+pub(super) fn attach(program: impl AsFd) -> io::Result<OwnedFd> {
+    let program = program.as_fd().as_raw_fd();
+    // SAFETY: the name is none, as such a program knows its place.
+    owned(unsafe { libbpf_sys::bpf_raw_tracepoint_open(ptr::null(), program) })
 }
 
 /// A map of the kind array, made with BPF_F_MMAPABLE, that all shims and programs of the host share.

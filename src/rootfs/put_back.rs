@@ -21,7 +21,7 @@ use rustix::{
 use super::{
     LEFTOVER, MountError, NoOverlay, Overlay,
     mount::{mount_all, unmount_one},
-    overlay::{MountEntry, parse_mountinfo},
+    mountinfo::{MountEntry, parse_mountinfo},
 };
 use crate::tree::{self, Durably, Expect, Found, TreeError, Visitor, failed, remove_tree};
 

@@ -22,7 +22,7 @@ use std::{
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use parking_lot::Mutex;
 
-use super::{Ended, Spawner, empty_tar, runc::inherit};
+use super::{Ended, Spawner, behind, empty_tar, on_path, runc::inherit};
 
 const CRIU: &str = "criu";
 /// The request `VERSION` of CRIU's RPC (`images/rpc.proto`), as runc's library for it writes it.
@@ -60,20 +60,16 @@ impl Identity {
 
 /// Has `criu` answered for below a HOME of CRIU; if it cannot be, CRIU answers itself.
 pub(super) fn install(home: &Path, spawner: &dyn Spawner) -> io::Result<()> {
-    let Some(answer) = find(0).and_then(|program| known(&program, spawner)) else {
+    let Some(answer) = program().and_then(|program| known(&program, spawner)) else {
         return empty_tar::unlink(home, CRIU);
     };
     fs::write(home.join(FILE), answer)?;
     empty_tar::link(home, CRIU)
 }
 
-/// The first criu on PATH, behind so many of its directories.
-fn find(skipped: usize) -> Option<PathBuf> {
-    let path = env::var_os("PATH")?;
-    let programs = env::split_paths(&path).skip(skipped);
-    programs
-        .map(|dir| dir.join(CRIU))
-        .find(|criu| criu.is_file())
+/// The CRIU that this process finds: the first on PATH.
+pub fn program() -> Option<PathBuf> {
+    on_path(Path::new(CRIU))
 }
 
 fn known(program: &Path, spawner: &dyn Spawner) -> Option<Vec<u8>> {
@@ -139,7 +135,7 @@ pub fn main() -> io::Result<()> {
         return Ok(());
     }
     // It finds our tar by the same PATH.
-    let criu = find(1).ok_or(io::ErrorKind::NotFound)?;
+    let criu = behind(1, Path::new(CRIU)).ok_or(io::ErrorKind::NotFound)?;
     Err(Command::new(criu).args(args).exec())
 }
 

@@ -216,6 +216,23 @@ pub trait OciRuntime: Send + Sync {
     fn update(&self, id: &str, resources: &[u8]) -> Result<(), RuntimeError>;
 }
 
+/// Where a program is that is named by a path, or found on PATH.
+pub fn on_path(name: &Path) -> Option<PathBuf> {
+    match name.parent() {
+        Some(dir) if dir != Path::new("") => Some(name.to_owned()).filter(|its| its.is_file()),
+        _ => behind(0, name),
+    }
+}
+
+/// The first of that name on PATH, behind so many of its directories.
+fn behind(skipped: usize, name: &Path) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let programs = std::env::split_paths(&path).skip(skipped);
+    programs
+        .map(|dir| dir.join(name))
+        .find(|program| program.is_file())
+}
+
 /// This very program, for others to run as long as this process lives: by name it may be another one
 /// since an upgrade, or gone.
 pub fn own_program() -> PathBuf {

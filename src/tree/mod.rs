@@ -11,6 +11,8 @@ mod durably;
 mod reach;
 mod remove;
 mod stack;
+#[cfg(test)]
+mod tests;
 mod walk;
 
 use std::{

@@ -49,6 +49,7 @@ mod random;
 mod recover;
 mod restore;
 mod rollback;
+mod rollback_failures;
 mod runtime;
 mod sink;
 mod slow;

@@ -1,14 +1,13 @@
 //! Trees are compared by a walk of the test's own.
 
+mod put_back;
+
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::{
-            ffi::OsStrExt,
-            fs::{MetadataExt, symlink},
-        },
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{MetadataExt, symlink},
     },
     path::{Path, PathBuf},
 };
@@ -17,13 +16,8 @@ use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
-use rustix::{
-    fs::{Mode, OFlags},
-    io::Errno,
-};
 
-use super::{put_back::Layer, *};
-use crate::tree::{self, TreeError, remove_tree};
+use super::*;
 
 /// Whether a test that needs root can run.
 fn root() -> bool {
@@ -36,10 +30,6 @@ fn root() -> bool {
 
 fn tmp() -> tempfile::TempDir {
     tempfile::tempdir().unwrap()
-}
-
-fn never() -> bool {
-    false
 }
 
 /// Copies a tree, with all attributes.
@@ -140,114 +130,6 @@ fn assert_equal(a: &BTreeMap<PathBuf, Seen>, b: &BTreeMap<PathBuf, Seen>) {
     for (path, seen) in a {
         assert_eq!(seen, &b[path], "{path:?}");
     }
-}
-
-/// Makes `depth` directories, one in the other, and returns the innermost.
-fn make_deep(root: &Path, depth: usize) -> OwnedFd {
-    fs::create_dir(root).unwrap();
-    let mut dir = tree::open_root(root).unwrap();
-    for _ in 0..depth {
-        rustix::fs::mkdirat(&dir, c"deep", Mode::RWXU).unwrap();
-        dir = tree::open_dir(&tree::look_at(dir.as_fd(), c"deep").unwrap()).unwrap();
-    }
-    dir
-}
-
-#[test]
-fn few_descriptors_are_open_in_a_deep_tree() {
-    struct Count(usize);
-    impl tree::Visitor for Count {
-        fn enter(&mut self, _: &tree::Found<'_>) -> Result<(), TreeError> {
-            Ok(())
-        }
-        fn other(&mut self, found: &tree::Found<'_>) -> Result<(), TreeError> {
-            let target = |fd: &fs::DirEntry| fs::read_link(fd.path());
-            let fds = fs::read_dir("/proc/self/fd").unwrap().flatten();
-            let root = found.path.components().nth(2).unwrap();
-            self.0 = fds
-                .filter_map(|fd| target(&fd).ok())
-                .filter(|t| t.components().nth(2) == Some(root))
-                .count();
-            Ok(())
-        }
-        fn leave(&mut self, _: &tree::Found<'_>) -> Result<(), TreeError> {
-            Ok(())
-        }
-    }
-    let dir = tmp();
-    let upper = dir.path().canonicalize().unwrap().join("upper");
-    // Short enough for the kernel to tell where the descriptors lead.
-    let bottom = make_deep(&upper, 700);
-    let write = OFlags::WRONLY | OFlags::CREATE;
-    rustix::fs::openat(&bottom, c"file", write, Mode::RWXU).unwrap();
-    drop(bottom);
-    let mut count = Count(0);
-    let root = tree::open_root(&upper).unwrap();
-    tree::walk(root, &upper, tree::Expect::Unchanged, &never, &mut count).unwrap();
-    assert!((1..100).contains(&count.0), "{}", count.0);
-}
-
-#[test]
-fn removing_a_tree_removes_links_and_not_what_they_lead_to() {
-    let dir = tmp();
-    let (tree, outside) = (dir.path().join("tree"), dir.path().join("outside"));
-    fs::create_dir_all(tree.join("a/b")).unwrap();
-    fs::create_dir(&outside).unwrap();
-    fs::write(outside.join("keep"), "").unwrap();
-    symlink(&outside, tree.join("a/b/link")).unwrap();
-    symlink(&outside, dir.path().join("itself")).unwrap();
-    remove_tree(&tree).unwrap();
-    remove_tree(&dir.path().join("itself")).unwrap();
-    assert!(outside.join("keep").exists());
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-}
-
-#[test]
-fn a_directory_with_more_names_than_are_listed_at_once_is_removed() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tmp());
-    let full = dir.path().join("full");
-    fs::create_dir(&full).unwrap();
-    for n in 0..66_000 {
-        File::create(full.join(n.to_string())).unwrap();
-    }
-    remove_tree(&full).unwrap();
-    assert!(!full.exists());
-}
-
-#[test]
-fn what_is_too_deep_to_capture_can_still_be_removed() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tmp());
-    let upper = dir.path().join("upper");
-    drop(make_deep(&upper, 16 << 10));
-    let root = tree::open_root(&upper).unwrap();
-    let expect = tree::Expect::Unchanged;
-    let deep = tree::walk(root, &upper, expect, &never, &mut Nothing).unwrap_err();
-    assert!(matches!(deep, TreeError::Limit { .. }), "{deep}");
-    remove_tree(&upper).unwrap();
-}
-
-struct Nothing;
-
-impl tree::Visitor for Nothing {
-    fn enter(&mut self, _: &tree::Found<'_>) -> Result<(), TreeError> {
-        Ok(())
-    }
-    fn other(&mut self, _: &tree::Found<'_>) -> Result<(), TreeError> {
-        Ok(())
-    }
-    fn leave(&mut self, _: &tree::Found<'_>) -> Result<(), TreeError> {
-        Ok(())
-    }
-}
-
-#[test]
-fn errors_show_paths_escaped_and_shortened() {
-    let path = PathBuf::from("/a\u{1b}[31m\n").join("x".repeat(3000));
-    let shown = tree::failed("open", &path)(Errno::NOENT).to_string();
-    assert!(
-        shown.len() < 700 && shown.contains("\\u{1b}[31m\\n"),
-        "{shown}"
-    );
 }
 
 /// Runs in a thread with mounts of its own.
@@ -555,116 +437,4 @@ fn root_a_failed_mount_takes_those_before_it_away() {
         assert!(!bound.join("file").exists());
         drop(open);
     });
-}
-
-/// A layer with the name of its state in it, and beside it a saved one.
-fn states(dir: &Path) -> (Layer, PathBuf) {
-    let (upper, saved) = (dir.join("active/fs"), dir.join("saved"));
-    for (path, state) in [(&upper, "old"), (&saved, "new")] {
-        fs::create_dir_all(path).unwrap();
-        fs::write(path.join("state"), state).unwrap();
-    }
-    (Layer::new(&upper).unwrap(), saved)
-}
-
-#[test]
-fn an_interruption_leaves_one_whole_layer_and_the_next_put_back_clears_up() {
-    let state = |layer: &Layer| fs::read_to_string(layer.path.join("state")).unwrap();
-    type Interrupt = fn(&Layer, &Path);
-    let cases: &[(&str, Interrupt, &str)] = &[
-        (
-            "half built",
-            |l, _| {
-                fs::create_dir(&l.new).unwrap();
-                fs::write(l.new.join("half"), "").unwrap();
-            },
-            "old",
-        ),
-        (
-            "built",
-            |l, saved| {
-                l.build(&mut from(saved)).unwrap();
-            },
-            "old",
-        ),
-        (
-            "exchanged",
-            |l, saved| {
-                l.build(&mut from(saved)).unwrap();
-                assert!(l.exchange().unwrap());
-            },
-            "new",
-        ),
-        (
-            "swapped",
-            |l, saved| {
-                l.build(&mut from(saved)).unwrap();
-                l.swap().unwrap();
-            },
-            "new",
-        ),
-        (
-            "moved away, without exchange",
-            |l, saved| {
-                l.build(&mut from(saved)).unwrap();
-                fs::rename(&l.path, &l.old).unwrap();
-            },
-            "old",
-        ),
-    ];
-    for (name, interrupt, after) in cases {
-        let dir = tmp();
-        let (layer, saved) = states(dir.path());
-        interrupt(&layer, &saved);
-        layer.recover().unwrap();
-        assert_eq!(state(&layer), *after, "{name}");
-        let left = fs::read_dir(dir.path().join("active")).unwrap().count();
-        assert_eq!(left, 1, "{name}");
-        layer.build(&mut from(&saved)).unwrap();
-        layer.swap().unwrap();
-        assert_eq!(state(&layer), "new", "{name}");
-    }
-}
-
-fn unmounted(layer: &Layer) -> Overlay {
-    Overlay {
-        lowerdirs: vec!["/".into()],
-        upperdir: layer.path.clone(),
-        workdir: layer.path.with_file_name("work"),
-        options: vec![],
-        mountpoint: None,
-    }
-}
-
-#[test]
-fn a_layer_that_cannot_be_built_leaves_the_old_one() {
-    let dir = tmp();
-    let (layer, _) = states(dir.path());
-    let overlay = unmounted(&layer);
-    let error = put_back(&mut from(&dir.path().join("absent")), &overlay).unwrap_err();
-    assert!(matches!(error, PutBackError::Build(_)), "{error}");
-    assert_eq!(fs::read_to_string(layer.path.join("state")).unwrap(), "old");
-}
-
-#[test]
-fn names_that_both_layers_share_are_gone_from_the_old_one_at_once() {
-    let dir = tmp();
-    let (layer, _) = states(dir.path());
-    fs::create_dir(layer.path.join("sub")).unwrap();
-    for name in ["sub/shared", "own"] {
-        fs::write(layer.path.join(name), name).unwrap();
-    }
-    let overlay = unmounted(&layer);
-    let mut build = |new: &Path, old: &Path| {
-        fs::create_dir(new).unwrap();
-        fs::hard_link(old.join("sub/shared"), new.join("shared")).map_err(|e| e.to_string())
-    };
-    let replaced = put_back(&mut build, &overlay).unwrap();
-    let shared = layer.path.join("shared");
-    assert_eq!(fs::read(&shared).unwrap(), b"sub/shared");
-    assert_eq!(fs::metadata(&shared).unwrap().nlink(), 1);
-    assert!(layer.old.join("own").exists(), "the rest can wait");
-    replaced.remove_old().unwrap();
-    let left = fs::read_dir(dir.path().join("active")).unwrap();
-    assert_eq!(left.count(), 2);
 }
