@@ -34,7 +34,7 @@ pub use estimator::{Costs, Estimator};
 pub use limits::{Limits, Terms};
 pub use member::{Caller, Denied, Grant, Member};
 pub use moment::Moment;
-pub use planner::{Action, Dump, Plan, Reason, Situation, plan};
+pub use planner::{Action, Dump, Plan, PreDumps, Reason, Situation, plan};
 pub use report::{Report, Row, Sums};
 pub use seat::{Next, Others, Proposal, Request, Seat};
 pub use status::{Class, Phase, Status, Work};
