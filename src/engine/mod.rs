@@ -31,6 +31,7 @@ mod table;
 pub use bucket::Bucket;
 pub use decide::{Seen, Verdict, View, Why};
 pub use estimator::{Costs, Estimator};
+pub use file::other_versions;
 pub use limits::{Limits, Terms};
 pub use member::{Caller, Denied, Grant, Member};
 pub use moment::Moment;
