@@ -52,7 +52,7 @@ impl Drop for SlotLock {
     }
 }
 
-/// Whether nobody has any of these slots, but for a claim through this very open file.
+/// Whether nobody has any of these slots (`count` 0: of all from the first on), but for a claim through this very open file.
 pub fn are_free(file: &File, first: u32, count: u32) -> io::Result<bool> {
     let found = fcntl(file, libc::F_OFD_GETLK, libc::F_WRLCK, first, count)?;
     Ok(i32::from(found.l_type) == libc::F_UNLCK)

@@ -7,10 +7,16 @@ nothing, as many files, or memory of a process that goes on. So it is the traces
 would need more CPUs than the host has. The store is on a file system of its own, on a loop device, whose counters say
 what was written. Modes, one after the other, the same seed:
 
-    none       the sandboxes are not protected
-    crab       with the host's budget (--rate, --burst)
+    go shim    containerd's own runc shim, without crab
+    none       crab's shim, the sandboxes are not protected
+    crab       with the host's budget (--rate, --burst); "crab dumps=N" with another bound on dumps at once
     no engine  without a limit
-    full       a whole checkpoint after each turn: CRIU's image, and the files that a walk finds changed
+    full       a whole checkpoint after each turn, without a limit: CRIU's image, and the files that a walk finds changed
+
+`own` is the mean of an exec as its client sees it, waits at the gate included, weighted by the mix of all turns of the run (the
+modes' mixes differ a little); beside it the same in units of the first mode with this factor. `as they are` is what the full
+checkpoints would take if each were compressed by itself, as an image and a copy of the files are: crab's store deduplicates
+them. It is reckoned: bytes captured, times the share of a sandbox's first checkpoint that was written.
 """
 from __future__ import annotations
 
@@ -25,20 +31,21 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Iterator
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "e2e"), str(HERE.parent / "power")]
 
-from harness import CONFIG, CRAB, IMAGE, Ctr, crab, run, together  # noqa: E402
+from harness import CONFIG, CRAB, RUNC, Ctr, crab, run, together  # noqa: E402
 from logged import mount_loop  # noqa: E402
 from taskapi import PROCESS, Shim, any_of  # noqa: E402
 
 TRACES = Path(os.environ.get("TRACES", "/traces"))
 OWN = HERE.parent / "traces"
 MB, SECTOR = 1_000_000, 512
+KINDS = ("nothing", "files", "processes")
 #: Bytes of each file that is written. They do not compress.
 FILE_SIZE = 4096
 #: A turn that changed more files than this counts as one that changed so many.
@@ -51,11 +58,18 @@ MIX = (0.33, 0.14)
 #: Seconds between two looks at the device's counters.
 LOOK = 0.1
 DAEMON = f"""
-import os, signal
-memory = bytearray(os.urandom({16 * CHANGED_MEMORY}))
+import mmap, os, signal
+memory = memoryview(mmap.mmap(-1, {16 * CHANGED_MEMORY}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+random = open("/dev/urandom", "rb", buffering=0)
+def fill(at):
+    # In place: the bytes of os.urandom, and the copy that a bytearray makes of a slice, would be changed memory, too.
+    end = at + {CHANGED_MEMORY}
+    while at < end:
+        at += random.readinto(memory[at:end])
 def change(*_):
-    at = os.urandom(1)[0] % 16 * {CHANGED_MEMORY}
-    memory[at:at + {CHANGED_MEMORY}] = os.urandom({CHANGED_MEMORY})
+    fill(os.urandom(1)[0] % 16 * {CHANGED_MEMORY})
+for at in range(0, {16 * CHANGED_MEMORY}, {CHANGED_MEMORY}):
+    fill(at)
 signal.signal(signal.SIGUSR1, change)
 open("/daemon.pid", "w").write(str(os.getpid()))
 while True:
@@ -81,7 +95,7 @@ class Turn:
         if self.files:
             size = min(self.files, MOST_FILES) * FILE_SIZE
             return f"mkdir -p /made; head -c {size} /dev/urandom | split -b {FILE_SIZE} -a 4 - /made/f"
-        return "cat /etc/passwd | wc -l"
+        return "cat /etc/passwd | wc -l >/dev/null"
 
 
 def trace_turns(path: Path) -> list[Turn]:
@@ -197,33 +211,49 @@ def own_disk(size: int) -> Iterator[tuple[Path, Path]]:
             run("umount", at)
 
 
+@dataclass(frozen=True)
+class Mode:
+    """runtime and annotations: the sandboxes'. limited: whether the budget holds."""
+    runtime: str = CRAB
+    annotations: dict[str, str] = field(default_factory=dict)
+    limited: bool = False
+    dumps: int = 1024
+
+    @property
+    def protects(self) -> bool:
+        return self.annotations.get("enabled") == "true"
+
+
 MODES = {
-    "none": ({"enabled": "false"}, False),
-    "crab": ({"enabled": "true"}, True),
-    "no engine": ({"enabled": "true"}, False),
-    "full": ({"enabled": "true", "skip_unchanged": "false"}, False),
+    "go shim": Mode(RUNC),
+    "none": Mode(annotations={"enabled": "false"}),
+    "crab": Mode(annotations={"enabled": "true"}, limited=True, dumps=0),
+    "no engine": Mode(annotations={"enabled": "true"}),
+    "full": Mode(annotations={"enabled": "true", "skip_unchanged": "false"}),
 }
-"""Name: the sandboxes' annotations, and whether the budget holds."""
 
 
-def configure(store: Path, limits: tuple[str, str] | None) -> None:
-    text = f'store = "{store}"\nkeep = 8\n'
-    if limits:
-        text += f'engine.rate = "{limits[0]}"\nengine.burst = "{limits[1]}"\n'
-    else:
-        text += "engine.dumps = 1024\n"
+def mode_named(name: str) -> Mode:
+    name, _, dumps = name.partition(" dumps=")
+    return replace(MODES[name], dumps=int(dumps)) if dumps else MODES[name]
+
+
+def configure(store: Path, mode: Mode, args: argparse.Namespace) -> None:
+    text = f'store = "{store}"\nkeep = 8\nengine.dumps = {mode.dumps}\n'
+    if mode.limited:
+        text += f'engine.rate = "{args.rate}"\nengine.burst = "{args.burst}"\n'
     CONFIG.parent.mkdir(exist_ok=True)
     CONFIG.write_text(text)
 
 
-def measure(mode: str, factor: float, args: argparse.Namespace) -> dict[str, Any]:
-    annotations, limited = MODES[mode]
-    options = [word for key, value in annotations.items() for word in ("--annotation", f"dev.crab.{key}={value}")]
+def measure(name: str, factor: float, args: argparse.Namespace) -> dict[str, Any]:
+    mode = mode_named(name)
+    options = [word for key, value in mode.annotations.items() for word in ("--annotation", f"dev.crab.{key}={value}")]
     played = [Played() for _ in range(args.sandboxes)]
     with own_disk(args.disk) as (store, disk):
-        configure(store, (args.rate, args.burst) if limited else None)
+        configure(store, mode, args)
         mixes = list(traces().values())
-        start = [lambda: Ctr(CRAB, "sleep", "1000000", options=options, name="dense") for _ in played]
+        start = [lambda: Ctr(mode.runtime, "sleep", "1000000", options=options, name="dense") for _ in played]
         containers = together(start, workers=6)
         try:
             with_daemon = [turns for turns in mixes if any(turn.processes for turn in turns)]
@@ -235,7 +265,7 @@ def measure(mode: str, factor: float, args: argparse.Namespace) -> dict[str, Any
             together(jobs, workers=6)
             # The first checkpoint of each is its whole memory and layer: it is not what a turn costs.
             warm = {}
-            if mode != "none":
+            if mode.protects:
                 together([lambda c=c: crab("checkpoint", c.id) for c in containers], workers=2)
                 warm = {c.id: len(journal(c)) for c in containers}
             time.sleep(args.settle)
@@ -255,11 +285,11 @@ def measure(mode: str, factor: float, args: argparse.Namespace) -> dict[str, Any
                 run("sync", "-f", store)
                 written = device.written() - before
                 used = (cpu_seconds() - cpu) / (time.monotonic() - begin) / (os.cpu_count() or 1)
-            lines = [line for c in containers if mode != "none" for line in journal(c)[warm[c.id]:]]
+            journals = [(warm[c.id], journal(c)) for c in containers if mode.protects]
         finally:
             together([c.remove for c in containers], workers=6)
             CONFIG.unlink()
-    return summary(mode, factor, args, played, lines, device, written, used)
+    return summary(name, factor, args, played, journals, device, written, used)
 
 
 def journal(container: Ctr) -> list[dict[str, Any]]:
@@ -277,27 +307,44 @@ def quantile(values: list[float], q: float) -> float | None:
     return sorted(values)[min(len(values) - 1, int(len(values) * q))] if values else None
 
 
-def summary(mode: str, factor: float, args: argparse.Namespace, played: list[Played], lines: list[dict[str, Any]],
+def summary(mode: str, factor: float, args: argparse.Namespace, played: list[Played], journals: list[tuple[int, list[dict[str, Any]]]],
             device: Device, written: int, used: float) -> dict[str, Any]:
-    execs = [took * 1000 for p in played for _, took in p.execs]
+    """journals: of each sandbox how many lines it had before, and all of them."""
+    execs = [(kind, took * 1000) for p in played for kind, took in p.execs]
+    times = [took for _, took in execs]
     row: dict[str, Any] = {
         "mode": mode, "factor": factor, "turns": len(execs), "wrong": [w for p in played for w in p.wrong],
         "least turns of a sandbox": min(len(p.execs) for p in played), "written": written, "cpu": used,
-        "exec p50": quantile(execs, 0.5), "exec p99": quantile(execs, 0.99),
+        "played": {kind: sum(1 for k, _ in execs if k == kind) for kind in KINDS},
+        "exec mean": {kind: statistics.fmean([took for k, took in execs if k == kind] or [0]) for kind in KINDS},
+        "exec p50": quantile(times, 0.5), "exec p99": quantile(times, 0.99),
     }
-    turns = [line for line in lines if line["trigger"] == "exec"]
+    turns = [line for before, lines in journals for line in lines[before:] if line["trigger"] == "exec"]
     row["unprotected"] = sum(1 for line in turns if line["missing"] or (line["action"] != "skip" and not line["checkpoint"]))
+    row["stored"] = sum(line["bytes_written"] for line in turns)
+    # What was stored before it began, deduplicated, is what the last checkpoint of then holds.
+    ratios = [sum(line["bytes_written"] for line in lines[:before]) / lines[before - 1]["bytes_captured"] for before, lines in journals]
+    row["as they are"] = sum(line["bytes_captured"] * ratio for ratio, (before, lines) in zip(ratios, journals) for line in lines[before:])
     for action in ("files", "full"):
-        exposed = [line["exposed_us"] / 1000 for line in turns if line["action"] == action]
-        durable = [line["durable_us"] / 1000 for line in turns if line["action"] == action and line["durable_us"] is not None]
+        of = [line for line in turns if line["action"] == action]
+        exposed = [line["exposed_us"] / 1000 for line in of]
+        durable = [line["durable_us"] / 1000 for line in of if line["durable_us"] is not None]
         row[action] = {
-            "turns": len(exposed), "exposed": {q: quantile(exposed, q) for q in (0.5, 0.95, 0.99, 1.0)},
+            "turns": len(of), "exposed": {q: quantile(exposed, q) for q in (0.5, 0.95, 0.99, 1.0)},
             "durable": {q: quantile(durable, q) for q in (0.5, 0.95, 1.0)},
+            "frozen": quantile([line["freeze_us"] / 1000 for line in of], 0.5),
         }
-    if MODES[mode][1]:
-        rate, burst = number(args.rate), number(args.burst)
-        row["worst window beyond the rate, of the burst"] = device.worst(rate) / burst
+    if mode_named(mode).limited:
+        row["worst window beyond the rate, of the burst"] = device.worst(number(args.rate)) / number(args.burst)
     return row
+
+
+def weigh(rows: list[dict[str, Any]]) -> None:
+    """Adds to each how long an exec takes at the mean, of one mix of turns, and what that is for the first of its factor."""
+    mix = {kind: sum(row["played"][kind] for row in rows) for kind in KINDS}
+    for row in rows:
+        row["own"] = sum(mix[kind] * row["exec mean"][kind] for kind in KINDS) / max(1, sum(mix.values()))
+        row["own, relative"] = row["own"] / rows[0]["own"]
 
 
 def number(text: str) -> int:
@@ -309,20 +356,27 @@ def number(text: str) -> int:
 
 def show(row: dict[str, Any]) -> None:
     ms = lambda v: "     -" if v is None else f"{v:6.0f}"  # noqa: E731
-    print(f"{row['mode']:10} think × {row['factor']:<4} {row['turns']:6} turns (least {row['least turns of a sandbox']:3})  "
-          f"{row['written'] / MB:8.1f} MB written  cpu {row['cpu'] * 100:3.0f} %  exec p50{ms(row['exec p50'])} p99{ms(row['exec p99'])} ms", flush=True)
+    mix = ", ".join(f"{kind} {n}" for kind, n in row["played"].items())
+    print(f"{row['mode']:14} think × {row['factor']:<4} {row['turns']:5} turns ({mix}; least {row['least turns of a sandbox']:2})  "
+          f"{row['written'] / MB:7.1f} MB written  cpu {row['cpu'] * 100:3.0f} %  exec p50{ms(row['exec p50'])} p99{ms(row['exec p99'])} ms")
     for action in ("files", "full"):
         of = row[action]
         if of["turns"]:
             exposed, durable = of["exposed"], of["durable"]
             print(f"    {action:5} {of['turns']:5} turns: exposed p50{ms(exposed[0.5])} p95{ms(exposed[0.95])} p99{ms(exposed[0.99])} max{ms(exposed[1.0])} ms; "
-                  f"durable p50{ms(durable[0.5])} p95{ms(durable[0.95])} longest{ms(durable[1.0])} ms")
+                  f"durable p50{ms(durable[0.5])} p95{ms(durable[0.95])} longest{ms(durable[1.0])} ms; frozen p50{ms(of['frozen'])} ms")
+    if row["stored"]:
+        print(f"    packs {row['stored'] / MB:.1f} MB; as they are {row['as they are'] / MB:.1f} MB")
     if row["unprotected"]:
         print(f"    {row['unprotected']} turns without a whole checkpoint")
     if (worst := row.get("worst window beyond the rate, of the burst")) is not None:
         print(f"    the worst window at the device: rate·t + {worst:.2f} bursts")
     for wrong in row["wrong"]:
         print(f"    WRONG: {wrong}")
+
+
+def show_own(rows: list[dict[str, Any]]) -> None:
+    print(f"own, think × {rows[0]['factor']}: " + "; ".join(f"{row['mode']} {row['own']:.0f} ms ({row['own, relative']:.2f})" for row in rows))
 
 
 def main() -> int:
@@ -332,23 +386,29 @@ def main() -> int:
     parser.add_argument("--settle", type=float, default=3, help="seconds before the beginning and after the end")
     parser.add_argument("--factors", default="1.0,0.1", help="of the recorded think times")
     parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--rounds", type=int, default=1, help="how often all modes are run, one after the other")
     parser.add_argument("--rate", default="20MB/s")
     parser.add_argument("--burst", default="64MiB")
     parser.add_argument("--disk", type=int, default=8 << 30, help="bytes of the store's disk (sparse)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
     every = [turn for turns in traces().values() for turn in turns]
-    kinds = {kind: sum(turn.kind == kind for turn in every) / len(every) for kind in ("nothing", "files", "processes")}
+    kinds = {kind: sum(turn.kind == kind for turn in every) / len(every) for kind in KINDS}
     print(f"kernel {os.uname().release}; {os.cpu_count()} cpus; load {os.getloadavg()[0]:.1f}; {args.sandboxes} sandboxes; {args.seconds:.0f} s a mode; "
           f"seed {args.seed}; rate {args.rate}, burst {args.burst}")
     print(f"traces: {', '.join(traces())}; {len(every)} turns: {', '.join(f'{kind} {share:.0%}' for kind, share in kinds.items())}; "
-          f"think p50 {statistics.median(turn.think for turn in every):.1f} s, mean {statistics.mean(turn.think for turn in every):.1f} s", flush=True)
+          f"think p50 {statistics.median(turn.think for turn in every):.1f} s, mean {statistics.mean(turn.think for turn in every):.1f} s")
     rows = []
     for factor in (float(f) for f in args.factors.split(",")):
-        for mode in args.modes.split(","):
-            rows.append(measure(mode, factor, args))
-            show(rows[-1])
+        of_factor = []
+        for mode in args.modes.split(",") * args.rounds:
+            of_factor.append(measure(mode, factor, args))
+            show(of_factor[-1])
+        weigh(of_factor)
+        show_own(of_factor)
+        rows += of_factor
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 1 if any(row["wrong"] for row in rows) else 0

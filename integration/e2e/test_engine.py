@@ -35,6 +35,22 @@ def test_what_turns_write_is_charged_and_shown(tmp_path):
     assert re.search(r'^crab_engine_queue\{class="urgent"\} 0$', metrics, re.M), metrics
 
 
+def test_the_journal_says_what_was_planned_and_what_for(tmp_path):
+    with Watched(tmp_path) as sandbox:
+        sandbox.settle()
+        for command, plan in (
+            ("true", "nothing: nothing has changed"),
+            ("echo text >/file", "files: no process has changed (expected: "),
+            ("sleep 1000 >/dev/null 2>&1 &", "full: processes have changed, or may have (expected: "),
+        ):
+            line = sandbox.turn_of("sh", "-c", command)
+            assert line["plan"].startswith(plan), line
+        # By hand it is a whole one, whatever has changed.
+        asked = json.loads(crab("checkpoint", "--json", sandbox.name).out)
+        assert asked["plan"].startswith("full: it was asked for (expected: "), asked
+        assert asked["plan"] in crab("show", f"{sandbox.name}@{asked['turn']}").out
+
+
 def test_a_debt_is_waited_for_and_the_journal_says_so(tmp_path, config):
     config('engine.rate = "2MB/s"\nengine.burst = "2MiB"\n')
     with Watched(tmp_path) as sandbox:

@@ -48,6 +48,18 @@ impl Times {
         self.0.push(time.as_micros() as u64);
     }
 
+    /// How many.
+    #[allow(dead_code, reason = "the example's")]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    #[allow(dead_code, reason = "the example's")]
+    pub fn mean(&self) -> std::time::Duration {
+        let micros = self.0.iter().sum::<u64>() / (self.0.len() as u64).max(1);
+        std::time::Duration::from_micros(micros)
+    }
+
     /// `share`: 0.5 for the median, 1.0 for the longest.
     pub fn at(&mut self, share: f64) -> std::time::Duration {
         self.0.sort_unstable();

@@ -2,5 +2,7 @@
 
 pub mod audit;
 mod checks;
+mod cpus;
 pub mod random;
+pub mod setup;
 pub mod simulation;

@@ -9,75 +9,14 @@
 
 use std::{cell::RefCell, cmp::Reverse, collections::BinaryHeap, time::Duration};
 
-use crab::engine::{
-    Class, Limits, Moment, Next, Others, Phase, Proposal, Request, Seat, Table, Terms, Work,
-};
+use crab::engine::{Class, Moment, Next, Others, Phase, Proposal, Request, Seat, Table, Work};
 
 use super::{
     audit::{Times, Windows},
+    cpus::Cpus,
     random::Random,
+    setup::{Outcome, Setup},
 };
-
-/// What the agents of a host do.
-#[derive(Clone, Copy)]
-pub struct Load {
-    /// How long a tool runs, at the mean.
-    pub tool: Duration,
-    /// How long a model takes, at the median.
-    pub model: Duration,
-    /// The share of turns that change something.
-    pub changing: f64,
-    /// The share of these that need a dump.
-    pub dumping: f64,
-    /// Bytes of files, and of a dump, at the median.
-    pub files: f64,
-    pub dump: f64,
-}
-
-/// How often something goes wrong.
-#[derive(Clone, Copy, Default)]
-pub struct Faults {
-    /// The share of steps at which a member dies.
-    pub deaths: f64,
-    /// The share of steps at which a member is stopped.
-    pub stops: f64,
-    /// For how long, at the mean.
-    pub stopped: Duration,
-}
-
-#[derive(Clone, Copy)]
-pub struct Setup {
-    pub seed: u64,
-    pub sandboxes: u32,
-    /// No turn begins after this.
-    pub lasting: Duration,
-    pub limits: Limits,
-    pub terms: Terms,
-    pub load: Load,
-    pub faults: Faults,
-    /// What the disk really does, in bytes per second.
-    pub disk: u64,
-}
-
-/// What came of it.
-pub struct Outcome {
-    pub checkpoints: u64,
-    pub deaths: u64,
-    pub stops: u64,
-    /// From asking to the grant, of those for whom nobody waited.
-    pub normal: Times,
-    /// From the moment at which somebody waited to the grant, of the others.
-    pub urgent: Times,
-    /// How long agents stood at the gate, of all turns.
-    pub exposed: Times,
-    /// The longest queue.
-    pub queue: usize,
-    /// Most bytes of any window beyond the rate, and what the engine promises.
-    pub excess: u64,
-    pub promised: u64,
-    /// Bytes that were written per second.
-    pub used: u64,
-}
 
 /// Not the origin, where everything is older than anything.
 pub(super) const BEGIN: u64 = 1_000_000_000;
@@ -86,6 +25,7 @@ const WAKE_UP: u64 = 50;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Event {
+    ToolComputes,
     ToolEnds,
     Look(u64),
     Commit,
@@ -111,8 +51,11 @@ pub(super) struct Sandbox {
     pub(super) request: Request,
     pub(super) class: Class,
     pub(super) asked: Moment,
+    pub(super) granted: Moment,
     /// When the model has answered, if it has.
     pub(super) answered: Option<Moment>,
+    /// Since when its tool computes.
+    pub(super) computes_since: Moment,
     /// Since when it is urgent.
     pub(super) urgent_since: Option<Moment>,
     /// When it last came back into the queue: it had been passed, or somebody was faster in taking.
@@ -121,6 +64,8 @@ pub(super) struct Sandbox {
     pub(super) timer: u64,
     /// What happens to it while it is stopped.
     pub(super) stopped: Option<Vec<Event>>,
+    /// Its turn has a dump.
+    pub(super) dumped: bool,
     /// Its times say nothing.
     pub(super) was_stopped: bool,
     /// Distinguishes it from those that had its slot before.
@@ -152,6 +97,7 @@ pub(super) struct World {
     pub(super) others: Neighbours,
     pub(super) sandboxes: Vec<Sandbox>,
     pub(super) disk_free: Moment,
+    pub(super) cpus: Option<Cpus<(u32, u32, Event)>>,
     pub(super) windows: Windows,
     pub(super) largest: u64,
     pub(super) written: u64,
@@ -172,10 +118,10 @@ pub(super) struct Due {
 /// Runs it until every turn has ended.
 pub fn run(setup: Setup) -> Outcome {
     let mut world = World::new(setup);
-    while let Some(Reverse(due)) = world.events.pop() {
-        world.now = due.at;
-        if world.sandboxes[due.slot as usize].life == due.life {
-            world.happens(due.slot, due.event);
+    while let Some((at, slot, life, event)) = world.next() {
+        world.now = at;
+        if world.sandboxes[slot as usize].life == life {
+            world.happens(slot, event);
         }
     }
     world.finish()
@@ -195,6 +141,7 @@ impl World {
             },
             sandboxes: Vec::new(),
             disk_free: Moment::from_micros(0),
+            cpus: setup.load.cpus.map(|busy| Cpus::new(busy.number)),
             windows: Windows::new(setup.limits.rate.map_or(u64::MAX, Into::into)),
             largest: 0,
             written: 0,
@@ -206,6 +153,8 @@ impl World {
                 urgent: Times::default(),
                 normal: Times::default(),
                 exposed: Times::default(),
+                exposed_dumps: Times::default(),
+                own: Times::default(),
                 queue: 0,
                 excess: 0,
                 promised: 0,
@@ -235,13 +184,39 @@ impl World {
             },
             class: Class::Normal,
             asked: self.now,
+            granted: self.now,
             answered: None,
+            computes_since: self.now,
             urgent_since: None,
             back: self.now,
             timer: 0,
             stopped: None,
+            dumped: false,
             was_stopped: false,
             life,
+        }
+    }
+
+    /// What happens next, to whom.
+    fn next(&mut self) -> Option<(Moment, u32, u32, Event)> {
+        let planned = self.events.peek().map(|Reverse(due)| due.at);
+        let computed = self.cpus.as_ref().and_then(Cpus::next);
+        if let Some(at) = computed
+            && planned.is_none_or(|planned| at <= planned)
+        {
+            let (slot, life, event) = self.cpus.as_mut()?.pop(at)?;
+            return Some((at, slot, life, event));
+        }
+        let Reverse(due) = self.events.pop()?;
+        Some((due.at, due.slot, due.life, due.event))
+    }
+
+    /// Something that wants a CPU for so long, if they are scarce, or else takes so long.
+    fn compute(&mut self, slot: u32, takes: Duration, event: Event) {
+        let life = self.sandboxes[slot as usize].life;
+        match &mut self.cpus {
+            Some(cpus) => cpus.add(self.now, takes, (slot, life, event)),
+            None => self.at(slot, takes, event),
         }
     }
 
@@ -268,6 +243,7 @@ impl World {
             (None, _) => {}
         }
         match event {
+            Event::ToolComputes => self.tool_computes(slot),
             Event::ToolEnds => self.tool_ends(slot),
             Event::Look(timer) => {
                 if timer == 0 || timer == self.sandboxes[slot as usize].timer {
@@ -298,12 +274,27 @@ impl World {
         let end = BEGIN + self.setup.lasting.as_micros() as u64;
         if self.now.micros() < end {
             let after = self.random.pause(self.setup.load.tool);
-            self.at(slot, after, Event::ToolEnds);
+            self.at(slot, after, Event::ToolComputes);
+        }
+    }
+
+    fn tool_computes(&mut self, slot: u32) {
+        self.sandboxes[slot as usize].computes_since = self.now;
+        match self.setup.load.cpus {
+            Some(busy) => {
+                let wants = self.random.pause(busy.own);
+                self.compute(slot, wants, Event::ToolEnds);
+            }
+            None => self.tool_ends(slot),
         }
     }
 
     fn tool_ends(&mut self, slot: u32) {
         let load = self.setup.load;
+        if load.cpus.is_some() {
+            let since = self.sandboxes[slot as usize].computes_since;
+            self.outcome.own.add(self.now.since(since));
+        }
         let model = self.random.lognormal(load.model.as_secs_f64(), 0.7);
         let model = Duration::from_secs_f64(model.min(300.0));
         self.at(slot, model, Event::ModelAnswers);
@@ -313,6 +304,7 @@ impl World {
         sandbox.urgent_since = None;
         sandbox.class = Class::Normal;
         sandbox.was_stopped = false;
+        sandbox.dumped = false;
         if !changes {
             return;
         }
@@ -331,6 +323,7 @@ impl World {
             staged,
             expected: capture_time(dump, staged),
         };
+        sandbox.dumped = dump;
         sandbox.asked = self.now;
         sandbox.doing = Doing::Waiting;
         self.waiting += 1;
@@ -379,6 +372,7 @@ impl World {
             return self.look(slot);
         }
         sandbox.doing = Doing::Capturing;
+        sandbox.granted = proposal.at;
         self.waiting -= 1;
         let (request, asked) = (sandbox.request, sandbox.asked);
         if !sandbox.was_stopped {
@@ -390,9 +384,12 @@ impl World {
         self.largest = self.largest.max(request.tokens);
         self.windows.flow(proposal.at, request.tokens as i64);
         self.check_order(slot, proposal.at);
-        self.check_dumps();
+        self.check_dumps(slot);
         let dump = request.work == Work::Dump;
-        self.at(slot, capture_time(dump, request.staged), Event::Captured);
+        let more = self.setup.load.cpus.filter(|_| dump);
+        let more = more.map_or(Duration::ZERO, |busy| busy.dump);
+        let takes = capture_time(dump, request.staged) + more;
+        self.compute(slot, takes, Event::Captured);
     }
 
     fn captured(&mut self, slot: u32) {
@@ -443,8 +440,12 @@ impl World {
     }
 
     fn next_turn(&mut self, slot: u32, exposed: Duration) {
-        if !self.sandboxes[slot as usize].was_stopped {
+        let sandbox = &self.sandboxes[slot as usize];
+        if !sandbox.was_stopped {
             self.outcome.exposed.add(exposed);
+            if sandbox.dumped {
+                self.outcome.exposed_dumps.add(exposed);
+            }
         }
         self.start_tool(slot);
     }

@@ -9,15 +9,19 @@ use super::{
     term::{bytes, print_json, table},
 };
 use crate::{
-    engine::{Class, Limits, Phase, Report, Row, Terms, Work},
+    engine::{Class, Limits, Phase, Report, Row, Terms, Work, other_versions},
     shim::run_dir::RUN,
 };
 
 pub(super) fn run(scope: &Scope, limits: &Limits, prometheus: bool) -> anyhow::Result<ExitCode> {
-    let report = Report::read(Path::new(RUN), limits, &Terms::default())
-        .with_context(|| format!("cannot read the engine's state below {RUN}"))?;
-    // Nobody has asked yet: all is there.
-    let report = report.unwrap_or_else(|| Report::of_nobody(limits));
+    let at = Path::new(RUN);
+    let unreadable = || format!("cannot read the engine's state below {RUN}");
+    let report = Report::read(at, limits, &Terms::default()).with_context(unreadable)?;
+    let report = Report {
+        other_versions: other_versions(at).with_context(unreadable)?,
+        // Nobody has asked yet: all is there.
+        ..report.unwrap_or_else(|| Report::of_nobody(limits))
+    };
     if prometheus {
         print(exposition(limits, &report).trim_end())?;
     } else if scope.json {
@@ -40,7 +44,12 @@ fn show(limits: &Limits, report: &Report) -> anyhow::Result<()> {
         ["tokens".into(), tokens],
         [
             "dumps".into(),
-            format!("{} of {}", report.dumps, limits.dumps),
+            format!(
+                "{} of {}, or {} if somebody waits",
+                report.dumps,
+                limits.dumps,
+                limits.pressing_dumps()
+            ),
         ],
         [
             "undrained".into(),
@@ -91,6 +100,12 @@ fn warnings(report: &Report) -> Vec<String> {
             report.others_limits
         ));
     }
+    for other in &report.other_versions {
+        found.push(format!(
+            "another version of crab runs beside, with a budget of its own ({other}): as long as the \
+             containers that it has started run"
+        ));
+    }
     if report.sums.forced > 0 {
         found.push(format!(
             "{} checkpoint(s) have gone beyond the budget, after a wait that was too long",
@@ -114,6 +129,7 @@ fn json(limits: &Limits, report: &Report) -> serde_json::Value {
     serde_json::json!({
         "rate": limits.rate, "burst": limits.burst, "tokens": report.tokens,
         "dumps": report.dumps, "dumps_limit": limits.dumps,
+        "dumps_limit_waited_for": limits.pressing_dumps(),
         "undrained": report.undrained, "undrained_limit": limits.undrained,
         "idle": report.idle, "members": members, "warnings": warnings(report),
         "grants": sums.grants, "forced": sums.forced, "granted_bytes": sums.granted,
@@ -160,7 +176,7 @@ fn exposition(limits: &Limits, report: &Report) -> String {
         "Dumps that run.",
         &[("", report.dumps as f64)],
     );
-    let help = "Dumps that may run at once.";
+    let help = "Dumps that may run at once, twice as many if somebody waits for them.";
     metric("dumps_limit", "gauge", help, &[("", limits.dumps.into())]);
     let help = "Bytes that are captured and not on disk.";
     metric(
@@ -253,7 +269,10 @@ fn work(work: Work) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::{Caller, Member, Request};
+    use crate::{
+        engine::{Caller, Member, Request},
+        slot_lock::SlotLock,
+    };
 
     const LIMITS: Limits = Limits {
         rate: std::num::NonZeroU64::new(1 << 20),
@@ -360,5 +379,23 @@ mod tests {
             ..Report::of_nobody(&LIMITS)
         };
         assert!(warnings(&report)[0].starts_with("2 sandbox(es) go by other limits"));
+    }
+
+    #[test]
+    fn another_version_that_runs_beside_is_said_and_one_that_ran_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["engine.v1", "engine.v0", "engine.v7"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let open = |name| std::fs::File::create(dir.path().join(name)).unwrap();
+        let claim = |name| SlotLock::claim(open(name), [5]).unwrap().unwrap();
+        let (_ours, _theirs) = (claim("engine.v1"), claim("engine.v7"));
+        let report = Report {
+            other_versions: other_versions(dir.path()).unwrap(),
+            ..Report::of_nobody(&LIMITS)
+        };
+        assert_eq!(report.other_versions, ["engine.v7"]);
+        assert!(warnings(&report)[0].contains("(engine.v7)"));
+        assert!(other_versions(&dir.path().join("none")).unwrap().is_empty());
     }
 }

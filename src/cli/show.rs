@@ -145,6 +145,7 @@ impl Shown {
             ("taken", Some(self.taken(boot))),
             ("holds", Some(self.holds())),
             ("changed", changed),
+            ("plan", journal.and_then(|line| line.plan.clone())),
             ("size", Some(format!("{}; {added}", self.sizes()))),
             ("times", journal.map(times)),
             ("parent", self.parent.map(|parent| format!("turn {parent}"))),

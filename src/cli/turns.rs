@@ -162,6 +162,7 @@ pub(super) mod tests {
             },
             action: if full { Action::Full } else { Action::Skip },
             missing: Vec::new(),
+            plan: None,
             pre_dumps: 0,
             checkpoint: back.or(full.then_some(turn)).map(digest),
             changed_files: 0,

@@ -107,12 +107,16 @@ pub struct Engine {
     pub rate: Option<NonZeroU64>,
     /// Bytes that may be written at once after a pause. Default 256 MiB; at least 1 MiB.
     pub burst: u64,
-    /// Dumps that run at once. Default 0, for as many as the host has CPUs, and at least two; at
-    /// most 1024.
+    /// Dumps that run at once, before one that nobody waits for has to wait. Default 0, for four for each
+    /// CPU of the host; at most 1024.
     pub dumps: u32,
     /// Bytes that are captured and not yet written. Default 1 GiB; at least 1 MiB.
     pub undrained: u64,
 }
+
+/// Fewer leave CPUs idle, or to others alone, while agents wait; more only slow each other, and the
+/// sandboxes' own work, down: docs/engine.md.
+const DUMPS_FOR_A_CPU: u32 = 4;
 
 impl Engine {
     /// These, as the engine takes them.
@@ -122,7 +126,9 @@ impl Engine {
             rate: self.rate,
             burst: self.burst,
             dumps: match self.dumps {
-                0 => u32::try_from(cpus().max(2)).unwrap_or(u32::MAX),
+                0 => u32::try_from(cpus())
+                    .unwrap_or(u32::MAX)
+                    .saturating_mul(DUMPS_FOR_A_CPU),
                 dumps => dumps,
             },
             undrained: self.undrained,

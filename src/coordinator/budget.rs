@@ -12,7 +12,8 @@ use std::{
 
 use super::{doors::Doors, machine::Event};
 use crate::engine::{
-    Caller, Dump, Estimator, Grant, Limits, Member, Request, Situation, Terms, Work, plan,
+    Action, Caller, Dump, Estimator, Grant, Limits, Member, Plan, Reason, Request, Situation,
+    Terms, Work, plan,
 };
 
 /// Longer than this no turn waits for the budget: its promise to be durable comes first. Shorter
@@ -59,15 +60,38 @@ impl Budget {
         }
     }
 
+    /// What a checkpoint is to be. Nothing is known of the memory that a dump would find, and no pre-dumps
+    /// are taken yet, so neither the agent's absence nor the tokens matter.
+    pub(super) fn plan(&self, reason: Reason) -> Plan {
+        let situation = Situation {
+            files: self.history.last_files,
+            reason,
+            memory: None,
+            last_dump: self.history.last_dump,
+            tokens: None,
+            wait: Duration::ZERO,
+            can_pre_dump: false,
+        };
+        plan(&situation, self.history.estimator.costs())
+    }
+
     /// Waits until the checkpoint may begin. `urgent`: somebody waits for it already.
-    pub(super) fn ask(&mut self, work: Work, urgent: bool) -> Result<Spending<'_>, String> {
+    pub(super) fn ask(&mut self, plan: &Plan, urgent: bool) -> Result<Spending<'_>, String> {
         self.doors.on(Event::Ask);
         let caller = Caller::new();
         if urgent {
             caller.promote();
         }
         self.doors.set_caller(Some(Arc::clone(&caller)));
-        let request = self.history.request(work);
+        let request = Request {
+            work: match plan.action {
+                Action::Nothing | Action::Files => Work::Files,
+                Action::Full { .. } => Work::Dump,
+            },
+            tokens: plan.tokens,
+            staged: plan.staged,
+            expected: plan.capture,
+        };
         let granted = self.member.acquire_or_force(&request, &caller, LONGEST);
         self.doors.set_caller(None);
         let grant = granted.map_err(|e| e.to_string())?;
@@ -78,30 +102,6 @@ impl Budget {
             history: &mut self.history,
             drain: None,
         })
-    }
-}
-
-impl History {
-    /// What a checkpoint will probably need. Nothing is known of the memory that a dump would find, and
-    /// no pre-dumps are taken yet, so neither the agent's absence nor the tokens matter to the plan.
-    fn request(&self, work: Work) -> Request {
-        let situation = Situation {
-            files: self.last_files,
-            files_changed: true,
-            processes_changed: work == Work::Dump,
-            memory: None,
-            last_dump: self.last_dump,
-            tokens: None,
-            wait: Duration::ZERO,
-            can_pre_dump: false,
-        };
-        let plan = plan(&situation, self.estimator.costs());
-        Request {
-            work,
-            tokens: plan.tokens,
-            staged: plan.staged,
-            expected: plan.capture,
-        }
     }
 }
 

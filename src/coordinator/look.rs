@@ -1,6 +1,6 @@
 //! What a look at a sandbox found.
 
-use crate::store::Effect;
+use crate::{engine::Reason, store::Effect};
 
 /// What a look found.
 #[derive(Debug, Default)]
@@ -16,6 +16,15 @@ pub(super) struct Look {
 }
 
 impl Look {
+    /// What there is a checkpoint for, if there is to be one.
+    pub(super) fn reason(&self) -> Reason {
+        match &self.effects[..] {
+            _ if self.only_files => Reason::OnlyFiles,
+            [Effect::Files] => Reason::UsedFiles,
+            _ => Reason::Processes,
+        }
+    }
+
     /// Adds an effect, once.
     pub(super) fn add(&mut self, effect: Effect) {
         if !self.effects.contains(&effect) {

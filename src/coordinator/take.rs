@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     config::Gate,
-    engine::Work,
+    engine::{self, Reason},
     inspector::Inode,
     rootfs::{Overlay, layer::Comparison},
     runtime::{self, criu_conf::CriuConf, descriptors::Stream},
@@ -41,8 +41,8 @@ pub(super) struct Order {
     pub(super) parent: Option<Checkpoint>,
     /// The writable layer, or why there is none that crab can capture.
     pub(super) overlay: Result<Overlay, String>,
-    /// Files beside the image that there is.
-    pub(super) only_files: bool,
+    /// What there is a checkpoint for.
+    pub(super) reason: Reason,
     /// A large file may have changed.
     pub(super) large: bool,
     /// What if the processes cannot be kept.
@@ -130,8 +130,10 @@ impl Worker {
         budget: &mut Budget,
     ) -> Result<Taken, String> {
         let urgent = line.trigger == Trigger::Manual;
-        if order.only_files {
-            let mut spending = budget.ask(Work::Files, urgent)?;
+        let mut plan = budget.plan(order.reason);
+        line.plan = Some(plan.to_string());
+        if plan.action == engine::Action::Files {
+            let mut spending = budget.ask(&plan, urgent)?;
             match self.take_files(subject, order, gate, line, &mut spending) {
                 Ok(Tried::Done(taken)) => {
                     remark(line, spending.note());
@@ -140,6 +142,8 @@ impl Worker {
                 }
                 Ok(Tried::Not(look)) => {
                     spending.failed();
+                    plan = budget.plan(look.reason());
+                    line.plan = Some(format!("at first files alone, then {plan}"));
                     line.effects = look.effects;
                     line.note = look.note;
                 }
@@ -149,7 +153,7 @@ impl Worker {
                 }
             }
         }
-        let mut spending = budget.ask(Work::Dump, urgent)?;
+        let mut spending = budget.ask(&plan, urgent)?;
         let taken = self.take_all(subject, order, gate, line, &mut spending);
         remark(line, spending.note());
         match &taken {

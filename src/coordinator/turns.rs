@@ -32,6 +32,7 @@ use super::{
 };
 use crate::{
     config::Gate,
+    engine::{Plan, Reason},
     inspector::{self, Watch},
     rootfs::Overlay,
     sandbox::TurnNo,
@@ -373,19 +374,21 @@ impl Worker {
         if asked.is_none() && look.effects.is_empty() {
             self.doors.on(Event::Unchanged);
             line.note = look.note;
+            line.plan = Some(Plan::nothing().to_string());
             if line.trigger != Trigger::Timer {
                 self.show_turn(subject, turn);
             }
             return self.nothing_new(gate, line);
         }
+        // Asked for by hand, it is to be a whole one, and nobody is given less than they asked for.
+        let reason = asked.map_or_else(|| look.reason(), |_| Reason::AskedFor);
         line.effects = look.effects;
         line.note = look.note;
-        // Asked for by hand, it is to be a whole one, and nobody is given less than they asked for.
         let order = Order {
             turn,
             parent,
             overlay,
-            only_files: look.only_files && asked.is_none(),
+            reason,
             large: look.large,
             without_processes: WithoutProcesses::of(asked),
         };

@@ -52,6 +52,21 @@ impl Seen {
         matches!(self.status.phase, Phase::Working | Phase::Draining)
     }
 
+    /// Whether it may begin beside so many dumps.
+    fn may_join(&self, dumps: u64, now: Moment, limits: &Limits, terms: &Terms) -> bool {
+        let bound = match self.presses(now, terms) {
+            true => limits.pressing_dumps(),
+            false => limits.dumps,
+        };
+        self.status.work == Work::Files || dumps < u64::from(bound)
+    }
+
+    /// Whether its rank is that of somebody who is waited for: it is urgent, or has waited for the whole
+    /// handicap.
+    fn presses(&self, now: Moment, terms: &Terms) -> bool {
+        self.rank(terms).0 <= now
+    }
+
     fn dumps(&self) -> bool {
         self.status.phase == Phase::Working && self.status.work == Work::Dump
     }
@@ -124,19 +139,19 @@ impl View {
 
     /// Whether this waiting member may begin. Tokens and captured bytes are had strictly in the order
     /// of the ranks. What captures files only goes before dumps while these wait for one another:
-    /// it would not make them any faster.
+    /// it would not make them any faster. Dumps that press have a bound of their own, so none of them waits
+    /// for one that nobody waits for.
     pub fn decide(&self, its: &Seen, limits: &Limits, terms: &Terms) -> Verdict {
-        let may_dump = self.may_dump(limits, terms);
         let mut ahead = 0;
         let mut head: Option<&Seen> = None;
-        for other in self.ahead_of(its, may_dump, terms) {
+        for other in self.ahead_of(its, limits, terms) {
             ahead += 1;
             if head.is_none_or(|head| other.rank(terms) < head.rank(terms)) {
                 head = Some(other);
             }
         }
         let wait = |why, until| Verdict::Wait { why, ahead, until };
-        if its.status.work == Work::Dump && !may_dump {
+        if !self.may_begin(its, limits, terms) {
             let rank = its.rank(terms);
             let first = |other: &&Seen| {
                 other.is_waiting() && other.status.work == Work::Dump && other.rank(terms) < rank
@@ -166,19 +181,20 @@ impl View {
     pub(super) fn ahead_of(
         &self,
         its: &Seen,
-        may_dump: bool,
+        limits: &Limits,
         terms: &Terms,
     ) -> impl Iterator<Item = &Seen> {
         let rank = its.rank(terms);
+        let dumps = self.dumps(terms);
         self.members.iter().filter(move |other| {
-            let can_take = may_dump || other.status.work == Work::Files;
+            let can_take = other.may_join(dumps, self.now, limits, terms);
             other.is_waiting() && can_take && other.rank(terms) < rank
         })
     }
 
-    /// Whether one dump more may run.
-    pub(super) fn may_dump(&self, limits: &Limits, terms: &Terms) -> bool {
-        self.dumps(terms) < u64::from(limits.dumps)
+    /// Whether the dumps that run leave room for it.
+    fn may_begin(&self, its: &Seen, limits: &Limits, terms: &Terms) -> bool {
+        its.may_join(self.dumps(terms), self.now, limits, terms)
     }
 
     /// What the first of the queue still lacks, and when to look again.

@@ -131,6 +131,35 @@ pub(super) fn path(run: &Path) -> PathBuf {
     run.join(format!("engine.v{VERSION}"))
 }
 
+/// The tables of other versions in which somebody has a slot, by their names.
+pub fn other_versions(run: &Path) -> io::Result<Vec<String>> {
+    let ours = path(run);
+    let mut found = Vec::new();
+    let entries = match fs::read_dir(run) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(found),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let is_table = name.starts_with("engine.") && entry.file_type()?.is_file();
+        if is_table && entry.path() != ours && has_members(&entry.path())? {
+            found.push(name);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Whether somebody has a lock on any part of a table, whatever its format.
+fn has_members(table: &Path) -> io::Result<bool> {
+    match File::open(table) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
+        Ok(file) => slot_lock::are_free(&file, 0, 0).map(|free| !free),
+    }
+}
+
 fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)

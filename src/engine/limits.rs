@@ -13,7 +13,7 @@ pub struct Limits {
     pub rate: Option<NonZeroU64>,
     /// Bytes that may be written at once after a pause.
     pub burst: u64,
-    /// How many dumps run at once.
+    /// How many dumps run at once before one that nobody waits for has to wait.
     pub dumps: u32,
     /// Bytes that are captured and not yet written to disk, of all sandboxes. A single one may take
     /// more, alone.
@@ -21,6 +21,12 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// How many dumps run at once before one has to wait that somebody waits for, or that has waited for
+    /// long.
+    pub fn pressing_dumps(&self) -> u32 {
+        self.dumps.saturating_mul(2)
+    }
+
     /// How long the host takes to earn so many bytes, in microseconds, rounded up.
     pub(super) fn price(&self, bytes: u64) -> u64 {
         self.time_of(bytes, u128::div_ceil)

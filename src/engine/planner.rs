@@ -3,7 +3,7 @@
 //! The model is in docs/engine.md, section "The plan". Pre-dumps are chosen for one purpose, to have the
 //! sandbox frozen for a shorter time, and only if nobody waits the longer for it.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use super::estimator::Costs;
 
@@ -15,10 +15,8 @@ pub const MOST_PRE_DUMPS: u32 = 3;
 pub struct Situation {
     /// Bytes of files that may have changed.
     pub files: u64,
-    /// Whether any file may have.
-    pub files_changed: bool,
-    /// Whether any process may have, so that a dump is needed.
-    pub processes_changed: bool,
+    /// What may have changed.
+    pub reason: Reason,
     /// Bytes that a dump would have to write now: the processes' private memory, as far as it is known.
     pub memory: Option<u64>,
     /// The sandbox's last dump.
@@ -54,22 +52,29 @@ pub enum Action {
     },
 }
 
-/// Why it is that.
+/// What there is a checkpoint for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
     /// Nothing has changed.
     Unchanged,
-    /// No process has changed.
+    /// Files have changed, and no process.
     OnlyFiles,
-    /// Processes have changed.
+    /// Processes have changed, or nobody knows.
     Processes,
-    /// No pre-dump: the kernel doesn't tell changed pages.
-    NoDirtyPages,
-    /// No pre-dump: each would freeze the sandbox for longer than it saves.
+    /// Files have changed that a process stands upon: the last dump does not fit them.
+    UsedFiles,
+    /// Somebody has asked for a whole one, whatever has changed.
+    AskedFor,
+}
+
+/// Why a dump that could have pre-dumps has none, or some.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PreDumps {
+    /// None: each would freeze the sandbox for longer than it saves.
     TooSmall,
-    /// No pre-dump, or fewer: the agent is back before they are done.
+    /// None, or fewer: the agent is back before they are done.
     TooSlow,
-    /// No pre-dump, or fewer: they write what the host does not have to give.
+    /// None, or fewer: they write what the host does not have to give.
     TooFewTokens,
     /// With pre-dumps the sandbox is frozen for a shorter time.
     ShorterFreeze,
@@ -80,8 +85,11 @@ pub enum Reason {
 pub struct Plan {
     /// What to take.
     pub action: Action,
-    /// Why.
+    /// What for.
     pub reason: Reason,
+    /// Why it has no pre-dumps, or has them; None if it could have none: it is no dump, or nobody can
+    /// tell which pages change.
+    pub pre_dumps: Option<PreDumps>,
     /// Bytes that it is expected to capture.
     pub staged: u64,
     /// Bytes that it is expected to write to disk in the end.
@@ -96,48 +104,50 @@ pub struct Plan {
 
 /// Plans a checkpoint.
 pub fn plan(now: &Situation, costs: &Costs) -> Plan {
-    if !now.processes_changed {
-        return match now.files_changed {
-            false => Plan::nothing(),
-            true => Plan::files(now, costs),
-        };
+    match now.reason {
+        Reason::Unchanged => Plan::nothing(),
+        Reason::OnlyFiles => Plan::files(now, costs),
+        Reason::Processes | Reason::UsedFiles | Reason::AskedFor => {
+            let plain = Plan::full(now, costs, 0);
+            match now.can_pre_dump {
+                true => with_pre_dumps(now, costs, plain),
+                false => plain,
+            }
+        }
     }
-    let plain = Plan::full(now, costs, 0);
-    if !now.can_pre_dump {
-        return Plan {
-            reason: Reason::NoDirtyPages,
-            ..plain
-        };
-    }
-    with_pre_dumps(now, costs, plain)
 }
 
 /// The one with the shortest freeze of those that nobody has to wait for and that can be paid.
 fn with_pre_dumps(now: &Situation, costs: &Costs, plain: Plan) -> Plan {
     let mut best = plain;
-    let mut reason = Reason::TooSmall;
+    let mut why = PreDumps::TooSmall;
     for rounds in 1..=MOST_PRE_DUMPS {
         let plan = Plan::full(now, costs, rounds);
         if plan.frozen >= best.frozen {
             continue;
         }
         if plan.durable > now.wait.max(plain.durable) {
-            reason = Reason::TooSlow;
+            why = PreDumps::TooSlow;
         } else if now.tokens.is_some_and(|tokens| plan.tokens > tokens) {
-            reason = Reason::TooFewTokens;
+            why = PreDumps::TooFewTokens;
         } else {
             best = plan;
-            reason = Reason::ShorterFreeze;
+            why = PreDumps::ShorterFreeze;
         }
     }
-    Plan { reason, ..best }
+    Plan {
+        pre_dumps: Some(why),
+        ..best
+    }
 }
 
 impl Plan {
-    fn nothing() -> Self {
+    /// That of a turn that has changed nothing.
+    pub fn nothing() -> Self {
         Self {
             action: Action::Nothing,
             reason: Reason::Unchanged,
+            pre_dumps: None,
             staged: 0,
             tokens: 0,
             frozen: Duration::ZERO,
@@ -152,6 +162,7 @@ impl Plan {
         Self {
             action: Action::Files,
             reason: Reason::OnlyFiles,
+            pre_dumps: None,
             staged: now.files,
             tokens,
             // At worst: a sandbox in which nobody runs is not frozen at all.
@@ -181,7 +192,8 @@ impl Plan {
         let (tokens, drain) = costs.drain(staged);
         Self {
             action: Action::Full { pre_dumps },
-            reason: Reason::Processes,
+            reason: now.reason,
+            pre_dumps: None,
             staged,
             tokens,
             frozen: frozen + last,
@@ -196,5 +208,52 @@ impl Situation {
     fn dump_bytes(&self) -> u64 {
         let last = self.last_dump.map(|dump| dump.bytes);
         self.memory.or(last).unwrap_or(0)
+    }
+}
+
+/// For the journal: what is taken, what for, and what that was expected to cost.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.action {
+            Action::Nothing => return write!(f, "nothing: {}", self.reason),
+            Action::Files => write!(f, "files: {}", self.reason)?,
+            Action::Full { pre_dumps: 0 } => write!(f, "full: {}", self.reason)?,
+            Action::Full { pre_dumps } => {
+                write!(f, "full after {pre_dumps} pre-dump(s): {}", self.reason)?;
+            }
+        }
+        if let Some(why) = self.pre_dumps {
+            write!(f, ", {why}")?;
+        }
+        let mb = |bytes: u64| bytes as f64 / 1e6;
+        let (staged, tokens) = (mb(self.staged), mb(self.tokens));
+        let ms = self.frozen.as_millis();
+        write!(
+            f,
+            " (expected: {staged:.1} MB captured, {tokens:.1} MB written, frozen for {ms} ms)"
+        )
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unchanged => "nothing has changed",
+            Self::OnlyFiles => "no process has changed",
+            Self::Processes => "processes have changed, or may have",
+            Self::UsedFiles => "files have changed that a process stands upon",
+            Self::AskedFor => "it was asked for",
+        })
+    }
+}
+
+impl fmt::Display for PreDumps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::TooSmall => "pre-dumps would freeze it for longer",
+            Self::TooSlow => "the agent would be back before the pre-dumps are done",
+            Self::TooFewTokens => "the budget has too little for pre-dumps",
+            Self::ShorterFreeze => "pre-dumps shorten the freeze",
+        })
     }
 }

@@ -29,6 +29,8 @@ pub struct Report {
     pub idle: u64,
     /// How many sandboxes go by other limits than those that were asked about.
     pub others_limits: u64,
+    /// The tables of other versions of crab that are in use: each with a budget of its own.
+    pub other_versions: Vec<String>,
     /// Sums since the file was made.
     pub sums: Sums,
 }
@@ -110,6 +112,7 @@ impl Report {
             members: Vec::new(),
             idle: 0,
             others_limits: 0,
+            other_versions: Vec::new(),
             sums: Sums::default(),
         }
     }

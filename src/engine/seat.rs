@@ -312,8 +312,7 @@ impl Seat {
     /// Passes all who come first. They are woken: those who live and run come back, with the rank
     /// that they had; so it takes no longer if more than one of them is stopped.
     fn pass(&self, table: &Table, view: &View, me: &Seen, others: &dyn Others) {
-        let may_dump = view.may_dump(&self.limits, &self.terms);
-        for its in view.ahead_of(me, may_dump, &self.terms) {
+        for its in view.ahead_of(me, &self.limits, &self.terms) {
             let passed = Status {
                 phase: Phase::Passed,
                 ..its.status

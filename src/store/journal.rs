@@ -34,6 +34,9 @@ pub struct JournalLine {
     /// What is part of a state and not in the checkpoint; `note` says why.
     #[serde(default)]
     pub missing: Vec<Missing>,
+    /// What was planned for it, what for, and what that was expected to cost.
+    #[serde(default)]
+    pub plan: Option<String>,
     /// How many came before the final dump.
     pub pre_dumps: u32,
     /// The digest of the checkpoint's manifest, if there is one.
@@ -83,6 +86,7 @@ impl JournalLine {
             effects: Vec::new(),
             action: Action::Skip,
             missing: Vec::new(),
+            plan: None,
             pre_dumps: 0,
             checkpoint: None,
             changed_files: 0,

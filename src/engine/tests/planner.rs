@@ -6,8 +6,7 @@ use crate::engine::planner::MOST_PRE_DUMPS;
 fn situation() -> Situation {
     Situation {
         files: 10 * MB,
-        files_changed: true,
-        processes_changed: true,
+        reason: Reason::Processes,
         memory: Some(500 * MB),
         last_dump: None,
         tokens: None,
@@ -18,34 +17,61 @@ fn situation() -> Situation {
 
 #[test]
 fn what_is_taken_follows_what_changed() {
-    let quiet = Situation {
-        files_changed: false,
-        processes_changed: false,
-        ..situation()
-    };
-    let files = Situation {
-        files_changed: true,
-        ..quiet
-    };
-    let processes = Situation {
-        processes_changed: true,
-        can_pre_dump: false,
-        ..quiet
-    };
+    let full = Action::Full { pre_dumps: 0 };
     let cases = [
-        (quiet, Action::Nothing, Reason::Unchanged),
-        (files, Action::Files, Reason::OnlyFiles),
-        (
-            processes,
-            Action::Full { pre_dumps: 0 },
-            Reason::NoDirtyPages,
-        ),
+        (Reason::Unchanged, Action::Nothing),
+        (Reason::OnlyFiles, Action::Files),
+        (Reason::Processes, full),
+        (Reason::UsedFiles, full),
+        (Reason::AskedFor, full),
     ];
-    for (situation, action, reason) in cases {
+    for (reason, action) in cases {
+        let situation = Situation {
+            reason,
+            can_pre_dump: false,
+            ..situation()
+        };
         let plan = plan(&situation, &Costs::default());
         assert_eq!((plan.action, plan.reason), (action, reason));
+        assert_eq!(plan.pre_dumps, None);
+        assert_eq!(plan.tokens == 0, action == Action::Nothing);
     }
-    assert_eq!(plan(&quiet, &Costs::default()).tokens, 0);
+}
+
+#[test]
+fn the_journal_is_told_what_for_and_what_was_expected() {
+    let costs = Costs {
+        change_rate: 5e6,
+        ..Costs::default()
+    };
+    let told = |reason, can_pre_dump| {
+        let situation = Situation {
+            reason,
+            can_pre_dump,
+            ..situation()
+        };
+        plan(&situation, &costs).to_string()
+    };
+    assert_eq!(
+        told(Reason::Unchanged, true),
+        "nothing: nothing has changed"
+    );
+    assert_eq!(
+        told(Reason::OnlyFiles, true),
+        "files: no process has changed (expected: 10.0 MB captured, 10.0 MB written, frozen for 55 ms)"
+    );
+    assert_eq!(
+        told(Reason::UsedFiles, false),
+        "full: files have changed that a process stands upon (expected: 510.0 MB captured, 510.0 MB \
+         written, frozen for 375 ms)"
+    );
+    let after = told(Reason::Processes, true);
+    assert!(
+        after.starts_with(
+            "full after 1 pre-dump(s): processes have changed, or may have, pre-dumps shorten the freeze (expected: "
+        ),
+        "{after}"
+    );
 }
 
 #[test]
@@ -56,33 +82,26 @@ fn pre_dumps_pay_for_large_dumps_that_hardly_change_and_for_no_small_ones() {
     };
     let large = plan(&situation(), &costs);
     assert_eq!(large.action, Action::Full { pre_dumps: 1 });
-    assert_eq!(large.reason, Reason::ShorterFreeze);
+    assert_eq!(large.pre_dumps, Some(PreDumps::ShorterFreeze));
     let cases = [
         (
-            Reason::TooSmall,
+            PreDumps::TooSmall,
             Situation {
                 memory: Some(20 * MB),
                 ..situation()
             },
         ),
         (
-            Reason::TooSlow,
+            PreDumps::TooSlow,
             Situation {
                 wait: ms(500),
                 ..situation()
             },
         ),
         (
-            Reason::TooFewTokens,
+            PreDumps::TooFewTokens,
             Situation {
                 tokens: Some(510 * MB),
-                ..situation()
-            },
-        ),
-        (
-            Reason::NoDirtyPages,
-            Situation {
-                can_pre_dump: false,
                 ..situation()
             },
         ),
@@ -90,8 +109,8 @@ fn pre_dumps_pay_for_large_dumps_that_hardly_change_and_for_no_small_ones() {
     for (reason, situation) in cases {
         let plan = plan(&situation, &costs);
         assert_eq!(
-            (plan.action, plan.reason),
-            (Action::Full { pre_dumps: 0 }, reason)
+            (plan.action, plan.pre_dumps),
+            (Action::Full { pre_dumps: 0 }, Some(reason))
         );
     }
 }
@@ -135,10 +154,13 @@ prop_compose! {
         files in 0_u64..1 << 32, memory in prop::option::of(0_u64..1 << 36),
         last in prop::option::of((0_u64..1 << 36, 0_u64..100_000)),
         tokens in prop::option::of(0_u64..1 << 36), wait in 0_u64..120_000,
-        files_changed: bool, processes_changed: bool, can_pre_dump: bool,
+        reason in prop::sample::select(vec![
+            Reason::Unchanged, Reason::OnlyFiles, Reason::Processes, Reason::UsedFiles, Reason::AskedFor,
+        ]),
+        can_pre_dump: bool,
     ) -> Situation {
         Situation {
-            files, files_changed, processes_changed, memory,
+            files, reason, memory,
             last_dump: last.map(|(bytes, took)| Dump { bytes, took: ms(took) }),
             tokens, wait: ms(wait), can_pre_dump,
         }

@@ -52,8 +52,8 @@ fn dumps_wait_for_dumps_and_files_do_not() {
         host.enter(slot, at(0), &dump(MB), Class::Normal);
         host.take(slot, at(0), Class::Normal).unwrap();
     }
-    host.enter(2, at(1), &dump(MB), Class::Urgent);
-    assert!(host.take(2, at(1), Class::Urgent).is_err());
+    host.enter(2, at(1), &dump(MB), Class::Normal);
+    assert!(host.take(2, at(1), Class::Normal).is_err());
     host.enter(3, at(2), &files(MB), Class::Normal);
     host.take(3, at(2), Class::Normal).unwrap();
     // The drain is no dump any more.
@@ -61,7 +61,49 @@ fn dumps_wait_for_dumps_and_files_do_not() {
     let (table, known) = (&host.table, &host.known);
     host.seats[0].captured(table, at(3), MB, ms(10), known);
     assert_eq!(*host.known.woken.borrow(), [2]);
-    host.take(2, at(3), Class::Urgent).unwrap();
+    host.take(2, at(3), Class::Normal).unwrap();
+}
+
+#[test]
+fn dumps_that_somebody_waits_for_do_not_wait_for_those_that_nobody_waits_for() {
+    let mut host = Host::new(6, LIMITS);
+    for slot in [0, 1] {
+        host.enter(slot, at(0), &dump(MB), Class::Normal);
+        host.take(slot, at(0), Class::Normal).unwrap();
+    }
+    // As many again, and no more.
+    for slot in [2, 3] {
+        host.enter(slot, at(1), &dump(MB), Class::Normal);
+        assert!(host.take(slot, at(1), Class::Normal).is_err());
+        host.take(slot, at(2), Class::Urgent).unwrap();
+    }
+    host.enter(4, at(3), &dump(MB), Class::Urgent);
+    assert!(host.take(4, at(3), Class::Urgent).is_err());
+    // They count for the others.
+    host.enter(5, at(3), &dump(MB), Class::Normal);
+    let (table, known) = (&host.table, &host.known);
+    host.seats[0].captured(table, at(4), MB, ms(10), known);
+    assert!(host.take(5, at(4), Class::Normal).is_err());
+    host.take(4, at(4), Class::Urgent).unwrap();
+}
+
+#[test]
+fn who_has_waited_for_the_whole_handicap_is_as_urgent_as_any() {
+    let handicap = Terms::default().handicap;
+    let mut host = Host::new(4, Limits { dumps: 1, ..LIMITS });
+    let long = Request {
+        expected: Duration::from_secs(30),
+        ..dump(MB)
+    };
+    host.enter(0, at(0), &long, Class::Normal);
+    host.take(0, at(0), Class::Normal).unwrap();
+    host.enter(1, at(0), &dump(MB), Class::Normal);
+    let before = at(0).after(handicap - ms(1));
+    assert!(host.take(1, before, Class::Normal).is_err());
+    let now = at(0).after(handicap);
+    host.enter(2, now, &dump(MB), Class::Urgent);
+    host.take(1, now, Class::Normal).unwrap();
+    assert!(host.take(2, now, Class::Urgent).is_err());
 }
 
 #[test]

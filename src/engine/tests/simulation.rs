@@ -1,5 +1,8 @@
 use super::{
-    tools::simulation::{Faults, Load, Outcome, Setup, run},
+    tools::{
+        setup::{Faults, Load, Outcome, Setup},
+        simulation::run,
+    },
     *,
 };
 
@@ -23,6 +26,7 @@ fn crowded(seed: u64, faults: Faults) -> Setup {
             dumping: 0.4,
             files: 1e6,
             dump: 8e6,
+            cpus: None,
         },
         faults,
         disk: 40 * MB,

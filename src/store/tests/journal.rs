@@ -11,6 +11,7 @@ pub(super) fn line(turn: u64) -> JournalLine {
         effects: vec![Effect::Files, Effect::Other("devices".into())],
         action: Action::Full,
         missing: vec![Missing::Tmpfs, Missing::Other("clocks".into())],
+        plan: Some("full: it was asked for".into()),
         pre_dumps: 0,
         checkpoint: Some(Digest::of(b"x")),
         changed_files: 2,
@@ -41,6 +42,7 @@ fn a_journal_line_has_exactly_the_documented_keys() {
         "effects",
         "action",
         "missing",
+        "plan",
         "pre_dumps",
         "checkpoint",
         "changed_files",
@@ -61,6 +63,21 @@ fn a_journal_line_has_exactly_the_documented_keys() {
     assert_eq!(json["effects"], serde_json::json!(["files", "devices"]));
     assert_eq!(json["missing"], serde_json::json!(["tmpfs", "clocks"]));
     assert_eq!(json["trigger"], "exec");
+}
+
+#[test]
+fn a_line_of_an_older_crab_is_read() {
+    let mut json = serde_json::to_value(line(1)).unwrap();
+    for newer in ["missing", "plan"] {
+        json.as_object_mut().unwrap().remove(newer).unwrap();
+    }
+    let read: JournalLine = serde_json::from_value(json).unwrap();
+    let older = JournalLine {
+        missing: Vec::new(),
+        plan: None,
+        ..line(1)
+    };
+    assert_eq!(read, older);
 }
 
 #[test]
