@@ -18,6 +18,7 @@ kernel_mounts() {
   mount -t sysfs sysfs /sys
   mount -t devtmpfs devtmpfs /dev
   exec </dev/null >/dev/console 2>&1
+  ln -s /proc/self/fd /dev/fd; ln -s fd/0 /dev/stdin; ln -s fd/1 /dev/stdout; ln -s fd/2 /dev/stderr
   mkdir -p /dev/pts /dev/shm /dev/mqueue
   mount -t devpts -o newinstance,ptmxmode=666,mode=620,gid=5 devpts /dev/pts
   mount -t tmpfs -o mode=1777 tmpfs /dev/shm
@@ -63,7 +64,7 @@ end_all() {
   done
 }
 
-# run ENVIRONMENT… -- CMD…: CMD's code in RC. Output goes through FIFOs: a port can be opened only once, and programs open
+# run: CMD's code in RC. Output goes through FIFOs: a port can be opened only once, and programs open
 # /dev/stderr again.
 run() {
   local out err cats=()
@@ -93,10 +94,10 @@ main() {
   stage end
   sync
   echo "$RC" >"$(port rc)"
+  echo o >/proc/sysrq-trigger
+  sleep 60
 }
 
 # However it ends, the machine must not stay: without a code on the port, the host's side shows the console.
 trap 'echo "vm: $BASH_COMMAND failed with $?"; echo o >/proc/sysrq-trigger; sleep 60' ERR
-main
-echo o >/proc/sysrq-trigger
-sleep 60
+main; exit
