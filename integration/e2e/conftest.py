@@ -14,7 +14,7 @@ import harness  # noqa: E402
 import world  # noqa: E402
 
 LOGS = [pathlib.Path(f"/var/log/bed/{name}.log") for name in ("containerd", "dockerd")]
-GONE_WITHIN = 30
+GONE_WITHIN = harness.LIMIT / 2
 """Seconds. containerd ends a shim, and dockerd a container, a little after it has told the client."""
 
 

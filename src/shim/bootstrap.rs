@@ -70,7 +70,11 @@ pub fn main() -> anyhow::Result<()> {
     if let [word, run] = &args[..]
         && word == inspector::WORD
     {
-        return inspector::load(Path::new(run)).map_err(anyhow::Error::msg);
+        // As a line: who has started us puts it into the journal.
+        return inspector::load(Path::new(run)).map_err(|why| {
+            eprintln!("{why}");
+            std::process::exit(1)
+        });
     }
     let flags = containerd_shim::parse(&args)?;
     if flags.version {

@@ -1,12 +1,12 @@
 #!/bin/bash
-# bed-mounts.sh RUN BED_LAYER BASE CHECKOUT TRACES — CMD…: from the host's root into the bed's.
+# bed-mounts.sh RUN LAYERS CHECKOUT TRACES OUT — CMD…: from the host's root into the bed's.
 # Runs as pid 1 of new mount, pid, cgroup, UTS, IPC (and perhaps network) namespaces. Everything mounted here
 # exists in this mount namespace only and goes with it; nothing of the host's is unmounted or moved.
 set -euo pipefail
 # shellcheck source=integration/testbed/lib/cgroup.sh
 . "$(dirname "$0")/cgroup.sh"
-
-bind() { mkdir -p "$2"; mount --bind "$1" "$2"; }
+# shellcheck source=integration/testbed/lib/bed-root.sh
+. "$(dirname "$0")/bed-root.sh"
 
 cgroups() {
   local at=$1 point fs opts link name
@@ -44,11 +44,9 @@ devices() {
 }
 
 main() {
-  local run=$1 layer=$2 base=$3 checkout=$4 traces=$5 root=$1/root name binary target; shift 6
+  local run=$1 root=$1/root name from to
   trap 'exit 130' INT; trap 'exit 143' TERM
-  mkdir -p "$root" "$run/upper" "$run/work"
-  # volatile: the bed's root is thrown away, so no sync needs to reach the disk for it.
-  mount -t overlay overlay -o "lowerdir=$layer:$base,upperdir=$run/upper,workdir=$run/work,volatile" "$root"
+  bed_root "${@:1:5}"; shift 6
   # On the disk's own file system: overlay's upper directories (containers') may not lie on an overlay (our root).
   for name in var/lib/containerd var/lib/docker var/lib/crab tmp; do bind "$run/disk/${name##*/}" "$root/$name"; done
   chmod 0700 "$run/disk/crab"
@@ -58,20 +56,11 @@ main() {
   if [ -e "$run/binds" ]; then
     while read -r from to; do mount --bind "$from" "$root/$to"; mount -o remount,bind,ro "$root/$to"; done <"$run/binds"
   fi
-  bind "$checkout" "$root/src"
-  if [ -n "$traces" ]; then bind "$traces" "$root/traces"; mount -o remount,bind,ro "$root/traces"; PASS+=(TRACES=/traces); fi
-  if [ -d "$run/images" ]; then bind "$run/images" "$root/images"; mount -o remount,bind,ro "$root/images"; fi
-  cp "$checkout/integration/testbed/recipe/containerd.toml" "$root/etc/containerd/config.toml"
-  for binary in containerd-shim-crab-v2 crab; do
-    target=${CARGO_TARGET_DIR:-$checkout/target}/${CRAB_PROFILE:-release}/$binary
-    [ ! -e "$target" ] || install -m 755 "$target" "$root/usr/local/bin/$binary"
-  done
-  for binary in "$run"/bin/*; do [ ! -e "$binary" ] || install -m 755 "$binary" "$root/usr/local/bin/"; done
   if [ -e "$run/host-ca.crt" ]; then # --net
     cp /etc/resolv.conf /etc/hosts "$root/etc/"
     cp "$run/host-ca.crt" "$root/etc/ssl/certs/ca-certificates.crt"
   fi
-  echo crab-bed >"$root/etc/hostname"; hostname crab-bed
+  hostname crab-bed
 
   mount -t proc proc "$root/proc"
   mount -t sysfs sysfs "$root/sys"
@@ -87,11 +76,6 @@ main() {
   exec /usr/bin/env -i "${PASS[@]}" CRAB_BED_ID="${run##*/}" /bin/bash /src/integration/testbed/lib/bed-init.sh "$@"
 }
 
-# What of the caller's environment reaches the bed. The rest would make a test depend on the machine.
-PASS=(PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8)
-for name in $(compgen -e); do
-  case $name in CRAB_CACHE) ;; TERM | CI | COLUMNS | LINES | RUST_* | CRAB_* | PYTEST_* | BED_*) PASS+=("$name=${!name}") ;; esac
-done
 if [ -n "${BED_NET:-}" ]; then
   for name in SSL_CERT_FILE PIP_CERT REQUESTS_CA_BUNDLE CURL_CA_BUNDLE GIT_SSL_CAINFO; do
     PASS+=("$name=/etc/ssl/certs/ca-certificates.crt")

@@ -1,0 +1,58 @@
+"""On a stock kernel, with cgroup v2 alone: what it offers, and crab's main road on it."""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+from harness import CRAB, Ctr, ctr, run, until
+from test_armed_restore import ASK, SEED, SERVER, Sandbox
+
+SMALL_SERVER = SERVER.replace("64 << 20", "1 << 20")
+"""An emulated machine hashes, dumps and compresses at a tenth of the speed."""
+
+
+def test_the_kernel_is_a_distributions_with_all_that_this_hosts_may_lack():
+    assert os.uname().release.endswith("-cloud-amd64")
+    have = pathlib.Path("/sys/fs/cgroup/cgroup.controllers").read_text().split()
+    assert {"cpu", "cpuset", "io", "memory", "pids"} <= set(have)
+    assert set(pathlib.Path("/sys/fs/cgroup/cgroup.subtree_control").read_text().split()) == set(have)
+    assert "CRIU" not in run("criu", "check", "--feature", "mem_dirty_track").err
+    assert pathlib.Path("/sys/kernel/btf/overlay").exists()
+    # What fentry attaches to, and the tracepoints that this kernel is too old for.
+    traced = pathlib.Path("/sys/kernel/tracing/available_filter_functions").read_text()
+    assert "\ninode_set_ctime_current\n" in traced
+    assert not pathlib.Path("/sys/kernel/tracing/events/timestamp").exists()
+
+
+def serve(sandbox):
+    """Leaves a server of another user running, which CRIU can dump only with CAP_SYS_RESOURCE."""
+    sandbox.exec("sh", "-c", 'nohup setpriv --reuid=1000 --regid=1000 --clear-groups python3 -c "$1" & :', "sh", SMALL_SERVER)
+    until(lambda: sandbox.exec("python3", "-c", ASK, "hash", check=False).rc == 0, "it serves")
+
+
+@pytest.mark.parametrize("runtime", ["runc", "crun"])
+def test_a_server_of_another_user_comes_back_with_its_memory(runtime, tmp_path, config):
+    config(f'runtime = "{runtime}"\n')
+    with Sandbox("ctr", tmp_path) as sandbox:
+        serve(sandbox)
+        was, _ = sandbox.ask("hash", "next")
+        turn = sandbox.turn()
+        following = sandbox.ask("next")
+        sandbox.die()
+        sandbox.restore(f"@{turn}")
+        sandbox.start()
+        assert sandbox.ask("hash", "next") == [was, *following]
+        assert sandbox.sh("stat -c %u /proc/$(pgrep -f ^python3)") == "1000\n"
+        assert sandbox.container.cgroup("memory").is_relative_to("/sys/fs/cgroup/default")
+
+
+def test_without_the_inspector_every_turn_counts_as_changed_and_says_why(tmp_path):
+    with Sandbox("ctr", tmp_path) as sandbox:
+        sandbox.sh("true")
+        sandbox.settled()
+        for line in sandbox.turns():
+            assert line["action"] == "full" and line["checkpoint"], line
+            assert line["note"].startswith("all counts as changed: cannot load the inspector"), line
+            assert "6.13" in line["note"] and "\n" not in line["note"], line
