@@ -146,36 +146,25 @@ pub(super) mod tests {
         let full = word == "full";
         let back = word.strip_prefix("back:").map(|to| to.parse().unwrap());
         let digest = |turn: u64| format!("blake3:{turn:064x}").parse().unwrap();
+        let trigger = match word {
+            "asked" | "said" => Trigger::Manual,
+            "timed" => Trigger::Timer,
+            "refused" | "ended" => Trigger::Rollback,
+            _ if back.is_some() => Trigger::Rollback,
+            _ => Trigger::Exec,
+        };
+        let long_ago = OffsetDateTime::UNIX_EPOCH;
         JournalLine {
-            turn: TurnNo(turn),
-            trigger: match word {
-                "asked" | "said" => Trigger::Manual,
-                "timed" => Trigger::Timer,
-                "refused" | "ended" => Trigger::Rollback,
-                _ if back.is_some() => Trigger::Rollback,
-                _ => Trigger::Exec,
-            },
             effects: match word {
                 "full" | "failed" | "ended" => vec![Effect::Files],
                 _ if back.is_some() => vec![Effect::Files],
                 _ => Vec::new(),
             },
             action: if full { Action::Full } else { Action::Skip },
-            missing: Vec::new(),
-            plan: None,
-            pre_dumps: 0,
             checkpoint: back.or(full.then_some(turn)).map(digest),
-            changed_files: 0,
-            bytes_captured: 0,
-            bytes_written: 0,
-            look_us: 0,
-            freeze_us: 0,
-            durable_us: None,
-            exposed_us: 0,
-            started_at: OffsetDateTime::UNIX_EPOCH,
-            ended_at: OffsetDateTime::UNIX_EPOCH,
             note: matches!(word, "failed" | "asked" | "ended")
                 .then(|| "not protected: disk full".into()),
+            ..JournalLine::new(TurnNo(turn), trigger, long_ago, long_ago)
         }
     }
 

@@ -133,7 +133,7 @@ fn assert_equal(a: &BTreeMap<PathBuf, Seen>, b: &BTreeMap<PathBuf, Seen>) {
 }
 
 /// Runs in a thread with mounts of its own.
-fn with_own_mounts(test: impl FnOnce() + Send) {
+pub(super) fn with_own_mounts(test: impl FnOnce() + Send) {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             if let Err(e) = unshare(CloneFlags::CLONE_NEWNS) {

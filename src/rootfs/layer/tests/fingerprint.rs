@@ -1,12 +1,9 @@
 use std::os::unix::fs::symlink;
 
-use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-};
+use nix::mount::{MsFlags, mount};
 
 use super::{fixture::set_mtime, *};
-use crate::tree::TreeError;
+use crate::{rootfs::tests::with_own_mounts, tree::TreeError};
 
 const LARGE: Limits = Limits {
     bytes: 1 << 30,
@@ -174,22 +171,4 @@ fn a_tmpfs_without_files_is_told_from_one_with_some() {
             assert!(!holds(1000), "what is mounted on it is another one");
         });
     }
-}
-
-/// In a thread of its own, whose mounts nobody else sees.
-pub(super) fn with_own_mounts(test: impl FnOnce() + Send) {
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            if let Err(e) = unshare(CloneFlags::CLONE_NEWNS) {
-                eprintln!("skipped: no mount namespace: {e}");
-                return;
-            }
-            let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-            mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).unwrap();
-            test();
-        });
-        if let Err(panic) = thread.join() {
-            std::panic::resume_unwind(panic);
-        }
-    });
 }

@@ -4,7 +4,8 @@ use std::os::unix::fs::PermissionsExt;
 
 use nix::mount::{MsFlags, mount, umount};
 
-use super::{fingerprint::with_own_mounts, *};
+use super::*;
+use crate::rootfs::tests::with_own_mounts;
 
 type Step = (
     &'static str,
