@@ -105,7 +105,9 @@ fn setup(seed: u64, sandboxes: u32, seconds: u64, faulty: bool) -> Setup {
 
 /// What a bound on dumps at once does where CPUs are scarce: to agents who wait for dumps, and to tools.
 fn bounds(seed: u64) {
-    println!("30 sandboxes for each CPU, whose tools want 45 % of it, and dumps as much; seed {seed}");
+    println!(
+        "30 sandboxes for each CPU, whose tools want 45 % of it, and dumps as much; seed {seed}"
+    );
     println!(
         "{:>4}  {:>5}  {:>6}  {:>28}  {:>20}",
         "CPUs", "dumps", "turns", "exposed, turns with a dump", "tools' slowdown"

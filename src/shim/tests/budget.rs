@@ -39,7 +39,7 @@ impl Bed {
         }
     }
 
-    /// Another sandbox's dump, which is the one that may run.
+    /// Another sandbox, whose dump is the one that may run.
     fn neighbour(&self) -> Member {
         Member::join(&self.path("run"), "neighbour", limits(), Terms::default())
     }
@@ -75,20 +75,26 @@ fn a_turn_asks_the_host_and_settles_what_it_has_written() {
 #[test]
 fn a_checkpoint_waits_for_the_host_before_it_freezes_and_becomes_urgent_at_the_gate() {
     let bed = Bed::protected(CONFIG);
-    let mut neighbour = bed.neighbour();
-    let others = neighbour
+    let [mut neighbour, mut pressing] = [bed.neighbour(), bed.neighbour()];
+    let dump = neighbour
         .acquire(&large(), &Caller::default(), LIMIT)
         .unwrap();
+    // And the one more that may run if somebody waits for it.
+    let waited_for = Caller::default();
+    waited_for.promote();
+    let others = pressing.acquire(&large(), &waited_for, LIMIT).unwrap();
     bed.turn("a");
     bed.until_asks(|its| its.phase == Phase::Waiting && its.class == Class::Normal);
     assert_eq!(bed.machine.count("checkpoint"), 0);
     let next = bed.go(|bed| bed.run_exec("c", "b"));
     bed.until_asks(|its| its.class == Class::Urgent);
     assert!(next.waits());
+    // It need not wait for the other one.
     others.settle(0);
     let pid = next.get();
     let line = bed.journal(1).remove(0);
     assert!(line.checkpoint.is_some());
+    drop(dump);
     bed.end(pid, 0, "exit c/b 0");
     bed.finish();
 }
