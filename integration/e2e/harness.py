@@ -295,6 +295,10 @@ def cgroup_of(pid, controller):
     return pathlib.Path("/sys/fs/cgroup" + unified)
 
 
+KERNEL_THREAD = 0x0020_0000
+"""PF_KTHREAD. A bed has none; the virtual machine's come and go with its work."""
+
+
 def processes():
     """All processes of the bed: {pid: (start time, parent, argv)}."""
     found = {}
@@ -307,6 +311,8 @@ def processes():
         except (FileNotFoundError, ProcessLookupError):
             continue
         fields = stat[stat.rindex(")") + 2 :].split()
+        if int(fields[6]) & KERNEL_THREAD:
+            continue
         name = argv if argv != [""] else [stat[stat.index("(") : stat.rindex(")") + 1], fields[0]]
         found[int(entry)] = (int(fields[19]), int(fields[1]), name)
     return found

@@ -46,7 +46,7 @@ port() { printf '%s\n' -chardev "file,id=$1,path=/io/$1" -device "virtserialport
 lost() {
   local why=$1 rc=$2
   say "$why; the console's last lines:"
-  tail -n 60 "$IO/console" | tr -d '\r' >&2
+  if [ -e "$IO/console" ]; then tail -n 60 "$IO/console" | tr -d '\r' >&2; fi
   exit "$rc"
 }
 

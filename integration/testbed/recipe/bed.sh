@@ -22,8 +22,9 @@ Pin-Priority: 990
 EOF
 echo 'Acquire::Languages "none";' >/etc/apt/apt.conf.d/90crab-bed
 apt-get update -q
+# libcriu2: crun loads it, and without it neither dumps nor restores.
 apt-get install -y -q --no-install-recommends \
-  containerd runc crun docker.io docker-cli criu \
+  containerd runc crun docker.io docker-cli criu libcriu2 \
   iproute2 iptables procps util-linux e2fsprogs xfsprogs btrfs-progs libelf1t64 \
   python3 python3-pytest python3-pyfuse3 jq strace ca-certificates attr acl socat
 printf '[safe]\n\tdirectory = *\n' >/etc/gitconfig
