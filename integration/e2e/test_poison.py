@@ -145,6 +145,29 @@ def test_an_address_that_is_gone_is_named(tmp_path):
     ])
 
 
+ACCEPTED = """
+import threading
+def accept():
+    open("/accept").read()
+    keep.append(server.accept()[0])
+    open("/accepted", "w").close()
+server = socket.socket(socket.AF_UNIX); server.bind("/srv.sock"); server.listen(); os.mkfifo("/accept")
+threading.Thread(target=accept).start()
+"""
+
+
+def test_a_connection_of_a_client_of_the_host_is_named(tmp_path):
+    with Sandbox("ctr", tmp_path) as box:
+        start(box, ACCEPTED)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"/proc/{box.container.pid}/root/srv.sock")
+            box.sh("echo >/accept; until test -e /accepted; do sleep 0.02; done")
+            line = refused(box, "a client outside of the sandbox")
+            assert "python3" in line["note"], line
+        box.sh("kill -9 $(cat /ready)")
+        protected_again(box)
+
+
 def test_a_connection_to_a_server_of_the_host_is_named():
     # A short path: that of a socket has 108 bytes.
     with tempfile.TemporaryDirectory() as name, socket.socket(socket.AF_UNIX) as server:

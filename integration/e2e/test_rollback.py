@@ -423,6 +423,8 @@ def change(sandbox, seed):
         client.connect(f"/proc/{sandbox.init}/root/srv.sock")
         client.sendall(str(seed).encode())
         assert client.recv(100) == b"done"
+        # Until its end is closed, too, it has a connection to somebody outside.
+        assert client.recv(100) == b""
 
 
 CYCLES = int(os.environ.get("CRAB_E2E_CYCLES", 20 if QUICK else 100))

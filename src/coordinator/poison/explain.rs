@@ -28,6 +28,12 @@ const KNOWN: &[Known] = &[
                 from the host), which CRIU cannot dump: close the connection",
     },
     Known {
+        // The kernel counts an accepted connection to the network of who has connected.
+        said: "unix: Unix socket",
+        means: "a unix socket is connected to a client outside of the sandbox (which came in by a \
+                socket's file), and CRIU cannot dump it: close the connection",
+    },
+    Known {
         said: "fsnotify: \tCan't dump that handle",
         means: "a file that is watched (inotify; tail -f, a development server) cannot be found \
                 again by CRIU: end the watching process",
