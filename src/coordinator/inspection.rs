@@ -35,7 +35,7 @@ pub(super) struct Scene<'a> {
     /// The writable layer.
     pub(super) upper: &'a Path,
     pub(super) cgroup: &'a dyn Freezable,
-    /// See [`Subject::input_marks`](super::turns::Subject::input_marks).
+    /// See [`Subject::input_marks`](super::subject::Subject::input_marks).
     pub(super) marks: Vec<Option<Instant>>,
     /// Whether to give up.
     pub(super) stop: &'a dyn Fn() -> bool,

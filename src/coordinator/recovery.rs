@@ -11,7 +11,9 @@ use time::OffsetDateTime;
 use super::{
     machine::Event,
     rollback::{Failure, Steps},
-    turns::{Job, Subject, Turns, Worker, micros, text},
+    subject::Subject,
+    turns::{Job, Turns},
+    worker::{Worker, micros, text},
 };
 use crate::{
     sandbox::TurnNo,

@@ -16,7 +16,9 @@ use super::{
     freeze::Held,
     machine::Event,
     rollback_files::{OnlyFiles, Went},
-    turns::{Job, Subject, Turns, Worker},
+    subject::Subject,
+    turns::{Job, Turns},
+    worker::Worker,
 };
 use crate::{
     sandbox::TurnNo,

@@ -22,8 +22,9 @@ use super::{
     memory_files::Mounts,
     references::References,
     rollback::{Step as Part, Steps},
-    turns::{Subject, Worker, scene, text},
+    subject::{Subject, scene},
     wanted::{Wanted, hides},
+    worker::{Worker, text},
 };
 use crate::{
     content::Data,

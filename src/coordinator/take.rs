@@ -18,8 +18,10 @@ use super::{
     references::References,
     stand_still::stand_still,
     stored_images::StoredImages,
-    turns::{Asked, ShutGate, Subject, Worker, differing, micros, scene, text},
+    subject::{Subject, scene},
+    turns::{Asked, ShutGate},
     without_processes::Rest,
+    worker::{Worker, differing, micros, text},
 };
 use crate::{
     config::Gate,

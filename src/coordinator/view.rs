@@ -6,7 +6,7 @@
 
 use serde::Serialize;
 
-use super::turns::{Subject, Worker};
+use super::{subject::Subject, worker::Worker};
 use crate::{sandbox::TurnNo, store::JournalLine};
 
 /// What there is to know.

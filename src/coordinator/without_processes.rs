@@ -12,8 +12,10 @@ use super::{
     inspection::Outline,
     memory_files::Mounts,
     stand_still::stand_still,
+    subject::{Subject, scene},
     take::{Order, Taken, WithoutProcesses, add_artefacts, capture, distrust},
-    turns::{ShutGate, Subject, Worker, micros, scene, text},
+    turns::ShutGate,
+    worker::{Worker, micros, text},
 };
 use crate::{
     config::Gate,

@@ -23,7 +23,8 @@ use crate::{
     coordinator::{
         budget::HostBudget,
         cut,
-        turns::{Asked, Proof, Settings, Subject, Turns},
+        subject::Subject,
+        turns::{Asked, Proof, Settings, Turns},
         view::View,
     },
     inspector::{self, Watch},
