@@ -279,7 +279,7 @@ def test_every_exec_is_a_turn_and_the_log_tells_of_it(tmp_path):
     assert [turn["turn"] for turn in turns] == [1, 2, 3, 4]
     assert [turn["trigger"] for turn in turns] == ["exec"] * 3 + ["manual"]
     assert [turn["action"] for turn in turns] == ["full", "files", "files", "full"]
-    fields = {"turn", "trigger", "effects", "action", "pre_dumps", "checkpoint", "changed_files", "bytes_captured", "bytes_written", "missing",
+    fields = {"turn", "trigger", "effects", "action", "plan", "pre_dumps", "checkpoint", "changed_files", "bytes_captured", "bytes_written", "missing",
               "look_us", "freeze_us", "durable_us", "exposed_us", "started_at", "ended_at", "note"}  # fmt: skip
     for turn in turns:
         assert set(turn) == fields
