@@ -90,6 +90,16 @@ impl RuntimeError {
     pub fn is_unknown_container(&self) -> bool {
         matches!(self, Self::Refused { message, .. } if message.contains("does not exist"))
     }
+
+    /// Whether runc could not seal the copy of itself that it goes on in: the kernel gives up
+    /// (`memfd_wait_for_pins`) if somebody else, reclaim or DAMON, holds on to a page of it for a tenth of
+    /// a second. Nothing of the container has been touched then, and the next try is another copy.
+    fn is_unsealed_copy(&self) -> bool {
+        let is = |message: &str| {
+            message.contains("cloned binary") && message.contains("Device or resource busy")
+        };
+        matches!(self, Self::Refused { message, .. } if is(message))
+    }
 }
 
 /// Where the process's stdin, stdout and stderr come from.
@@ -98,6 +108,18 @@ pub enum Stdio {
     Fds([OwnedFd; 3]),
     /// A terminal: the runtime sends its master to this socket.
     Console(PathBuf),
+}
+
+impl Stdio {
+    /// The same, for a call that may have to be made once more.
+    fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Fds([stdin, stdout, stderr]) => {
+                Self::Fds([stdin.try_clone()?, stdout.try_clone()?, stderr.try_clone()?])
+            }
+            Self::Console(socket) => Self::Console(socket.clone()),
+        })
+    }
 }
 
 /// Arguments of `create`.

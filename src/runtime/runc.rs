@@ -26,6 +26,8 @@ use super::{
 
 /// What any other call than a dump may take. A hung runtime must not hang the shim for ever.
 const LIMIT: Duration = Duration::from_secs(120);
+/// So often runc may fail to seal its copy of itself.
+const COPIES: usize = 5;
 /// See [`Runc::detach`].
 const CRIU_ROOT: &str = "criu-root";
 /// As much of stderr as goes into an error.
@@ -109,6 +111,26 @@ impl Runc {
         })
     }
 
+    /// As [`Runc::run`], for what enters a container: runc does that in a copy of itself, and if it
+    /// cannot seal that, it is asked again.
+    fn enter(
+        &self,
+        verb: &'static str,
+        stdio: &Stdio,
+        prepare: impl Fn(&mut Command),
+    ) -> Result<(), RuntimeError> {
+        let mut tries = 1..=COPIES;
+        loop {
+            let stdio = stdio.try_clone().map_err(|e| self.error(verb, e))?;
+            let done = self.run(verb, LIMIT, Some(stdio), &prepare);
+            let is_last = tries.next() == Some(COPIES);
+            match done {
+                Err(e) if e.is_unsealed_copy() && !is_last => log::info!("{e}; once more"),
+                done => return done,
+            }
+        }
+    }
+
     fn run_by(
         &self,
         verb: &'static str,
@@ -182,7 +204,7 @@ fn option(command: &mut Command, name: &str, value: impl AsRef<OsStr>) {
 
 impl OciRuntime for Runc {
     fn create(&self, args: Create<'_>) -> Result<(), RuntimeError> {
-        self.run("create", LIMIT, Some(args.stdio), |c| {
+        self.enter("create", &args.stdio, |c| {
             option(c, "--bundle", args.bundle);
             option(c, "--pid-file", args.pid_file);
             flag(c, args.no_pivot_root, "--no-pivot");
@@ -198,7 +220,7 @@ impl OciRuntime for Runc {
     }
 
     fn exec(&self, args: Exec<'_>) -> Result<(), RuntimeError> {
-        self.run("exec", LIMIT, Some(args.stdio), |c| {
+        self.enter("exec", &args.stdio, |c| {
             option(c, "--process", args.process);
             option(c, "--pid-file", args.pid_file);
             c.args(["--detach", args.id]);
@@ -403,5 +425,90 @@ pub fn read_pid(path: &Path) -> Result<i32, RuntimeError> {
     match text.trim().parse() {
         Ok(pid) if pid > 0 => Ok(pid),
         _ => Err(wrong(io::Error::other(format!("{text:?} is no pid")))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    /// Fails for the first FAILS calls, as runc 1.1.15 does that cannot seal its copy.
+    const RUNC: &str = r#"#!/bin/sh
+echo call >>DIR/calls
+[ "$(wc -l <DIR/calls)" -gt FAILS ] && exec echo ran
+log=$4
+echo '{"level":"error","msg":"nsexec-0[7]: could not ensure we are a cloned binary: WHY"}' >>"$log"
+echo '{"level":"error","msg":"exec failed: unable to start container process: read init-p: connection reset by peer"}' >>"$log"
+exit 1
+"#;
+
+    struct Directly;
+
+    impl Spawner for Directly {
+        fn run(&self, mut command: Command, _: Duration) -> io::Result<Ended> {
+            let status = command.status()?;
+            Ok(match status.code() {
+                Some(code) => Ended::Exited(code),
+                None => Ended::Signaled(status.signal().unwrap_or_default()),
+            })
+        }
+
+        fn run_unless(&self, _: Command, _: Duration, _: &dyn Fn() -> bool) -> io::Result<Ended> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    /// How an exec ends, what it writes to its stdout, and how often runc was called.
+    fn exec(fails: usize, why: &str) -> (Result<(), RuntimeError>, String, usize) {
+        let dir = tempfile::tempdir().unwrap();
+        let binary = dir.path().join("runc");
+        let script = RUNC.replace("DIR", &dir.path().to_string_lossy());
+        let script = script.replace("FAILS", &fails.to_string());
+        // By another process: a child of another test may hold what this one has open for writing.
+        let write = r#"printf %s "$1" >"$2"; chmod 755 "$2""#;
+        let mut sh = Command::new("sh");
+        sh.args(["-c", write, "sh", &script.replace("WHY", why)]);
+        assert!(sh.arg(&binary).status().unwrap().success());
+        let runc = Runc {
+            binary: binary.to_string_lossy().into_owned(),
+            root: dir.path().to_owned(),
+            systemd_cgroup: false,
+            log_dir: dir.path().to_owned(),
+            spawner: Arc::new(Directly),
+        };
+        let out = dir.path().join("out");
+        let file = || OwnedFd::from(File::create(&out).unwrap());
+        let done = runc.exec(Exec {
+            id: "c",
+            process: Path::new("/process.json"),
+            pid_file: Path::new("/pid"),
+            stdio: Stdio::Fds([file(), file(), file()]),
+        });
+        let calls = fs::read_to_string(dir.path().join("calls")).unwrap();
+        let said = fs::read_to_string(&out).unwrap();
+        (done, said, calls.lines().count())
+    }
+
+    #[test]
+    fn a_copy_that_cannot_be_sealed_is_made_again() {
+        let (done, said, calls) = exec(2, "Device or resource busy");
+        done.unwrap();
+        assert_eq!((&*said, calls), ("ran\n", 3));
+        let (done, _, calls) = exec(99, "Device or resource busy");
+        assert!(done.unwrap_err().is_unsealed_copy());
+        assert_eq!(calls, COPIES);
+    }
+
+    #[test]
+    fn whatever_else_fails_is_not_done_again() {
+        let (done, _, calls) = exec(1, "No space left on device");
+        let text = done.unwrap_err().to_string();
+        assert!(
+            text.contains("connection reset") && text.contains("No space"),
+            "{text}"
+        );
+        assert_eq!(calls, 1);
     }
 }
