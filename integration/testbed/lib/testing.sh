@@ -30,10 +30,15 @@ traces_of() {
   find "$CRAB_CACHE/run/$1" -maxdepth 0 2>/dev/null || true
 }
 nothing_of() { local left; left=$(traces_of "$1"); [ -z "$left" ] || { echo "left of bed $1: $left"; return 1; }; }
-no_process_of() { ! grep -l "crab-bed-$1" /proc/[0-9]*/cgroup 2>/dev/null; }
+# owned: whether the enter that is PID has a run directory, ID.
+owned() {
+  ID=$(grep -s -l "^pid $PID " "$CRAB_CACHE"/run/*/owner) || return
+  ID=${ID%/owner}; ID=${ID##*/}
+}
+no_process_of() { ! grep -sq "crab-bed-$1" /proc/[0-9]*/cgroup; }
 
 # HELPERS: functions that are no tests. Every other function with an underscore in its name is one.
-HELPERS=(traces_of nothing_of no_process_of short_hash need_root)
+HELPERS=(traces_of nothing_of owned no_process_of short_hash need_root)
 
 # all [NAME…]: every test, or those.
 all() {

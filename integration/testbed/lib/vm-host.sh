@@ -1,6 +1,6 @@
 #!/bin/bash
-# vm-host.sh RUN LAYERS CHECKOUT TRACES OUT VM_LAYER BASE DISK — CMD…: a virtual machine that runs CMD; exits with its
-# code. Runs as pid 1 of new mount, pid and network namespaces: whatever ends it ends QEMU and all else.
+# vm-host.sh RUN LAYERS CHECKOUT TRACES OUT VM_LAYER BASE DISK KEPT — CMD…: a virtual machine that runs CMD; exits with its
+# code. KEPT: not empty if what it writes to its disk is to stay. Runs as pid 1 of new mount, pid and network namespaces: whatever ends it ends QEMU and all else.
 set -euo pipefail
 # shellcheck source=integration/testbed/lib/bed-root.sh
 . "$(dirname "$0")/bed-root.sh"
@@ -51,10 +51,11 @@ lost() {
 }
 
 main() {
-  local run=$1 root=$1/qemu/root layer=$6 base=$7 disk=$8 rc=0 out err cats=() qemu arguments
+  local run=$1 root=$1/qemu/root layer=$6 base=$7 disk=$8 snapshot=on rc=0 out err cats=() qemu arguments
   IO=$run/io
+  [ -z "$9" ] || snapshot=off
   trap 'exit 130' INT; trap 'exit 143' TERM; trap 'exit 129' HUP
-  guest_root "${@:1:5}" -- "${@:10}"
+  guest_root "${@:1:5}" -- "${@:11}"
   qemu_root "$run" "$layer" "$base" "$disk"
 
   # It holds a descriptor for every file that the machine knows.
@@ -75,10 +76,11 @@ main() {
   else qemu+=(-accel tcg,thread=multi -cpu Haswell-noTSX,-pcid,-invpcid,-tsc-deadline); fi
   mapfile -t arguments < <(port out; port err; port rc)
   # Shared memory: virtiofsd reads and writes in it. snapshot=on: what is written goes to a file that QEMU has unlinked.
+  # A kept disk has what was written until the machine was killed: like one that loses power and has no cache of its own.
   timeout --foreground --kill-after=10 "$LIMIT" "${qemu[@]}" -m 2G -object memory-backend-memfd,id=memory,size=2G,share=on \
     -numa node,memdev=memory -serial file:/io/console -device virtio-serial-pci "${arguments[@]}" \
     -chardev socket,id=share,path=/run/share -device vhost-user-fs-pci,chardev=share,tag=root,queue-size=1024 \
-    -drive file=/disk.img,if=virtio,format=raw,snapshot=on </dev/null >"$IO/qemu.log" 2>&1 {out}<&- {err}<&- &
+    -drive file=/disk.img,if=virtio,format=raw,snapshot=$snapshot </dev/null >"$IO/qemu.log" 2>&1 {out}<&- {err}<&- &
   wait $! || rc=$?
   exec {out}<&- {err}<&-
   wait "${cats[@]}" || true # a reader that has gone away is no failure of ours
