@@ -7,7 +7,7 @@ use super::{
     inspection::{Dump, Known, Outline, Scene, ToRead},
     look::Look,
     memory_files::Mounts,
-    processes::Processes,
+    processes::{Processes, Since},
 };
 use crate::{
     inspector::{Dirty, Watch},
@@ -97,12 +97,13 @@ pub(super) fn basis<'k>(
 }
 
 /// What differs from the newest checkpoint; with the comparison of the writable layer, if nothing writes
-/// to it.
+/// to it. `since`: an earlier look at the processes.
 pub(super) fn compare(
     basis: Basis<'_>,
     watch: &Watch,
     dirty: &Dirty,
     scene: &Scene<'_>,
+    since: Since<'_>,
 ) -> (Look, Option<Comparison>) {
     let Basis {
         layer,
@@ -127,7 +128,7 @@ pub(super) fn compare(
     if !verdict.is_ok_and(|same| same) {
         look.add(Effect::Mounts);
     }
-    processes.look(watch, scene, files.orphans, &mut look);
+    processes.look(watch, scene, files.orphans, since, &mut look);
     let has_large = |comparison: &Comparison| comparison.large().next().is_some();
     look.large = files.comparison.as_ref().is_none_or(has_large);
     if look.effects == [Effect::Files] && !files.elsewhere {

@@ -18,11 +18,14 @@ use super::{
     freeze::Freezable,
     look::Look,
     memory_files::{MemoryFiles, Mounts},
-    processes::Processes,
+    processes::{Processes, Rested},
     references::References,
 };
 use crate::{
-    inspector::{self, Happened, Inode, Watch, process},
+    inspector::{
+        self, Happened, Inode, Watch,
+        process::{self, Stillness},
+    },
     rootfs::layer::{Candidate, Comparison, Layer},
     sandbox::TurnNo,
     store::{Ahead, Captured, Checkpoint, Reference},
@@ -45,6 +48,8 @@ pub(super) struct Scene<'a> {
 pub(super) struct Inspection {
     pub(super) watch: Result<Watch, String>,
     pub(super) known: Option<Known>,
+    /// What the last look found of the processes, if nothing ran meanwhile: for the cut that follows.
+    rested: Option<Rested>,
     consistent_cut: bool,
 }
 
@@ -155,6 +160,7 @@ impl Inspection {
         Self {
             watch,
             known: None,
+            rested: None,
             consistent_cut,
         }
     }
@@ -169,7 +175,8 @@ impl Inspection {
     }
 
     /// What has changed since the checkpoint of `latest`. Freezes nothing.
-    pub(super) fn look(&self, scene: &Scene<'_>, latest: Option<TurnNo>) -> Look {
+    pub(super) fn look(&mut self, scene: &Scene<'_>, latest: Option<TurnNo>) -> Look {
+        self.rested = None;
         let watch = match &self.watch {
             Ok(watch) => watch,
             Err(e) => return Look::everything(e),
@@ -178,10 +185,12 @@ impl Inspection {
             Ok(dirty) => dirty,
             Err(e) => return Look::everything(format!("cannot read the kernel's maps: {e}")),
         };
-        match basis(self.known.as_ref(), &dirty, latest) {
-            Ok(basis) => compare(basis, watch, &dirty, scene).0,
+        let mut look = match basis(self.known.as_ref(), &dirty, latest) {
+            Ok(basis) => compare(basis, watch, &dirty, scene, None).0,
             Err(why) => Look::everything(why),
-        }
+        };
+        self.rested = look.rested.take();
+        look
     }
 
     /// Before the freeze of a checkpoint.
@@ -219,12 +228,14 @@ impl Inspection {
     }
 
     /// While nothing runs: looks once more, and this is what the checkpoint of files alone holds.
-    /// An error says why it cannot be one.
+    /// An error says why it cannot be one. `now`: how far the threads have come, unless they were frozen.
     pub(super) fn still(
         &mut self,
         scene: &Scene<'_>,
         latest: Option<TurnNo>,
+        now: Option<&Stillness>,
     ) -> Result<Still, Look> {
+        let rested = self.rested.take();
         let Ok(watch) = &mut self.watch else {
             return Err(Look::everything("nobody watches"));
         };
@@ -241,7 +252,8 @@ impl Inspection {
             }
         };
         let basis = basis(self.known.as_ref(), &dirty, latest).map_err(Look::everything)?;
-        let (look, comparison) = compare(basis, watch, &dirty, scene);
+        let since = rested.as_ref().zip(now);
+        let (look, comparison) = compare(basis, watch, &dirty, scene, since);
         match comparison {
             Some(comparison) if look.only_files || look.effects.is_empty() => {
                 Ok(Still { comparison, look })

@@ -1,5 +1,6 @@
 //! What a look at a sandbox found.
 
+use super::processes::Rested;
 use crate::{engine::Reason, store::Effect};
 
 /// What a look found.
@@ -13,6 +14,8 @@ pub(super) struct Look {
     pub(super) large: bool,
     /// What a person should know of how this was found.
     pub(super) note: Option<String>,
+    /// The processes were found unchanged, and none ran meanwhile.
+    pub(super) rested: Option<Rested>,
 }
 
 impl Look {
@@ -56,6 +59,7 @@ impl Look {
             only_files: false,
             large: true,
             note: Some(format!("all counts as changed: {}", why.into())),
+            rested: None,
         }
     }
 }

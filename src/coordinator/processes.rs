@@ -17,8 +17,8 @@ use crate::{
     inspector::{
         Dirty, Happened, How, Inode, Watch,
         process::{
-            self, Acquittal, Baseline, Did, Images, KernelFacts, Others, Reason, Registers,
-            Settings, Settled, Snapshot, Verdict, What, no_registers,
+            self, Acquittal, Baseline, Did, Images, KernelFacts, Others, Reason, Registers, Rest,
+            Settings, Settled, Snapshot, Stillness, Verdict, What, no_registers,
         },
     },
     store::Effect,
@@ -46,6 +46,21 @@ pub(super) struct Processes {
     settled: Vec<(i32, String)>,
     settings: Settings,
 }
+
+/// How each process was acquitted.
+type Acquitted = Vec<(i32, String, Acquittal)>;
+
+/// What a look has found that nothing happened in, and by what it is seen that nothing has since.
+#[derive(Debug)]
+pub(super) struct Rested {
+    rest: Rest,
+    /// CPU time of the cgroup, read before all else (an exec that came and went is in it), and the facts.
+    seen: (u64, KernelFacts),
+    by: Acquitted,
+}
+
+/// An earlier look, and how far the threads have come by now. None of them runs.
+pub(super) type Since<'a> = Option<(&'a Rested, &'a Stillness)>;
 
 impl Processes {
     /// In the freeze, after the dump into `image`.
@@ -103,9 +118,21 @@ impl Processes {
     }
 
     /// Adds what the processes did to `look`, or how each was acquitted. `orphans`: a file without a
-    /// name was changed.
-    pub(super) fn look(&self, watch: &Watch, scene: &Scene<'_>, orphans: bool, look: &mut Look) {
-        match self.verdict(watch, scene, orphans) {
+    /// name was changed. `since`: it need not be looked again at what cannot have changed.
+    pub(super) fn look(
+        &self,
+        watch: &Watch,
+        scene: &Scene<'_>,
+        orphans: bool,
+        since: Since<'_>,
+        look: &mut Look,
+    ) {
+        let verdict = self.verdict(watch, scene, orphans, since);
+        let verdict = verdict.map(|(verdict, rested)| {
+            look.rested = rested;
+            verdict
+        });
+        match verdict {
             Ok(Verdict::Unchanged { by }) => {
                 look.tell(acquitted(&by));
                 if !self.settled.is_empty() {
@@ -128,19 +155,55 @@ impl Processes {
         }
     }
 
-    fn verdict(&self, watch: &Watch, scene: &Scene<'_>, orphans: bool) -> Result<Verdict, String> {
-        if let (Some(cpu), Ok(dirty)) = (cpu_ns(scene), watch.look()) {
+    fn verdict(
+        &self,
+        watch: &Watch,
+        scene: &Scene<'_>,
+        orphans: bool,
+        since: Since<'_>,
+    ) -> Result<(Verdict, Option<Rested>), String> {
+        let cpu = cpu_ns(scene);
+        if let (Some(cpu), Ok(dirty)) = (cpu, watch.look()) {
             let facts = self.facts(watch, &dirty, scene, orphans)?;
             if self.baseline.quick(cpu, &facts, &self.settings) {
-                return Ok(Verdict::Unchanged { by: Vec::new() });
+                return Ok((Verdict::Unchanged { by: Vec::new() }, None));
+            }
+            let rested = since.filter(|_| dirty.doubts.is_empty());
+            if let Some(by) = rested.and_then(|since| self.still_so(since, cpu, &facts)) {
+                return Ok((Verdict::Unchanged { by: by.clone() }, None));
             }
         }
         // Registers are read for those alone that cannot be acquitted without: it takes 50 us each.
-        let verdict = self.judge(watch, scene, orphans, &no_registers)?;
-        if verdict.is_unchanged() {
-            return Ok(verdict);
-        }
-        self.judge(watch, scene, orphans, &|tid| watch.registers(tid))
+        let (verdict, rested) = self.judge(watch, scene, orphans, &no_registers)?;
+        let Verdict::Unchanged { by } = &verdict else {
+            let registers = |tid| watch.registers(tid);
+            let (verdict, _) = self.judge(watch, scene, orphans, &registers)?;
+            return Ok((verdict, None));
+        };
+        let rested = cpu.zip(rested).map(|(cpu, (rest, facts))| Rested {
+            rest,
+            seen: (cpu, facts),
+            by: by.clone(),
+        });
+        Ok((verdict, rested))
+    }
+
+    /// What an earlier look has found, if nothing has happened since: no task of the cgroup was given a CPU,
+    /// the kernel side saw nothing, the client sent nothing, and nothing came through the network.
+    ///
+    /// What others set meanwhile without waking anybody (a limit, a mount) is found by the next look, as with
+    /// [`Baseline::quick`]: the consistent cut's answer, too.
+    fn still_so<'a>(
+        &self,
+        (rested, now): (&'a Rested, &Stillness),
+        cpu: u64,
+        facts: &KernelFacts,
+    ) -> Option<&'a Acquitted> {
+        let (then, seen) = &rested.seen;
+        let is_so = self.settings.consistent_cut
+            && (*then, seen) == (cpu, facts)
+            && self.baseline.still_rests(&rested.rest, now);
+        is_so.then_some(&rested.by)
     }
 
     fn judge(
@@ -149,7 +212,7 @@ impl Processes {
         scene: &Scene<'_>,
         orphans: bool,
         registers: Registers<'_>,
-    ) -> Result<Verdict, String> {
+    ) -> Result<(Verdict, Option<(Rest, KernelFacts)>), String> {
         let now = snapshot(scene, registers)?;
         // After the snapshot: what was done up to any moment of it is then in the facts.
         let dirty = watch.look().map_err(|e| e.to_string())?;
@@ -157,9 +220,10 @@ impl Processes {
             return Err(doubt.clone());
         }
         let facts = self.facts(watch, &dirty, scene, orphans)?;
-        Ok(self
-            .baseline
-            .verdict(&now, &facts, registers, &self.settings))
+        let settings = &self.settings;
+        let verdict = self.baseline.verdict(&now, &facts, registers, settings);
+        let rest = self.baseline.at_rest(&now);
+        Ok((verdict, rest.map(|rest| (rest, facts))))
     }
 
     fn facts(

@@ -195,7 +195,7 @@ impl Inspection {
         let watch = self.watch.as_ref()?;
         let dirty = watch.look().map_err(|e| e.to_string())?;
         let basis = basis(self.known.as_ref(), &dirty, Some(head))?;
-        let (look, comparison) = compare(basis, watch, &dirty, scene);
+        let (look, comparison) = compare(basis, watch, &dirty, scene, None);
         match comparison {
             Some(comparison) if look.only_files || look.effects.is_empty() => Ok(comparison),
             _ => Err(look

@@ -26,7 +26,8 @@ pub struct Still<T> {
 }
 
 /// Calls `capture` while no process runs: without a freeze if none runs of its own accord, unless
-/// `must_freeze`. It is called again if one did run meanwhile; only the last call counts.
+/// `must_freeze`. It is called again if one did run meanwhile; only the last call counts. It is told how far
+/// the threads had come before it, if they were not frozen.
 ///
 /// `limit`: how long another cut is waited for.
 pub fn stand_still<T>(
@@ -34,7 +35,7 @@ pub fn stand_still<T>(
     doors: &Arc<Doors>,
     limit: Duration,
     must_freeze: bool,
-    mut capture: impl FnMut() -> Result<T, String>,
+    mut capture: impl FnMut(Option<&Stillness>) -> Result<T, String>,
 ) -> Result<Still<T>, CutError> {
     let _alone = doors.cut_alone(limit + LATCH_LIMIT).ok_or(CutError::Busy)?;
     let _latched = doors.latch(LATCH_LIMIT).ok_or(CutError::Latch)?;
@@ -46,7 +47,7 @@ pub fn stand_still<T>(
         let Ok(Some(still)) = Stillness::of(&freeze.cgroup().procs()?) else {
             continue;
         };
-        let captured = capture();
+        let captured = capture(Some(&still));
         if still.has_lasted(&freeze.cgroup().procs()?) {
             return Ok(Still {
                 frozen: Duration::ZERO,
@@ -56,7 +57,7 @@ pub fn stand_still<T>(
     }
     let begin = Instant::now();
     let held = freeze.hold()?;
-    let captured = capture().map_err(CutError::Capture)?;
+    let captured = capture(None).map_err(CutError::Capture)?;
     if freeze.is_dying() {
         return Err(FreezeError::Dying.into());
     }
@@ -126,8 +127,9 @@ mod tests {
             mut capture: impl FnMut() -> Result<(), String>,
         ) -> (Vec<bool>, Result<Still<()>, CutError>) {
             let mut calls = Vec::new();
-            let taken = stand_still(&self.freeze, &self.doors, SOON, must_freeze, || {
+            let taken = stand_still(&self.freeze, &self.doors, SOON, must_freeze, |still| {
                 calls.push(*self.cgroup.frozen.lock());
+                assert_eq!(still.is_none(), calls.last() == Some(&true));
                 capture()
             });
             assert!(!*self.cgroup.frozen.lock(), "thawed");

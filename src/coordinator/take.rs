@@ -26,7 +26,7 @@ use super::{
 use crate::{
     config::Gate,
     engine::{self, Reason},
-    inspector::Inode,
+    inspector::{Inode, process::Stillness},
     rootfs::{Overlay, layer::Comparison},
     runtime::{self, criu_conf::CriuConf, descriptors::Stream},
     sandbox::TurnNo,
@@ -351,21 +351,22 @@ impl Worker {
             read_ahead(scene, inspection, &mut pending, Some(before))?;
         }
         let mut artefacts = BTreeMap::new();
-        let mut take = || -> Result<Result<(Still, Captured), Look>, String> {
-            let seen = scene((subject, overlay, doors), |scene| {
-                inspection.still(scene, Some(parent))
-            })?;
-            let still = match seen {
-                Ok(still) => still,
-                Err(look) => return Ok(Err(look)),
+        let mut take =
+            |now: Option<&Stillness>| -> Result<Result<(Still, Captured), Look>, String> {
+                let seen = scene((subject, overlay, doors), |scene| {
+                    inspection.still(scene, Some(parent), now)
+                })?;
+                let still = match seen {
+                    Ok(still) => still,
+                    Err(look) => return Ok(Err(look)),
+                };
+                distrust(inspection, &mut pending);
+                let changes = Some((before, &still.comparison));
+                let captured = capture(&mut pending, &overlay.upperdir, changes, doors)?;
+                artefacts = subject.artefacts()?;
+                subject.frozen_hook()?;
+                Ok(Ok((still, captured)))
             };
-            distrust(inspection, &mut pending);
-            let changes = Some((before, &still.comparison));
-            let captured = capture(&mut pending, &overlay.upperdir, changes, doors)?;
-            artefacts = subject.artefacts()?;
-            subject.frozen_hook()?;
-            Ok(Ok((still, captured)))
-        };
         let must_freeze = subject.has_frozen_hook();
         let limit = self.settings.dump_limit;
         let parts = subject.parts()?;

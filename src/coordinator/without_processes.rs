@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     config::Gate,
+    inspector::process::Stillness,
     store::{
         Action, Captured, Checkpoint, Effect, Facts, Files, Host, Images, JournalLine, Kind,
         Missing, Pending,
@@ -118,7 +119,7 @@ impl Worker {
         let overlay = order.overlay()?;
         let (doors, inspection) = (&self.doors, &mut self.inspection);
         let dying = || doors.is_dying();
-        let mut take = || -> Result<FilesCut, String> {
+        let mut take = |_: Option<&Stillness>| -> Result<FilesCut, String> {
             let (outline, tmpfs) = scene((subject, overlay, doors), |scene| {
                 let outline = inspection.as_mut().and_then(|its| its.outline(scene));
                 (outline, tmpfs_of(scene.init, &dying))

@@ -312,7 +312,7 @@ impl Worker {
         }
         let begin = Instant::now();
         self.begin(subject);
-        let Some(inspection) = &self.inspection else {
+        let Some(inspection) = &mut self.inspection else {
             return Look::everything("nobody watches");
         };
         let look = overlay.as_ref().map_err(Clone::clone).and_then(|overlay| {
@@ -336,7 +336,7 @@ impl Worker {
             self.head = self.store.head()?.map(|checkpoint| checkpoint.turn());
         }
         // A damaged one is an error, and is not passed over in silence.
-        self.head.map(|head| self.store.get(head)).transpose()
+        self.head.map(|head| self.store.current(head)).transpose()
     }
 
     /// The number after every one that was ever given away. The journal is read for the first one

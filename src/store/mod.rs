@@ -46,6 +46,7 @@ mod pack;
 mod pending;
 mod reuse;
 mod sandbox;
+mod shelf;
 mod stored_file;
 mod tree_view;
 mod verify;

@@ -10,6 +10,7 @@ use std::{
 use super::{
     Digest, StoreError, files,
     pack::{Pack, Place},
+    shelf::Shelf,
 };
 use crate::sandbox::TurnNo;
 
@@ -78,6 +79,8 @@ pub(super) struct Objects {
     strict: bool,
     /// The pack that had the object asked for last: likely the next one's, too.
     last: usize,
+    /// Where packs come from that others have opened, and where they go when this is dropped.
+    shelf: Option<Arc<Shelf>>,
 }
 
 #[derive(Debug)]
@@ -89,32 +92,45 @@ struct Opened {
 impl Objects {
     /// Opens all packs in a directory. Damaged ones are passed over: what is missing then says so.
     pub(super) fn open(dir: &Path) -> Result<Self, StoreError> {
+        Self::open_by(dir, false, None)
+    }
+
+    /// The same; what is on the shelf need not be opened again.
+    pub(super) fn open_from(dir: &Path, shelf: &Arc<Shelf>) -> Result<Self, StoreError> {
+        Self::open_by(dir, false, Some(Arc::clone(shelf)))
+    }
+
+    /// The same for a restore: of each pack that is used, table and index are checked as well.
+    pub(super) fn open_strictly(dir: &Path) -> Result<Self, StoreError> {
+        Self::open_by(dir, true, None)
+    }
+
+    fn open_by(dir: &Path, strict: bool, shelf: Option<Arc<Shelf>>) -> Result<Self, StoreError> {
         let mut objects = Self {
             dir: dir.to_owned(),
             packs: Vec::new(),
             broken: Vec::new(),
             cache: VecDeque::new(),
-            strict: false,
+            strict,
             last: 0,
+            shelf,
         };
         objects.open_all()?;
         Ok(objects)
-    }
-
-    /// The same for a restore: of each pack that is used, table and index are checked as well.
-    pub(super) fn open_strictly(dir: &Path) -> Result<Self, StoreError> {
-        Ok(Self {
-            strict: true,
-            ..Self::open(dir)?
-        })
     }
 
     fn open_all(&mut self) -> Result<(), StoreError> {
         self.packs.clear();
         self.cache.clear();
         self.broken.clear();
+        let mut shelved = self.shelf.as_ref().map(|shelf| shelf.take());
         for name in list(&self.dir)?.into_iter().rev() {
-            match Pack::open(&self.dir.join(name.file())) {
+            let path = self.dir.join(name.file());
+            let known = shelved.as_mut().and_then(|packs| packs.remove(&path));
+            match known
+                .filter(Pack::is_fresh)
+                .map_or_else(|| Pack::open(&path), Ok)
+            {
                 Ok(pack) => self.packs.push(Opened {
                     pack,
                     is_checked: false,
@@ -235,6 +251,14 @@ impl Objects {
         }
         self.cache.push_back((number, block, Arc::clone(&bytes)));
         Ok(bytes)
+    }
+}
+
+impl Drop for Objects {
+    fn drop(&mut self) {
+        if let Some(shelf) = &self.shelf {
+            shelf.put(self.packs.drain(..).map(|opened| opened.pack));
+        }
     }
 }
 

@@ -193,7 +193,7 @@ impl Pending {
         let packs = self.lock.packs.lock_arc();
         let name = format!("{}{}.pack", files::TEMPORARY, self.turn);
         let temporary = self.store.packs_dir().join(name);
-        let objects = Objects::open(&self.store.packs_dir())?;
+        let objects = Objects::open_from(&self.store.packs_dir(), &self.lock.shelf)?;
         files::remove(&temporary)?;
         let writer = PackWriter::create(&temporary)?;
         Ok(Filling {
@@ -236,7 +236,8 @@ impl Pending {
         let manifest = self.manifest(facts, contents);
         let json = manifest.to_json(&file.0)?;
         let stored = ingest.writer.finish(Some(&json))?;
-        self.place(&file.0, &self.store.pack_path(self.turn))?;
+        let path = self.store.pack_path(self.turn);
+        self.place(&file.0, &path)?;
         failpoint("sync packs");
         files::sync_dir(&self.store.packs_dir())?;
         failpoint("committed");
@@ -246,6 +247,7 @@ impl Pending {
         }
         let digest = Digest::of(&json);
         let checkpoint = Checkpoint::new(self.store.packs_dir(), manifest, digest, stored);
+        self.lock.shelf.written(&checkpoint, &path, &json);
         Ok((checkpoint, self.staging))
     }
 

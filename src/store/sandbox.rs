@@ -19,7 +19,8 @@ use super::{
     journal,
     lay_out::tidy,
     objects::{self, PackName},
-    pack::Pack,
+    pack::{Pack, Stamp},
+    shelf::Shelf,
 };
 use crate::sandbox::{SandboxId, TurnNo, check};
 
@@ -74,6 +75,11 @@ impl SandboxStore {
     /// The checkpoint of one turn. Its manifest is checked; its contents are not, see
     /// [`Self::verify`].
     pub fn get(&self, turn: TurnNo) -> Result<Checkpoint, StoreError> {
+        self.read(turn).map(|(checkpoint, ..)| checkpoint)
+    }
+
+    /// The same, with the file that it is in, and the size of its manifest.
+    pub(super) fn read(&self, turn: TurnNo) -> Result<(Checkpoint, Stamp, usize), StoreError> {
         let path = self.pack_path(turn);
         let pack = Pack::open(&path).map_err(|e| match e {
             StoreError::Io { source, .. } if source.kind() == ErrorKind::NotFound => {
@@ -90,12 +96,8 @@ impl SandboxStore {
         })?;
         let manifest = Manifest::parse(&json, &path, &self.id, turn)?;
         let digest = Digest::of(&json);
-        Ok(Checkpoint::new(
-            self.packs_dir(),
-            manifest,
-            digest,
-            pack.size(),
-        ))
+        let checkpoint = Checkpoint::new(self.packs_dir(), manifest, digest, pack.size());
+        Ok((checkpoint, pack.stamp(), json.len()))
     }
 
     /// The named checkpoints.
@@ -193,6 +195,8 @@ pub(super) struct Lock {
     pub(super) head: Mutex<Option<TurnNo>>,
     /// The newest checkpoint that has processes.
     pub(super) with_processes: Mutex<Option<TurnNo>>,
+    /// What need not be read again.
+    pub(super) shelf: Arc<Shelf>,
 }
 
 impl Drop for Lock {
@@ -266,11 +270,17 @@ impl SandboxWriter {
             retired: Mutex::new(Retired::of(&store)?),
             head: Mutex::new(head.map(|checkpoint| checkpoint.turn())),
             with_processes: Mutex::new(with_processes.map(|checkpoint| checkpoint.turn())),
+            shelf: Arc::default(),
         };
         Ok(Self {
             store,
             lock: Arc::new(lock),
         })
+    }
+
+    /// [`SandboxStore::get`], which does not read the checkpoint again that was written last.
+    pub fn current(&self, turn: TurnNo) -> Result<Checkpoint, StoreError> {
+        self.lock.shelf.get(&self.store, turn)
     }
 
     /// Starts the checkpoint of a turn.

@@ -85,7 +85,7 @@ flags! {
 /// did up to any instant of the snapshot is then in the facts. The other way round, a datum that
 /// lay in a queue when the facts were read, and was received before the queue was looked at,
 /// would be in neither.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct KernelFacts {
     /// One entry for each process that P held, by host pid (tgid). A process without an entry is
     /// not watched, so nothing is known of it: changed.

@@ -17,6 +17,13 @@ pub struct Stillness {
 }
 
 impl Stillness {
+    /// Of threads (process, thread, how far it has come) none of which runs.
+    pub(super) fn new(threads: impl Iterator<Item = (i32, i32, Progress)>) -> Self {
+        let mut threads: Vec<_> = threads.collect();
+        threads.sort_unstable_by_key(|(pid, tid, _)| (*pid, *tid));
+        Self { threads }
+    }
+
     /// Of the processes `pids` (host pids, all of them); None if a thread runs or is about to.
     ///
     /// # Errors

@@ -75,6 +75,16 @@ impl Watches {
     }
 }
 
+impl Watches {
+    /// How many of them somebody has written to since; None if that is not known. One that is written to
+    /// again does not count again.
+    pub(super) fn count(&self) -> Option<usize> {
+        let mut moved = self.moved.lock();
+        moved.drain(self.instance.as_ref()?);
+        (!moved.all).then_some(moved.watches.len())
+    }
+}
+
 impl Moved {
     fn drain(&mut self, instance: &OwnedFd) {
         let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];

@@ -1,6 +1,11 @@
 //! What belongs to the sandbox as a whole: mounts, SysV IPC, host name, network.
 
-use std::{collections::BTreeSet, fs, os::fd::OwnedFd, thread};
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::fd::OwnedFd,
+    thread::{self, JoinHandle},
+};
 
 use nix::sched::{CloneFlags, setns};
 
@@ -47,13 +52,13 @@ pub(super) struct Traffic {
 
 /// Reads it through the processes of the set, one for each namespace.
 pub(super) fn read(dirs: &[Dir]) -> Result<World, ProcessError> {
-    let mut world = World::default();
     let mut seen = BTreeSet::new();
-    for dir in dirs {
-        for kind in ["mnt", "ipc", "net"] {
+    let mut of = |kind: &str| -> Result<Vec<(String, &Dir)>, ProcessError> {
+        let mut all = Vec::new();
+        for dir in dirs {
             let name = dir.link(&format!("ns/{kind}"))?;
-            if !seen.insert(name.clone()) {
-                continue;
+            if seen.insert(name.clone()) {
+                all.push((name, dir));
             }
             if seen.len() > MAX_NAMESPACES {
                 return Err(ProcessError::Limit {
@@ -61,17 +66,27 @@ pub(super) fn read(dirs: &[Dir]) -> Result<World, ProcessError> {
                     limit: MAX_NAMESPACES,
                 });
             }
-            match kind {
-                "mnt" => world.mounts.push((name, digest(&dir.read("mountinfo")?))),
-                "ipc" => world.ipc.push((name, ipc(dir.pid)?)),
-                _ => world.network.push((name, network(dir)?)),
-            }
         }
+        // The order of the processes means nothing.
+        all.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        Ok(all)
+    };
+    let (mounts, ipc, networks) = (of("mnt")?, of("ipc")?, of("net")?);
+    // Those threads start while this one reads.
+    let asked = ipc
+        .into_iter()
+        .map(|(name, dir)| Ok((name, AskedIpc::of(dir.pid)?)));
+    let asked: Vec<_> = asked.collect::<Result<_, ProcessError>>()?;
+    let mut world = World::default();
+    for (name, dir) in mounts {
+        world.mounts.push((name, digest(&dir.read("mountinfo")?)));
     }
-    // The order of the processes means nothing.
-    world.mounts.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-    world.ipc.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-    world.network.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+    for (name, dir) in networks {
+        world.network.push((name, network(dir)?));
+    }
+    for (name, asked) in asked {
+        world.ipc.push((name, asked.answer()?));
+    }
     Ok(world)
 }
 
@@ -156,20 +171,35 @@ pub(super) fn traffic(dir: &Dir) -> Result<Traffic, ProcessError> {
 }
 
 /// /proc/sysvipc and the host name show the reader's own namespaces: a thread goes there for it.
-fn ipc(pid: i32) -> Result<Ipc, ProcessError> {
-    let handle = pidfd(pid)?;
-    let failed = |source| ProcessError::Io {
-        pid,
-        file: "IPC namespace".to_owned(),
-        source,
-    };
-    let thread = thread::Builder::new()
-        .name("crab-ipc".to_owned())
-        .spawn(move || ipc_inside(&handle))
-        .map_err(failed)?;
-    match thread.join() {
-        Ok(result) => result.map_err(failed),
-        Err(_) => Err(failed(std::io::Error::other("the thread died"))),
+struct AskedIpc {
+    pid: i32,
+    thread: JoinHandle<std::io::Result<Ipc>>,
+}
+
+impl AskedIpc {
+    fn of(pid: i32) -> Result<Self, ProcessError> {
+        let handle = pidfd(pid)?;
+        let thread = thread::Builder::new()
+            .name("crab-ipc".to_owned())
+            .spawn(move || ipc_inside(&handle));
+        match thread {
+            Ok(thread) => Ok(Self { pid, thread }),
+            Err(source) => Err(Self::failed(pid, source)),
+        }
+    }
+
+    fn answer(self) -> Result<Ipc, ProcessError> {
+        let died = |_| Err(std::io::Error::other("the thread died"));
+        let answer = self.thread.join().unwrap_or_else(died);
+        answer.map_err(|source| Self::failed(self.pid, source))
+    }
+
+    fn failed(pid: i32, source: std::io::Error) -> ProcessError {
+        ProcessError::Io {
+            pid,
+            file: "IPC namespace".to_owned(),
+            source,
+        }
     }
 }
 

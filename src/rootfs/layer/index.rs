@@ -76,6 +76,8 @@ pub struct Layer {
     /// Few inodes have any.
     xattrs: BTreeMap<Id, Digest>,
     free: Vec<Id>,
+    /// All files without a digest are among these, so that nobody has to look for them among all records.
+    unread: Vec<Id>,
 }
 
 impl Layer {
@@ -89,6 +91,7 @@ impl Layer {
             by_ino: Vec::new(),
             xattrs: BTreeMap::new(),
             free: Vec::new(),
+            unread: Vec::new(),
         };
         layer.put(Id::NONE, b"", root);
         layer
@@ -106,7 +109,8 @@ impl Layer {
         size_of::<Self>()
             + self.records.capacity() * size_of::<Record>()
             + self.names.capacity()
-            + (self.by_ino.capacity() + self.free.capacity()) * size_of::<Id>()
+            + (self.by_ino.capacity() + self.free.capacity() + self.unread.capacity())
+                * size_of::<Id>()
             + self.xattrs.len() * XATTRS
     }
 
@@ -271,8 +275,10 @@ impl Layer {
         (record.uid, record.gid, record.mode) = (facts.uid, facts.gid, facts.mode);
         record.content = facts.content.unwrap_or(Digest::ZEROS);
         record.flags = 0;
-        if facts.content.is_some() {
-            record.flags |= HAS_CONTENT;
+        match facts.content {
+            Some(_) => record.flags |= HAS_CONTENT,
+            None if facts.kind() == Kind::File => self.unread.push(id),
+            None => {}
         }
         match facts.xattrs {
             Some(digest) => {
@@ -326,24 +332,52 @@ impl Layer {
         found
     }
 
-    /// Takes what stands at `gone` (ascending) out of the order of inodes and puts `new` in.
+    /// Files without a digest: to be put back by [`Layer::keep_unread`] if they still have none.
+    pub(super) fn take_unread(&mut self) -> Vec<Id> {
+        let mut unread = std::mem::take(&mut self.unread);
+        unread.sort_unstable();
+        unread.dedup();
+        unread.retain(|id| self.is_unread(*id));
+        unread
+    }
+
+    pub(super) fn keep_unread(&mut self, mut left: Vec<Id>) {
+        left.shrink_to_fit();
+        self.unread = left;
+    }
+
+    /// Whether a record is that of a file without a digest.
+    pub(super) fn is_unread(&self, id: Id) -> bool {
+        let record = &self.records[id.at()];
+        record.flags & (FREE | HAS_CONTENT) == 0 && self.kind(id) == Kind::File
+    }
+
+    /// Takes what stands at `gone` (ascending) out of the order of inodes and puts `new` in. In place: most
+    /// turns change no inode at all, and few of many.
     pub(super) fn index(&mut self, gone: &[usize], mut new: Vec<Id>) {
+        self.close_gaps(gone);
         new.sort_unstable_by_key(|id| (self.ino(*id), *id));
-        let old = std::mem::take(&mut self.by_ino);
-        let mut merged = Vec::with_capacity(old.len() - gone.len() + new.len());
-        let (mut gone, mut new) = (gone.iter().peekable(), new.into_iter().peekable());
-        for (at, id) in old.into_iter().enumerate() {
-            if gone.next_if(|gone| **gone == at).is_some() {
-                continue;
-            }
-            // Almost always there is nothing to put in, and no record is looked at.
-            while let Some(new) = new.next_if(|new| (self.ino(*new), *new) < (self.ino(id), id)) {
-                merged.push(new);
-            }
-            merged.push(id);
+        grow(&mut self.by_ino, new.len());
+        // From the end: each is put behind all that it does not come before, which moves up once.
+        let mut end = self.by_ino.len();
+        self.by_ino.resize(end + new.len(), Id::NONE);
+        for (before, id) in new.into_iter().enumerate().rev() {
+            let key = (self.ino(id), id);
+            let at = self.by_ino[..end].partition_point(|id| (self.ino(*id), *id) < key);
+            self.by_ino.copy_within(at..end, at + before + 1);
+            self.by_ino[at + before] = id;
+            end = at;
         }
-        merged.extend(new);
-        self.by_ino = merged;
+    }
+
+    fn close_gaps(&mut self, gone: &[usize]) {
+        let ends = gone.iter().skip(1).copied().chain([self.by_ino.len()]);
+        let mut to = gone.first().copied().unwrap_or(self.by_ino.len());
+        for (at, end) in gone.iter().zip(ends) {
+            self.by_ino.copy_within(at + 1..end, to);
+            to += end - at - 1;
+        }
+        self.by_ino.truncate(to);
     }
 
     /// Drops names that nobody uses, once they are many.
@@ -377,6 +411,7 @@ impl Layer {
         self.records.shrink_to_fit();
         self.names.shrink_to_fit();
         self.by_ino.shrink_to_fit();
+        self.unread.shrink_to_fit();
     }
 }
 

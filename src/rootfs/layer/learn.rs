@@ -2,10 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{
-    facts::Kind,
-    index::{Id, Layer},
-};
+use super::index::Layer;
 use crate::digest::Digest;
 
 impl Layer {
@@ -15,16 +12,19 @@ impl Layer {
     /// Never from the layer itself once the sandbox runs: a store through a mapping leaves no trace
     /// but the bytes, which would then be taken for those of the capture.
     pub fn learn(&mut self, contents: &HashMap<(u64, u64), Digest>) -> usize {
-        let lacking: Vec<Id> = self.lacking().collect();
         let mut learnt = 0;
-        for id in lacking {
-            let ino = self.ino(id);
+        let mut lacking = self.take_unread();
+        lacking.retain(|id| {
+            let ino = self.ino(*id);
             let content = contents.get(&(self.dev(), ino)).copied();
-            if let Some(content) = content.or_else(|| self.elsewhere(ino)) {
-                self.set_content(id, content);
-                learnt += 1;
-            }
-        }
+            let Some(content) = content.or_else(|| self.elsewhere(ino)) else {
+                return true;
+            };
+            self.set_content(*id, content);
+            learnt += 1;
+            false
+        });
+        self.keep_unread(lacking);
         learnt
     }
 
@@ -36,11 +36,6 @@ impl Layer {
 
     /// How many files have no digest, and so can't be acquitted.
     pub fn without_digest(&self) -> usize {
-        self.lacking().count()
-    }
-
-    fn lacking(&self) -> impl Iterator<Item = Id> + '_ {
-        self.ids()
-            .filter(|id| self.kind(*id) == Kind::File && self.content(*id).is_none())
+        self.ids().filter(|id| self.is_unread(*id)).count()
     }
 }

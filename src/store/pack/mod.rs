@@ -20,5 +20,5 @@ mod writer;
 
 pub use format::FORMAT;
 pub(super) use format::Place;
-pub(super) use reader::Pack;
+pub(super) use reader::{Pack, Stamp};
 pub(super) use writer::PackWriter;

@@ -2,9 +2,9 @@
 
 use std::{
     cell::OnceCell,
-    fs::{File, OpenOptions},
+    fs::{File, Metadata, OpenOptions},
     io,
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -18,34 +18,70 @@ use super::{
     format::{self, Block, FORMAT, Place, Trailer},
 };
 
-/// After so many searches in the file, the whole index is read into memory.
-const SEARCHES: u32 = 64;
+/// A search in the file costs about as much as this many bytes of an index that is read, and checked. When
+/// as much as that of the whole index has been spent on searches, it is read into memory.
+const SEARCH: u64 = 4 << 10;
 /// An index that is no larger is read at once.
 const SMALL_INDEX: u64 = 16 << 10;
+/// No larger one stays in memory while nobody uses the pack: one of a thousand objects.
+const KEPT_INDEX: usize = 64 << 10;
+
+/// What a file is, as far as it shows from outside: whoever writes to it, or puts another one into its
+/// place, changes this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    inode: (u64, u64),
+    size: u64,
+    mtime: (i64, i64),
+    ctime: (i64, i64),
+}
+
+impl Stamp {
+    fn of(meta: &Metadata) -> Self {
+        Self {
+            inode: (meta.dev(), meta.ino()),
+            size: meta.len(),
+            mtime: (meta.mtime(), meta.mtime_nsec()),
+            ctime: (meta.ctime(), meta.ctime_nsec()),
+        }
+    }
+
+    /// Of the file at a path; None if there is none.
+    pub fn at(path: &Path) -> Option<Self> {
+        let meta = std::fs::symlink_metadata(path).ok()?;
+        Some(Self::of(&meta))
+    }
+}
 
 /// A pack, open to be read. Its header and trailer are sound; everything else is checked when it
 /// is read.
 #[derive(Debug)]
 pub struct Pack {
-    file: File,
+    /// Open while somebody uses it.
+    file: OnceCell<File>,
     path: PathBuf,
     trailer: Trailer,
-    size: u64,
+    stamp: Stamp,
     table: OnceCell<Vec<Block>>,
     /// Fanout and index, as they are in the file.
     index: Option<Vec<u8>>,
-    searches: u32,
+    searches: u64,
+}
+
+fn open(path: &Path) -> Result<(File, Metadata), StoreError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)
+        .map_err(files::io("open", path))?;
+    let meta = file.metadata().map_err(files::io("stat", path))?;
+    Ok((file, meta))
 }
 
 impl Pack {
     /// Opens it. An error of kind `NotFound` if it isn't there.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(path)
-            .map_err(files::io("open", path))?;
-        let meta = file.metadata().map_err(files::io("stat", path))?;
+        let (file, meta) = open(path)?;
         let damaged = |reason: &str| StoreError::Damaged {
             path: path.to_owned(),
             reason: reason.to_owned(),
@@ -73,10 +109,10 @@ impl Pack {
             return Err(damaged("its size is another one than it says"));
         }
         Ok(Self {
-            file,
+            file: OnceCell::from(file),
             path: path.to_owned(),
             trailer,
-            size,
+            stamp: Stamp::of(&meta),
             table: OnceCell::new(),
             index: None,
             searches: 0,
@@ -90,7 +126,38 @@ impl Pack {
 
     /// In bytes.
     pub fn size(&self) -> u64 {
-        self.size
+        self.stamp.size
+    }
+
+    /// The file that it is.
+    pub fn stamp(&self) -> Stamp {
+        self.stamp
+    }
+
+    /// Closes it, and keeps what is known of it for whoever needs it next: [`Pack::is_fresh`] says whether
+    /// that still holds. Returns how many bytes of memory it takes; None if it is not worth keeping.
+    pub fn shelve(&mut self) -> Option<usize> {
+        self.file.take();
+        self.searches = 0;
+        let kept = self.index.as_ref().map_or(0, Vec::len);
+        let table = self.table.get().map_or(0, Vec::len) * size_of::<Block>();
+        (kept <= KEPT_INDEX && table <= KEPT_INDEX).then_some(size_of::<Self>() + kept + table)
+    }
+
+    /// Whether its file is still there as it was when it was opened.
+    pub fn is_fresh(&self) -> bool {
+        Stamp::at(&self.path) == Some(self.stamp)
+    }
+
+    fn file(&self) -> Result<&File, StoreError> {
+        if let Some(file) = self.file.get() {
+            return Ok(file);
+        }
+        let (file, meta) = open(&self.path)?;
+        match Stamp::of(&meta) == self.stamp {
+            true => Ok(self.file.get_or_init(|| file)),
+            false => Err(self.damaged("it has become another one meanwhile")),
+        }
     }
 
     fn damaged(&self, reason: impl Into<String>) -> StoreError {
@@ -106,10 +173,10 @@ impl Pack {
 
     fn read(&self, at: u64, count: u64) -> Result<Vec<u8>, StoreError> {
         // Lengths come from a trailer that adds up to the file's own size.
-        let within = at.checked_add(count).is_some_and(|end| end <= self.size);
+        let within = at.checked_add(count).is_some_and(|end| end <= self.size());
         let count = usize::try_from(count).ok().filter(|_| within);
         let mut bytes = vec![0; count.ok_or_else(|| self.damaged("it ends too soon"))?];
-        match self.file.read_exact_at(&mut bytes, at) {
+        match self.file()?.read_exact_at(&mut bytes, at) {
             Ok(()) => Ok(bytes),
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
                 Err(self.damaged("it has become shorter"))
@@ -197,7 +264,7 @@ impl Pack {
         if self.index.is_none() {
             self.searches += 1;
             let size = self.trailer.objects * format::INDEX_ENTRY as u64;
-            if self.searches <= SEARCHES && size > SMALL_INDEX {
+            if size > SMALL_INDEX && self.searches <= size / SEARCH {
                 return self.find_in_file(digest);
             }
         }

@@ -11,6 +11,7 @@ mod hostile;
 mod journal;
 mod memory;
 mod reuse;
+mod shelf;
 mod trees;
 
 use std::{

@@ -6,6 +6,7 @@ mod attacks;
 mod compare;
 mod limits;
 mod queues;
+mod rest;
 mod rules;
 
 use std::{

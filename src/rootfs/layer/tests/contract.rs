@@ -161,6 +161,12 @@ fn a_file_without_a_digest_is_never_acquitted_and_learns_it_from_the_capture() {
         bed.compare(&layer, &candidates, Scope::Candidates)
             .is_empty()
     );
+
+    // A later capture tells of the other one.
+    let rest = bed.read();
+    let content = |id| Some(((rest.dev(), rest.ino(id)), rest.content(id)?));
+    assert_eq!(layer.learn(&rest.ids().filter_map(content).collect()), 1);
+    assert_eq!(layer.without_digest(), 0);
 }
 
 #[test]
