@@ -1,10 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Inodes that change.
- *
- * The kernel sets an inode's ctime wherever it changes one, and marks pages dirty where it does not.
- * Through overlay every write sets the overlay inode's ctime after the data, even when nothing of the
- * upper inode is left to mark: that closes the holes of "already dirty" and "same tick".
+ * Inodes that change: how one is named, whose it is, and where it is noted. What tells of the changes is in
+ * timestamps.h, or for older kernels in functions.h. Here is what is common to both: the kernel marks
+ * pages dirty where it sets no time.
  */
 #ifndef CRAB_FILES_H
 #define CRAB_FILES_H
@@ -22,7 +20,7 @@ struct recent {
 	__u32 bits; /* SEEN_*: what of it was noted */
 	__u64 epoch; /* the number of the one in which it was */
 	__u32 owner; /* slot + 1 of whose epoch; 0: in none */
-	__u32 unused;
+	__u32 strange;
 };
 
 struct memory {
@@ -92,12 +90,15 @@ static __always_inline bool identify(struct inode *inode, unsigned long magic, s
 {
 	key->ino = inode->i_ino;
 	key->dev = inode->i_sb->s_dev;
-	key->unused = 0;
+	key->strange = 0;
 	if (magic == MAGIC_XFS && bpf_core_type_exists(struct xfs_inode))
-		key->ino = AROUND(struct xfs_inode, i_vnode, inode)->i_ino;
+		key->ino = LONG_AT(BESIDE(struct xfs_inode, i_vnode, i_ino, inode));
 	/* Numbers are unique in a subvolume, and stat() shows the subvolume's own device. */
 	if (magic == MAGIC_BTRFS && bpf_core_type_exists(struct btrfs_inode))
-		key->dev = AROUND(struct btrfs_inode, vfs_inode, inode)->root->anon_dev;
+		key->dev = INT_AT(LONG_AT(BESIDE(struct btrfs_inode, vfs_inode, root, inode)) +
+				  bpf_core_field_offset(struct btrfs_root, anon_dev));
+	else if (magic == MAGIC_BTRFS)
+		key->strange = 1;
 	/* btrfs keeps its trees in inodes of no subvolume. */
 	return key->ino != 0 && key->dev != 0;
 }
@@ -105,9 +106,9 @@ static __always_inline bool identify(struct inode *inode, unsigned long magic, s
 /* The inode in the writable layer behind one of an overlay; NULL: it is still a lower one. */
 static __always_inline struct inode *upper_of(struct inode *inode)
 {
-	struct dentry *upper = AROUND(struct ovl_inode, vfs_inode, inode)->__upperdentry;
+	unsigned long upper = LONG_AT(BESIDE(struct ovl_inode, vfs_inode, __upperdentry, inode));
 
-	return upper ? upper->d_inode : NULL;
+	return upper ? AS(struct dentry, upper)->d_inode : NULL;
 }
 
 /* The mode of /proc/PID/mem. */
@@ -217,7 +218,7 @@ static __noinline int note(struct inode *inode, struct recent *now)
 	volatile struct control *control = controls();
 	struct super_block *sb = inode->i_sb;
 	unsigned long magic = sb->s_magic;
-	struct inode_key key = { .ino = now->ino, .dev = now->dev };
+	struct inode_key key = { .ino = now->ino, .dev = now->dev, .strange = now->strange };
 	__u32 bits = now->bits, slot;
 
 	if (!control)
@@ -261,6 +262,7 @@ static __always_inline bool fill(struct recent *now, struct inode_key *key)
 	now->generation = control->generation;
 	now->ino = key->ino;
 	now->dev = key->dev;
+	now->strange = key->strange;
 	now->tgid = task->tgid;
 	now->cgroup = task->cgroups->dfl_cgrp->kn->id;
 	return true;
@@ -292,27 +294,6 @@ static __always_inline int changed(struct inode *inode, __u32 bits, bool unless_
 	note(upper, &now);
 	remember(memory, &now);
 	return 0;
-}
-
-SEC("tp_btf/inode_set_ctime_to_ts")
-int BPF_PROG(inode_set_ctime_to_ts, struct inode *inode)
-{
-	/* An inode that is being read in changes nothing. XFS then gives it its number later. */
-	if (inode->i_sb->s_magic == MAGIC_XFS && !inode->i_ino)
-		return 0;
-	return changed(inode, SEEN_CTIME, true);
-}
-
-SEC("tp_btf/ctime_ns_xchg")
-int BPF_PROG(ctime_ns_xchg, struct inode *inode)
-{
-	return changed(inode, SEEN_CTIME, false);
-}
-
-SEC("tp_btf/ctime_xchg_skip")
-int BPF_PROG(ctime_xchg_skip, struct inode *inode)
-{
-	return changed(inode, SEEN_CTIME, false);
 }
 
 SEC("tp_btf/writeback_mark_inode_dirty")

@@ -19,7 +19,7 @@
 struct inode_key {
 	__u64 ino;
 	__u32 dev; /* the kernel's dev_t: major << 20 | minor */
-	__u32 unused;
+	__u32 strange; /* not 0: stat() shows it otherwise. Its file system is a module that came later. */
 };
 
 enum own_keys {
@@ -103,7 +103,7 @@ struct mapping {
 	__u32 dev;
 	__u32 tgid;
 	__u32 kind; /* MAPPING_* */
-	__u32 unused;
+	__u32 strange; /* as in the key */
 };
 
 /* The registers of a thread, as the iterator reports them. */

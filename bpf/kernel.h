@@ -58,16 +58,20 @@ enum inode_state_flags_enum {
 	I_DIRTY_PAGES___2 = 2,
 };
 
-/* Before they were an enumeration (6.10). */
-#define OLD_I_NEW (1 << 3)
-#define OLD_I_DIRTY_PAGES (1 << 2)
+/* Before they were an enumeration; and before 6.12, when they were given new numbers and the word became a
+ * short one. */
+#define SHORT_I_NEW (1 << 0)
+#define SHORT_I_DIRTY_PAGES (1 << 5)
+#define LONG_I_NEW (1 << 3)
+#define LONG_I_DIRTY_PAGES (1 << 2)
 
 #define STATE(name)                                                                                \
 	(bpf_core_enum_value_exists(enum inode_state_flags_t, name) ?                              \
 		 bpf_core_enum_value(enum inode_state_flags_t, name) :                             \
 	 bpf_core_enum_value_exists(enum inode_state_flags_enum, name##___2) ?                     \
 		 bpf_core_enum_value(enum inode_state_flags_enum, name##___2) :                    \
-		 OLD_##name)
+	 bpf_core_field_size(((struct inode___word *)0)->i_state) == 4 ? SHORT_##name :            \
+									 LONG_##name)
 
 struct inode {
 	unsigned short i_mode;
@@ -97,6 +101,7 @@ struct vfsmount {
 };
 
 struct dentry {
+	struct dentry *d_parent;
 	struct inode *d_inode;
 };
 
@@ -109,6 +114,10 @@ struct file {
 	struct inode *f_inode;
 	unsigned int f_mode;
 	struct path f_path;
+};
+
+struct kiocb {
+	struct file *ki_filp;
 };
 
 struct backing_file {
@@ -245,5 +254,15 @@ void *bpf_rdonly_cast(const void *object, __u32 btf_id) __ksym;
 #define AS(type, pointer) ((type *)bpf_rdonly_cast((void *)(pointer), bpf_core_type_id_kernel(type)))
 #define AROUND(type, field, pointer) \
 	AS(type, (unsigned long)(pointer) - bpf_core_field_offset(type, field))
+
+/*
+ * File systems may be modules, and to a module's types the verifier casts nothing. Where a field lies in
+ * one is known all the same; it is then read as one of the kernel's own that has its size.
+ */
+#define BESIDE(type, from, field, pointer)                                                         \
+	((unsigned long)(pointer) - bpf_core_field_offset(type, from) +                            \
+	 bpf_core_field_offset(type, field))
+#define LONG_AT(address) (AROUND(struct inode, i_ino, address)->i_ino)
+#define INT_AT(address) (AROUND(struct super_block, s_dev, address)->s_dev)
 
 #endif

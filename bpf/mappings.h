@@ -13,7 +13,7 @@ static __noinline int note_mapping(struct inode *inode, struct recent *now)
 {
 	volatile struct control *control = controls();
 	unsigned long magic = inode->i_sb->s_magic;
-	struct inode_key key = { .ino = now->ino, .dev = now->dev };
+	struct inode_key key = { .ino = now->ino, .dev = now->dev, .strange = now->strange };
 	__u32 slot, bits = now->bits;
 
 	if (!control)
@@ -117,6 +117,7 @@ static __always_inline void report(struct seq_file *seq, struct task_struct *tas
 		return;
 	mapping.ino = key.ino;
 	mapping.dev = key.dev;
+	mapping.strange = key.strange;
 	mapping.tgid = task->tgid;
 	mapping.kind = aio ? MAPPING_AIO : MAPPING_FILE;
 	bpf_seq_write(seq, &mapping, sizeof(mapping));

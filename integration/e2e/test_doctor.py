@@ -34,6 +34,7 @@ MACHINES = {
         "btf": ("ok", {}),
         "tp_btf": ("missing", {}),
         "fentry": ("ok", {}),
+        "inspector": ("ok", {"probes": "fentry"}),
         "soft_dirty": ("ok", {}),
         "pagemap_scan": ("ok", {}),
         "capabilities": ("ok", {"missing": []}),

@@ -7,7 +7,7 @@ import struct
 from typing import Iterator
 
 import syscalls as sc
-from effects import Place, effect
+from effects import Place, effect, everywhere
 
 Steps = Iterator[None]
 
@@ -160,7 +160,7 @@ def FS_IOC_SETFLAGS(t: Place) -> Steps:
     os.close(fd)
 
 
-@effect("file")
+@effect("file", refused={} if sc.has_file_setattr() else everywhere("ENOSYS"))
 def file_setattr(t: Place) -> Steps:
     yield
     sc.file_flip_noatime(t / "file")

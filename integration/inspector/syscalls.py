@@ -122,6 +122,15 @@ def fchmodat2(path: str, mode: int) -> None:
     syscall(NR_FCHMODAT2, AT_FDCWD, path.encode(), mode, 0)
 
 
+def has_file_setattr() -> bool:
+    """Kernel 6.17 and newer."""
+    try:
+        syscall(NR_FILE_GETATTR, AT_FDCWD, b"", None, 0, 0)
+    except OSError as error:
+        return error.errno != errno.ENOSYS
+    return True
+
+
 def file_flip_noatime(path: str) -> None:
     """file_getattr(2), file_setattr(2): what FS_IOC_FSSETXATTR does, by path. FS_XFLAG_NOATIME is 0x40."""
     attributes = ctypes.create_string_buffer(24)  # struct file_attr: u64 xflags, u32 extsize, nextents, projid, cowextsize

@@ -12,7 +12,8 @@ pub(super) struct InodeKey {
     pub(super) ino: u64,
     /// The kernel's `dev_t`: major << 20 | minor.
     pub(super) dev: u32,
-    pub(super) unused: u32,
+    /// Not 0: `stat()` shows it otherwise. Its file system is a module that came later than the programs.
+    pub(super) strange: u32,
 }
 
 /// How an inode changed; of a header: [`epoch_bits`], and the number of inodes.
@@ -48,7 +49,7 @@ pub(super) struct Mapping {
     pub(super) dev: u32,
     pub(super) tgid: u32,
     pub(super) kind: u32,
-    pub(super) unused: u32,
+    pub(super) strange: u32,
 }
 
 /// The registers of a thread, as one number.

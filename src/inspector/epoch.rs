@@ -27,7 +27,7 @@ const fn own(which: u32) -> InodeKey {
     InodeKey {
         ino: 0,
         dev: which,
-        unused: 0,
+        strange: 0,
     }
 }
 
@@ -182,8 +182,15 @@ impl Epoch {
     }
 }
 
+/// A file on btrfs whose module came after the programs: they do not know its structures.
+const STRANGE: &str = "a file system's module was loaded after the inspector's programs, which name its \
+    inodes wrongly; they are loaded anew once no sandbox is left";
+
 impl Dirty {
-    fn add(&mut self, key: &InodeKey, bits: u32) {
+    pub(super) fn add(&mut self, key: &InodeKey, bits: u32) {
+        if key.strange != 0 && !self.doubts.iter().any(|doubt| doubt == STRANGE) {
+            self.doubts.push(STRANGE.into());
+        }
         let how = self.inodes.entry(Inode::from(*key)).or_insert(How(0));
         how.0 |= bits;
     }
@@ -203,7 +210,7 @@ impl From<Inode> for InodeKey {
         Self {
             ino: inode.ino,
             dev: abi::kernel_dev(inode.dev),
-            unused: 0,
+            strange: 0,
         }
     }
 }
@@ -214,7 +221,7 @@ impl InodeKey {
         (mapping.kind != MAPPING_AIO).then_some(Self {
             ino: mapping.ino,
             dev: mapping.dev,
-            unused: 0,
+            strange: mapping.strange,
         })
     }
 }

@@ -122,7 +122,10 @@ impl Host {
     fn open(place: &Place) -> io::Result<Self> {
         let pin = |name: &str| place.pins.join(name);
         let map = |name: &str| MapHandle::from_pinned_path(pin(name)).map_err(io::Error::other);
-        let probes = ProbeSet::TpBtf;
+        let mut sets = ProbeSet::ALL.into_iter();
+        let probes = sets
+            .find(|set| pin(set.mark()).exists())
+            .ok_or_else(|| io::Error::other("programs of no set are there"))?;
         let open = |names: &[&str], end: &str| -> io::Result<Vec<OwnedFd>> {
             names
                 .iter()
@@ -141,8 +144,8 @@ impl Host {
             shared_mappings: sys::open_pin(&pin("shared_mappings"))?,
             open_files: sys::open_pin(&pin("open_files"))?,
             registers: sys::open_pin(&pin("registers"))?,
-            of_files: open(probes.of_files(), "")?,
-            of_tasks: open(probes.of_tasks(), "")?,
+            of_files: open(&probes.of_files(), "")?,
+            of_tasks: open(&probes.of_tasks(), "")?,
             _links: links(&place.pins)?,
             place: place.clone(),
         })

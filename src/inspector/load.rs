@@ -58,7 +58,7 @@ pub fn load_without(run: &Path, without: &[String]) -> Result<(), String> {
     let set = ProbeSet::choose()?;
     if let Some(name) = without
         .iter()
-        .find(|name| !set.tracepoints().contains(&name.as_str()))
+        .find(|name| !set.probes().contains(&name.as_str()))
     {
         return Err(format!("{name} is no probe of {}", set.name()));
     }
@@ -71,12 +71,22 @@ pub fn load_without(run: &Path, without: &[String]) -> Result<(), String> {
 }
 
 /// Loads the programs as [`load`] does, and lets them go.
-pub(super) fn try_out() -> Result<(), String> {
+pub(super) fn try_out(set: ProbeSet) -> Result<(), String> {
     // It says on stderr what it tries.
     libbpf_rs::set_print(None);
-    let programs = ObjectBuilder::default().open_memory(PROGRAMS);
-    let loaded = programs.and_then(OpenObject::load);
+    let loaded = open(set).and_then(OpenObject::load);
     loaded.map(drop).map_err(|e| format!("{e:#}"))
+}
+
+/// The programs of a set, and those that belong to all sets.
+fn open(set: ProbeSet) -> libbpf_rs::Result<OpenObject> {
+    let mut programs = ObjectBuilder::default().open_memory(PROGRAMS)?;
+    for mut program in programs.progs_mut() {
+        if set.leaves_out(&program.name().to_string_lossy()) {
+            program.set_autoload(false);
+        }
+    }
+    Ok(programs)
 }
 
 /// How names begin of what is not complete.
@@ -88,7 +98,7 @@ pub(super) fn unfinished(bpffs: &Path) -> PathBuf {
 }
 
 fn pin_all(set: ProbeSet, dir: &Path, without: &[String]) -> anyhow::Result<()> {
-    let mut programs = ObjectBuilder::default().open_memory(PROGRAMS)?.load()?;
+    let mut programs = open(set)?.load()?;
     failpoint("loaded");
     fs::create_dir(dir)?;
     for mut map in programs.maps_mut() {
@@ -100,10 +110,12 @@ fn pin_all(set: ProbeSet, dir: &Path, without: &[String]) -> anyhow::Result<()> 
     }
     failpoint("maps");
     for mut program in programs.progs_mut() {
-        let name = program.name().to_owned();
+        let name = program.name().to_string_lossy().into_owned();
+        if set.leaves_out(&name) {
+            continue;
+        }
         program.pin(dir.join(&name))?;
-        let name = name.to_string_lossy().into_owned();
-        if set.tracepoints().contains(&name.as_str()) && !without.contains(&name) {
+        if set.probes().contains(&name.as_str()) && !without.contains(&name) {
             let mut link = program.attach()?;
             failpoint("attached");
             link.pin(dir.join(format!("{name}{LINK}")))?;

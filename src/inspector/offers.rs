@@ -39,7 +39,7 @@ impl Offers {
     /// The names of all tracepoints that the inspector listens to where there are tracepoints of time
     /// stamps, and those of them that cannot be had, each with the reason.
     pub fn tracepoints(&self) -> (Vec<&'static str>, Vec<(&'static str, String)>) {
-        let all = ProbeSet::TpBtf.tracepoints();
+        let all = ProbeSet::TpBtf.probes();
         let refused = all
             .iter()
             .filter_map(|name| Some((*name, self.tracepoint(name).err()?)));
@@ -55,8 +55,13 @@ impl Offers {
         attach(BPF_TRACE_RAW_TP, its.type_id()).map_err(|e| e.to_string())
     }
 
-    /// Whether a program can be run at the entry of a function of the kernel (`fentry`).
+    /// Whether programs can be run at the functions of the kernel (`fentry`) that the inspector wants where
+    /// there are no tracepoints of time stamps.
     pub fn functions(&self) -> Result<(), String> {
+        let missing = ProbeSet::Fentry.missing(&self.kernel);
+        if !missing.is_empty() {
+            return Err(format!("the kernel has no {}", missing.join(", ")));
+        }
         let its = self.kernel.type_by_name::<Func<'_>>(SELDOM_CALLED);
         let its = its.ok_or_else(|| format!("the kernel has no function {SELDOM_CALLED}"))?;
         attach(BPF_TRACE_FENTRY, its.type_id()).map_err(|e| e.to_string())
@@ -70,10 +75,13 @@ pub fn compiles() -> io::Result<bool> {
 }
 
 /// Which set of programs tells of changes here. They are loaded as they are for a sandbox, and attached
-/// to nothing.
+/// to nothing that is called often.
 pub fn chosen() -> Result<ProbeSet, String> {
     let set = ProbeSet::choose()?;
-    load::try_out()?;
+    load::try_out(set)?;
+    if set == ProbeSet::Fentry {
+        Offers::of_kernel()?.functions()?;
+    }
     Ok(set)
 }
 

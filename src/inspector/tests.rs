@@ -7,6 +7,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 
 use super::{
     abi::{self, InodeKey, Plain, SLOTS, Seen, epoch_bits},
+    dirty::Dirty,
     epoch::{Epoch, FIRST_ROOM},
     host::put,
     probes::ProbeSet,
@@ -134,10 +135,44 @@ fn what_has_another_size_is_no_value() {
 
 #[test]
 fn a_program_is_of_one_kind() {
-    let mut all = ProbeSet::TpBtf.tracepoints();
-    let count = all.len();
-    all.sort_unstable();
-    all.dedup();
-    assert_eq!(all.len(), count);
-    assert!(count > ProbeSet::TpBtf.of_files().len());
+    for set in ProbeSet::ALL {
+        let mut all = set.probes();
+        let count = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), count, "{}", set.name());
+        assert!(count > set.of_files().len());
+        for name in all {
+            assert!(!set.leaves_out(name), "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_set_is_known_by_its_mark_and_leaves_out_the_others() {
+    for set in ProbeSet::ALL {
+        assert!(set.of_files().contains(&set.mark()));
+        for other in ProbeSet::ALL.into_iter().filter(|other| *other != set) {
+            assert!(set.leaves_out(other.mark()));
+        }
+        // Those that are asked belong to all.
+        for iterator in ["shared_mappings", "open_files", "registers"] {
+            assert!(!set.leaves_out(iterator));
+        }
+    }
+}
+
+#[test]
+fn an_inode_that_cannot_be_named_puts_all_in_doubt() {
+    let mut dirty = Dirty::default();
+    let mut key = InodeKey {
+        ino: 7,
+        ..InodeKey::default()
+    };
+    dirty.add(&key, 1);
+    assert!(dirty.doubts.is_empty());
+    key.strange = 1;
+    dirty.add(&key, 1);
+    dirty.add(&key, 1);
+    assert_eq!(dirty.doubts.len(), 1);
 }
