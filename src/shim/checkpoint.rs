@@ -51,6 +51,7 @@ pub fn for_client(container: &Container, request: &CheckpointTaskRequest) -> Res
         .write(&container.run_dir.criu_home("dump"))
         .context(&step)?;
     let args = runtime::Checkpoint {
+        pre_dump: false,
         image_path: image.clone(),
         work_path: work.clone(),
         parent_path: parent_path(&options),

@@ -96,6 +96,10 @@ impl OciRuntime for FakeRuntime {
             .spawn(Verb::Restore, "restore", args.id, args.pid_file)
     }
 
+    fn is_incremental(&self) -> bool {
+        false
+    }
+
     fn update(&self, id: &str, resources: &[u8]) -> Answer {
         let resources = String::from_utf8_lossy(resources);
         self.0.record(format!("update {id} {resources}"));
