@@ -142,6 +142,14 @@ fn with_pre_dumps(now: &Situation, costs: &Costs, plain: Plan) -> Plan {
 }
 
 impl Plan {
+    /// How many pre-dumps come before the dump.
+    pub fn pre_dumps(&self) -> u32 {
+        match self.action {
+            Action::Full { pre_dumps } => pre_dumps,
+            Action::Nothing | Action::Files => 0,
+        }
+    }
+
     /// That of a turn that has changed nothing.
     pub fn nothing() -> Self {
         Self {

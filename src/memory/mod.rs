@@ -13,9 +13,24 @@ pub use scan::{dirty_bytes, scans};
 pub use soft_dirty::{is_tracked, tracks_writes};
 
 use std::{
-    io,
+    fs, io,
     ptr::{self, NonNull},
 };
+
+/// How many bytes of memory a process has that are in no file: about what a dump of it would have.
+///
+/// # Errors
+/// When the process is gone.
+pub fn own_bytes(pid: i32) -> io::Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let bytes = status.lines().filter_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        let is_own = matches!(name, "RssAnon" | "RssShmem" | "VmSwap");
+        let kib = value.trim().strip_suffix(" kB").filter(|_| is_own)?;
+        Some(kib.parse::<u64>().ok()?.saturating_mul(1024))
+    });
+    Ok(bytes.fold(0, u64::saturating_add))
+}
 
 /// A page of our own that is written to.
 struct Page {

@@ -18,6 +18,15 @@ fn a_page_of_our_own_is_asked_about_and_nothing_else() {
     }
 }
 
+#[test]
+fn what_a_process_has_of_its_own_is_counted() {
+    let own = std::process::id() as i32;
+    let mut block = vec![0u8; 64 << 20];
+    block.fill(1);
+    assert!(own_bytes(own).unwrap() >= 64 << 20);
+    drop(block);
+}
+
 /// Where the kernel tells: what this process writes is counted, and nothing without a write.
 #[test]
 fn what_is_written_counts_as_dirty() {

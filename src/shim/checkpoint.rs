@@ -68,7 +68,7 @@ pub fn for_client(container: &Container, request: &CheckpointTaskRequest) -> Res
     // With --exit CRIU kills it, as the client wants.
     let asked_before = container.inner.lock().asked_to_end;
     container.inner.lock().asked_to_end |= options.exit;
-    let done = container.cut_parts()?.cut(&args, || Ok(()));
+    let done = container.cut_parts()?.cut(&args, None, || Ok(()));
     if let Err(e) = done {
         container.inner.lock().asked_to_end = asked_before;
         keep_log(

@@ -183,8 +183,7 @@ impl Linux {
     }
 }
 
-/// Whether a sandbox's dumps may build on each other. crun takes no options of CRIU's own at its first
-/// dump, which would have to begin the chain.
+/// Whether a sandbox's dumps may build on each other. Those of crun have not been tried.
 fn is_incremental(config: &Config) -> bool {
     config.enabled && config.incremental && !is_crun(&config.runtime) && memory::is_tracked()
 }

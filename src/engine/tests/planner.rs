@@ -245,3 +245,20 @@ proptest! {
         prop_assert!((0.9 * rate..1.1 * rate).contains(&found), "{} for {}", found, rate);
     }
 }
+
+#[test]
+fn the_first_dumps_of_a_slow_host_take_the_place_of_what_was_believed() {
+    let mut estimator = Estimator::default();
+    let of = |bytes: u64| Dump {
+        bytes,
+        took: Duration::from_millis(900) + Duration::from_secs_f64(bytes as f64 / 80e6),
+    };
+    estimator.dumped(of(MB / 2));
+    estimator.dumped(of(64 * MB));
+    let costs = estimator.costs();
+    assert!(
+        (850..950).contains(&costs.dump_start.as_millis()),
+        "{costs:?}"
+    );
+    assert!((70e6..90e6).contains(&costs.dump_rate), "{costs:?}");
+}
