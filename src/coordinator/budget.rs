@@ -61,7 +61,8 @@ impl Budget {
     }
 
     /// What a checkpoint is to be. `memory`: bytes that a dump would have, if pre-dumps are possible.
-    pub(super) fn plan(&mut self, reason: Reason, memory: Option<u64>) -> Plan {
+    /// `fixed`: how many there are to be, if that is configured.
+    pub(super) fn plan(&mut self, reason: Reason, memory: Option<u64>, fixed: Option<u32>) -> Plan {
         let tokens = self.member.tokens();
         let situation = Situation {
             files: self.history.last_files,
@@ -71,6 +72,7 @@ impl Budget {
             tokens: tokens.map(|tokens| u64::try_from(tokens).unwrap_or(0)),
             wait: self.doors.expected_absence(),
             can_pre_dump: memory.is_some(),
+            fixed,
         };
         plan(&situation, self.history.estimator.costs())
     }

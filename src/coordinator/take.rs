@@ -133,8 +133,8 @@ impl Worker {
         budget: &mut Budget,
     ) -> Result<Taken, String> {
         let urgent = line.trigger == Trigger::Manual;
-        let memory = self.memory(subject);
-        let mut plan = budget.plan(order.reason, memory);
+        let (memory, fixed) = (self.memory(subject), self.settings.pre_dumps);
+        let mut plan = budget.plan(order.reason, memory, fixed);
         line.plan = Some(plan.to_string());
         if plan.action == engine::Action::Files {
             let mut spending = budget.ask(&plan, urgent)?;
@@ -146,7 +146,7 @@ impl Worker {
                 }
                 Ok(Tried::Not(look)) => {
                     spending.failed();
-                    plan = budget.plan(look.reason(), memory);
+                    plan = budget.plan(look.reason(), memory, fixed);
                     line.plan = Some(format!("at first files alone, then {plan}"));
                     line.effects = look.effects;
                     line.note = look.note;

@@ -173,8 +173,12 @@ fn learn(bytes: u64, took: Duration, known: (&mut Duration, &mut f64), seen: &mu
         // It cannot have been all start.
         let moving = took.saturating_sub(*start).max(took / 10);
         let measured = bytes as f64 / moving.as_secs_f64().max(1e-6);
-        seen.rate
-            .mix(rate, measured.clamp(*RATES.start(), *RATES.end()));
+        let measured = measured.clamp(*RATES.start(), *RATES.end());
+        match seen.start {
+            // What a start takes was never measured: this may have been one.
+            Times(0) => *rate += WEIGHT * (measured - *rate),
+            _ => seen.rate.mix(rate, measured),
+        }
     }
 }
 
