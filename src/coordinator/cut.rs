@@ -100,12 +100,9 @@ impl Sandbox<'_> {
             .ok_or(CutError::Busy)?;
         let number = alone.begin_dump(upon)?;
         let _latched = self.doors.latch(LATCH_LIMIT).ok_or(CutError::Latch)?;
-        if self.freeze.cgroup().hangs_on_stopped() {
-            let mut stopped = self.freeze.cgroup().procs()?;
-            stopped.retain(|pid| is_stopped(*pid));
-            if !stopped.is_empty() {
-                return Err(CutError::Stopped(stopped));
-            }
+        let stopped = self.stopped()?;
+        if !stopped.is_empty() {
+            return Err(CutError::Stopped(stopped));
         }
         let early = self.early(args).map_err(|e| CutError::home(args, &e))?;
         thread::scope(|scope| {
@@ -162,6 +159,17 @@ impl Sandbox<'_> {
             streams,
             captured,
         })
+    }
+
+    /// Processes on which CRIU would hang.
+    pub(super) fn stopped(&self) -> Result<Vec<i32>, CutError> {
+        let cgroup = self.freeze.cgroup();
+        if !cgroup.hangs_on_stopped() {
+            return Ok(Vec::new());
+        }
+        let mut stopped = cgroup.procs()?;
+        stopped.retain(|pid| is_stopped(*pid));
+        Ok(stopped)
     }
 
     /// How CRIU is started before the freeze; None if it cannot be.

@@ -42,7 +42,7 @@ impl Sandbox<'_> {
         let procs: BTreeSet<i32> = self.freeze.cgroup().procs()?.into_iter().collect();
         let init = self.scene.init_pid();
         let fits = strangers(&procs, init).is_empty()
-            && !self.freeze.cgroup().hangs_on_stopped()
+            && self.stopped()?.is_empty()
             && Snapshot::read(&procs, init)
                 .is_ok_and(|found| matches!(poison::judge(&found), Verdict::Fine));
         if !fits {
