@@ -153,9 +153,9 @@ fn add(
     source: &mut Source,
 ) -> Result<(), StoreError> {
     match source {
-        Source::File(file) => file.each_page(piece, &mut |nth, page| {
-            building.add(number + nth, page, parts)
-        }),
+        Source::File(file) => {
+            file.each_page(piece, |nth, page| building.add(number + nth, page, parts))
+        }
         Source::Stored(lookup) => {
             for nth in 0..piece.pages {
                 let digest = parts.known(lookup, piece.first + nth)?;

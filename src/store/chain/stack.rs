@@ -135,7 +135,7 @@ impl PagesFile {
     pub(super) fn each_page(
         &mut self,
         piece: &Piece,
-        each: &mut dyn FnMut(u64, &[u8]) -> Result<(), StoreError>,
+        mut each: impl FnMut(u64, &[u8]) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
         let mut buffer = vec![0; usize::try_from(AT_ONCE * PAGE).unwrap_or(0)];
         let file = match self.file.take() {
