@@ -29,6 +29,7 @@ bench: build driver ## beside containerd's own shim; what turns and rollbacks co
 	integration/bench/run
 	integration/testbed/enter -- python3 -B /src/integration/bench/turns.py
 	integration/testbed/enter -- python3 -B /src/integration/bench/density.py
+	integration/testbed/enter --vm -- python3 -B /src/integration/bench/chains.py
 	integration/inspector/cost/run
 	$(CARGO) run --release --locked --example engine_cost
 	$(CARGO) run --release --locked --example engine_sim
@@ -43,6 +44,7 @@ soak: build driver ## the end-to-end tests with chaos in them, again and again; 
 	for i in $$(seq $${ROUNDS:-10}); do CRAB_SOAK=1 integration/power/run -s || exit 1; done
 	integration/vm/power $${TIMES:-20}
 	CRAB_E2E_CYCLES=$${CYCLES:-1000} integration/e2e/run -s test_rollback.py -k random_cycles
+	CRAB_TURNS=10 CRAB_E2E_LIMIT=600 VM_LIMIT=3600 integration/vm/run test_chains.py
 
 SHARE   := $(DESTDIR)$(PREFIX)/share
 

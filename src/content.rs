@@ -214,7 +214,7 @@ pub(crate) fn fill(file: &OwnedFd, mut buffer: &mut [u8], mut at: u64) -> Result
 
 /// A content whose chunks come in order.
 #[derive(Default)]
-struct Building {
+pub(crate) struct Building {
     lists: Lists,
     data: u64,
     /// The chunk after the last one that came.
@@ -222,7 +222,13 @@ struct Building {
 }
 
 impl Building {
-    fn add<S: Sink>(&mut self, number: u64, bytes: &[u8], sink: &mut S) -> Result<(), S::Error> {
+    /// A chunk. Those that are zeros may be left out.
+    pub(crate) fn add<S: Sink>(
+        &mut self,
+        number: u64,
+        bytes: &[u8],
+        sink: &mut S,
+    ) -> Result<(), S::Error> {
         // Two stretches of data may be in one chunk, which then came with the first.
         if *bytes == ZEROS[..bytes.len()] || number < self.next {
             return Ok(());
@@ -235,7 +241,31 @@ impl Building {
         Ok(())
     }
 
-    fn finish<S: Sink>(mut self, size: u64, chunk: u32, sink: &mut S) -> Result<Content, S::Error> {
+    /// A chunk of so many bytes that whoever keeps them has already.
+    pub(crate) fn add_known<S: Sink>(
+        &mut self,
+        number: u64,
+        digest: Digest,
+        bytes: u64,
+        sink: &mut S,
+    ) -> Result<(), S::Error> {
+        if digest == Digest::ZEROS || number < self.next {
+            return Ok(());
+        }
+        self.lists.push_zeros(sink, number - self.next)?;
+        self.lists.push(sink, digest)?;
+        self.data += bytes;
+        self.next = number + 1;
+        Ok(())
+    }
+
+    /// That of a file of so many bytes: chunks that did not come are zeros.
+    pub(crate) fn finish<S: Sink>(
+        mut self,
+        size: u64,
+        chunk: u32,
+        sink: &mut S,
+    ) -> Result<Content, S::Error> {
         self.lists
             .push_zeros(sink, chunks(size, chunk) - self.next)?;
         Ok(Content {

@@ -13,6 +13,7 @@ pub mod coordinator;
 pub mod digest;
 pub mod engine;
 pub mod inspector;
+pub mod memory;
 pub mod rootfs;
 pub mod runtime;
 pub mod sandbox;

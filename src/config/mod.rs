@@ -80,6 +80,12 @@ pub struct Config {
     pub skip_unchanged: bool,
     /// Whether processes that merely ran, and moved no data, count as unchanged (D6c). Default true.
     pub consistent_cut: bool,
+    /// Whether a dump has only the pages that were written to since the one before, where the kernel
+    /// tells them; the sandbox has no transparent huge pages then. Default true.
+    pub incremental: bool,
+    /// How many pre-dumps come before a dump, where dumps are incremental. Default as many as pay
+    /// (`"auto"`); 0 to 3.
+    pub pre_dumps: Option<u32>,
     /// How long a sandbox may go on without a turn: then its state is looked at, and kept if it has
     /// changed. Default none (`""`); 1 s to 24 h.
     pub timer: Option<Duration>,
@@ -208,6 +214,8 @@ impl Default for Config {
             gate: Gate::Strict,
             skip_unchanged: true,
             consistent_cut: true,
+            incremental: true,
+            pre_dumps: None,
             timer: None,
             view: false,
             not_turns: Vec::new(),

@@ -108,6 +108,8 @@ const KEYS: &[(&str, Kind, Scope)] = &[
     ("gate", Kind::Text, Scope::Sandbox),
     ("skip_unchanged", Kind::Bool, Scope::Sandbox),
     ("consistent_cut", Kind::Bool, Scope::Sandbox),
+    ("incremental", Kind::Bool, Scope::Sandbox),
+    ("pre_dumps", Kind::Text, Scope::Sandbox),
     ("timer", Kind::Text, Scope::Sandbox),
     ("view", Kind::Bool, Scope::Sandbox),
     ("not_turns", Kind::List, Scope::Sandbox),
@@ -272,6 +274,17 @@ fn assign(config: &mut Config, key: &str, value: &Value) -> Result<(), String> {
         }
         "skip_unchanged" => config.skip_unchanged = boolean(value)?,
         "consistent_cut" => config.consistent_cut = boolean(value)?,
+        "incremental" => config.incremental = boolean(value)?,
+        "pre_dumps" => {
+            let numbers = [
+                ("auto", None),
+                ("0", Some(0)),
+                ("1", Some(1)),
+                ("2", Some(2)),
+                ("3", Some(3)),
+            ];
+            config.pre_dumps = one_of(value, &numbers)?;
+        }
         "timer" => {
             config.timer = optional(value, |v| duration(v, seconds(1)..=seconds(24 * 60 * 60)))?;
         }

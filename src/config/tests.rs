@@ -92,6 +92,8 @@ fn every_key_is_read() {
         gate = "async"
         skip_unchanged = false
         consistent_cut = false
+        incremental = false
+        pre_dumps = "2"
         timer = "24h"
         view = true
         not_turns = ["/bin/health *", "true"]
@@ -129,6 +131,8 @@ fn every_key_is_read() {
         gate: Gate::Async,
         skip_unchanged: false,
         consistent_cut: false,
+        incremental: false,
+        pre_dumps: Some(2),
         timer: Some(Duration::from_secs(24 * 60 * 60)),
         view: true,
         not_turns: vec![

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{doors::Doors, machine::Event};
+use super::{chain::Link, doors::Doors, machine::Event};
 use crate::engine::{
     Action, Caller, Dump, Estimator, Grant, Limits, Member, Plan, Reason, Request, Situation,
     Terms, Work, plan,
@@ -60,17 +60,19 @@ impl Budget {
         }
     }
 
-    /// What a checkpoint is to be. Nothing is known of the memory that a dump would find, and no pre-dumps
-    /// are taken yet, so neither the agent's absence nor the tokens matter.
-    pub(super) fn plan(&self, reason: Reason) -> Plan {
+    /// What a checkpoint is to be. `memory`: bytes that a dump would have, if pre-dumps are possible.
+    /// `fixed`: how many there are to be, if that is configured.
+    pub(super) fn plan(&mut self, reason: Reason, memory: Option<u64>, fixed: Option<u32>) -> Plan {
+        let tokens = self.member.tokens();
         let situation = Situation {
             files: self.history.last_files,
             reason,
-            memory: None,
+            memory,
             last_dump: self.history.last_dump,
-            tokens: None,
-            wait: Duration::ZERO,
-            can_pre_dump: false,
+            tokens: tokens.map(|tokens| u64::try_from(tokens).unwrap_or(0)),
+            wait: self.doors.expected_absence(),
+            can_pre_dump: memory.is_some(),
+            fixed,
         };
         plan(&situation, self.history.estimator.costs())
     }
@@ -100,6 +102,7 @@ impl Budget {
             grant,
             doors: &self.doors,
             history: &mut self.history,
+            pre_dumps: (0, None),
             drain: None,
         })
     }
@@ -112,11 +115,21 @@ pub(super) struct Spending<'a> {
     grant: Grant<'a>,
     doors: &'a Doors,
     history: &'a mut History,
+    /// Bytes of pre-dumps, and when the last of them began.
+    pre_dumps: (u64, Option<Instant>),
     /// What was captured, and when the drain began.
     drain: Option<(u64, Instant)>,
 }
 
 impl Spending<'_> {
+    /// So many pre-dumps came before the dump.
+    pub(super) fn pre_dumped(&mut self, count: u32, link: &Link) {
+        if let Some(each) = link.frozen.checked_div(count) {
+            self.history.estimator.pre_dumped(each);
+        }
+        self.pre_dumps = (link.captured, link.since);
+    }
+
     /// The sandbox runs again. `images`: the directory with the dump, if there is one.
     pub(super) fn captured(&mut self, images: Option<&Path>, files: u64, frozen: Duration) {
         self.doors.on(Event::Captured);
@@ -129,11 +142,15 @@ impl Spending<'_> {
                 took: frozen,
             };
             history.estimator.dumped(dump);
+            if let Some(since) = self.pre_dumps.1 {
+                let within = since.elapsed().saturating_sub(frozen);
+                history.estimator.changed(image, within);
+            }
             history.last_dump = Some(dump);
         } else {
             history.estimator.files_captured(files, frozen);
         }
-        let staged = image.saturating_add(files);
+        let staged = image.saturating_add(files).saturating_add(self.pre_dumps.0);
         self.drain = Some((staged, Instant::now()));
         self.grant
             .captured(staged, history.estimator.costs().drain(staged).1);
@@ -169,7 +186,7 @@ impl Spending<'_> {
 }
 
 /// The size of a directory's files. What cannot be read counts for nothing: it is an estimate.
-fn bytes_in(dir: &Path) -> u64 {
+pub(super) fn bytes_in(dir: &Path) -> u64 {
     let files = fs::read_dir(dir).into_iter().flatten().flatten();
     files
         .filter_map(|file| file.metadata().ok())

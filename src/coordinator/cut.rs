@@ -66,6 +66,8 @@ pub struct Done<T> {
     pub frozen: Duration,
     /// How many processes are in the dump.
     pub processes: usize,
+    /// Which of the sandbox's dumps it is.
+    pub number: u64,
     /// The pipes that are in the dump.
     pub streams: Vec<Stream>,
     /// What the caller took while all stood still.
@@ -81,26 +83,26 @@ struct Moment {
 }
 
 impl Sandbox<'_> {
-    /// Dumps all processes into `args.image_path` and calls `capture` while they stand still.
+    /// Dumps all processes into `args.image_path` and calls `capture` while they stand still. `upon`: which
+    /// of the sandbox's dumps this one builds upon; there must have been none in between.
     ///
     /// The sandbox is thawed and its doors are open again when this returns, unless the client
     /// has paused it. After an error nothing in the image directory is worth keeping.
     pub fn cut<T>(
         &self,
         args: &runtime::Checkpoint,
+        upon: Option<u64>,
         capture: impl FnOnce() -> Result<T, String>,
     ) -> Result<Done<T>, CutError> {
-        let _alone = self
+        let alone = self
             .doors
             .cut_alone(args.limit + LATCH_LIMIT)
             .ok_or(CutError::Busy)?;
+        let number = alone.begin_dump(upon)?;
         let _latched = self.doors.latch(LATCH_LIMIT).ok_or(CutError::Latch)?;
-        if self.freeze.cgroup().hangs_on_stopped() {
-            let mut stopped = self.freeze.cgroup().procs()?;
-            stopped.retain(|pid| is_stopped(*pid));
-            if !stopped.is_empty() {
-                return Err(CutError::Stopped(stopped));
-            }
+        let stopped = self.stopped()?;
+        if !stopped.is_empty() {
+            return Err(CutError::Stopped(stopped));
         }
         let early = self.early(args).map_err(|e| CutError::home(args, &e))?;
         thread::scope(|scope| {
@@ -108,7 +110,8 @@ impl Sandbox<'_> {
                 Some(early) => self.start(scope, early, args, None)?,
                 None => None,
             };
-            self.cut_frozen(scope, args, early.as_ref(), criu, capture)
+            let done = self.cut_frozen(scope, args, early.as_ref(), criu, capture)?;
+            Ok(Done { number, ..done })
         })
     }
 
@@ -152,9 +155,21 @@ impl Sandbox<'_> {
         Ok(Done {
             frozen: begin.elapsed(),
             processes: before.len(),
+            number: 0,
             streams,
             captured,
         })
+    }
+
+    /// Processes on which CRIU would hang.
+    pub(super) fn stopped(&self) -> Result<Vec<i32>, CutError> {
+        let cgroup = self.freeze.cgroup();
+        if !cgroup.hangs_on_stopped() {
+            return Ok(Vec::new());
+        }
+        let mut stopped = cgroup.procs()?;
+        stopped.retain(|pid| is_stopped(*pid));
+        Ok(stopped)
     }
 
     /// How CRIU is started before the freeze; None if it cannot be.
@@ -265,7 +280,7 @@ impl Sandbox<'_> {
         }
     }
 
-    fn run_criu(&self, args: &runtime::Checkpoint) -> Result<(), RuntimeError> {
+    pub(super) fn run_criu(&self, args: &runtime::Checkpoint) -> Result<(), RuntimeError> {
         // CRIU and an init that dies under its hands wait for each other. With --exit it is CRIU
         // that kills.
         let init = self.scene.init_pid();
@@ -290,7 +305,7 @@ impl Sandbox<'_> {
 }
 
 /// Processes that are neither init nor its descendants: those whose parent is outside.
-fn strangers(procs: &BTreeSet<i32>, init: i32) -> Vec<i32> {
+pub(super) fn strangers(procs: &BTreeSet<i32>, init: i32) -> Vec<i32> {
     procs
         .iter()
         .copied()

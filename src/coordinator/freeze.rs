@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::cgroup::{Cgroup, CgroupError, FreezerState, Layout};
 
@@ -141,6 +141,14 @@ impl Freeze {
         frozen?;
         own(&mut owners);
         Ok(())
+    }
+
+    /// Keeps it awake until the returned value is dropped, unless the client has paused it, or it is to die:
+    /// a Pause waits.
+    pub fn awake(&self) -> Option<MutexGuard<'_, ()>> {
+        let freezing = self.freezing.lock();
+        let owners = self.owners.lock();
+        (!owners.client && !owners.crab && !owners.dying).then_some(freezing)
     }
 
     /// The client's Resume. The processes go on unless crab holds them.

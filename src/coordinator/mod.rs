@@ -1,6 +1,7 @@
 //! When to act: turn boundaries, the doors of a sandbox, its freezer, and the consistent cut.
 
 pub mod budget;
+mod chain;
 mod changed;
 mod compare;
 pub mod cut;
@@ -13,6 +14,7 @@ mod look;
 pub mod machine;
 mod memory_files;
 pub mod poison;
+mod pre_dump;
 mod processes;
 pub mod recovery;
 mod references;

@@ -329,6 +329,7 @@ impl Worker {
     pub(super) fn goes_on_from(&mut self, subject: &dyn Subject, to: TurnNo, why: String) {
         self.head = Some(to);
         self.artefacts = None;
+        self.chain = None;
         if let Some(inspection) = &mut self.inspection {
             inspection.follow(subject.to_watch(), why);
         }

@@ -10,7 +10,8 @@ use std::{borrow::Cow, collections::BTreeMap, fs, path::Path, sync::Arc, time::D
 use time::OffsetDateTime;
 
 use super::{
-    budget::{Budget, Spending},
+    budget::{Budget, Spending, bytes_in},
+    chain::Link,
     cut::{self, CutError},
     doors::Doors,
     inspection::{Inspection, Still, Taken as Found, ToRead},
@@ -132,7 +133,8 @@ impl Worker {
         budget: &mut Budget,
     ) -> Result<Taken, String> {
         let urgent = line.trigger == Trigger::Manual;
-        let mut plan = budget.plan(order.reason);
+        let (memory, fixed) = (self.memory(subject), self.settings.pre_dumps);
+        let mut plan = budget.plan(order.reason, memory, fixed);
         line.plan = Some(plan.to_string());
         if plan.action == engine::Action::Files {
             let mut spending = budget.ask(&plan, urgent)?;
@@ -144,7 +146,7 @@ impl Worker {
                 }
                 Ok(Tried::Not(look)) => {
                     spending.failed();
-                    plan = budget.plan(look.reason());
+                    plan = budget.plan(look.reason(), memory, fixed);
                     line.plan = Some(format!("at first files alone, then {plan}"));
                     line.effects = look.effects;
                     line.note = look.note;
@@ -156,7 +158,7 @@ impl Worker {
             }
         }
         let mut spending = budget.ask(&plan, urgent)?;
-        let taken = self.take_all(subject, order, gate, line, &mut spending);
+        let taken = self.take_all(subject, order, &plan, gate, line, &mut spending);
         remark(line, spending.note());
         match &taken {
             Ok(Taken::Checkpoint(done)) => spending.durable(done.0.stored),
@@ -170,13 +172,17 @@ impl Worker {
         &mut self,
         subject: &dyn Subject,
         order: &Order,
+        plan: &engine::Plan,
         gate: &mut ShutGate,
         line: &mut JournalLine,
         spending: &mut Spending<'_>,
     ) -> Result<Taken, String> {
         let mut pending = self.store.begin(order.turn).map_err(text)?;
         pending.prepare().map_err(text)?;
-        let args = dump_args(subject, &pending, self.settings.dump_limit)?;
+        let mut link = self.link(subject, order, &mut pending)?;
+        self.pre_dump(subject, plan.pre_dumps(), &mut pending, &mut link, line)?;
+        let mut args = dump_args(subject, &pending, &link, self.settings.dump_limit, "turn")?;
+        args.parent_path = pending.parent_path();
         let base = self.base(order);
         if let Some(inspection) = &mut self.inspection {
             inspection.prepare();
@@ -186,7 +192,7 @@ impl Worker {
             }
         }
         let held_before = subject.parts()?.freeze.held();
-        let dumped = self.dump(subject, order, &args, &mut pending);
+        let dumped = self.dump(subject, order, (&args, link.upon), &mut pending);
         let dumped = match dumped? {
             Ok(dumped) => dumped,
             Err(e) if !e.spares_files() => return Err(text(e)),
@@ -208,12 +214,13 @@ impl Worker {
         if self.settings.gate == Gate::Async {
             line.exposed_us = micros(gate.open());
         }
+        spending.pre_dumped(line.pre_dumps, &link);
         spending.captured(
             Some(pending.image_dir()),
             dumped.done.captured.bytes,
             dumped.done.frozen,
         );
-        let taken = self.keep(subject, order, pending, dumped, line)?;
+        let taken = self.keep(subject, order, (pending, link), dumped, line)?;
         // The checkpoint exists from here on: nothing may make its turn count as unprotected.
         if let Err(e) = fs::remove_dir_all(&args.work_path) {
             log::warn!("{}: cannot remove CRIU's work: {e}", self.store.id());
@@ -226,7 +233,7 @@ impl Worker {
         &mut self,
         subject: &dyn Subject,
         order: &Order,
-        args: &runtime::Checkpoint,
+        (args, upon): (&runtime::Checkpoint, Option<u64>),
         pending: &mut Pending,
     ) -> Result<Result<Dumped, CutError>, String> {
         if let Some(why) = subject.never_dumped() {
@@ -237,7 +244,7 @@ impl Worker {
         let (doors, image) = (&self.doors, pending.image_dir().to_owned());
         let mut inspection = self.inspection.as_mut();
         let (mut seen, mut artefacts) = (None, BTreeMap::new());
-        let done = subject.parts()?.cut(args, || {
+        let done = subject.parts()?.cut(args, upon, || {
             // Before it is captured: whoever is outside of the sandbox is not frozen, and what he
             // changes meanwhile must not be known without being in the capture.
             if let Some(inspection) = &mut inspection {
@@ -265,7 +272,7 @@ impl Worker {
         &mut self,
         subject: &dyn Subject,
         order: &Order,
-        mut pending: Pending,
+        (mut pending, link): (Pending, Link),
         dumped: Dumped,
         line: &mut JournalLine,
     ) -> Result<Taken, String> {
@@ -274,7 +281,8 @@ impl Worker {
             seen,
             artefacts,
         } = dumped;
-        line.freeze_us = micros(done.frozen);
+        line.freeze_us = micros(link.frozen + done.frozen);
+        let dumped = bytes_in(pending.image_dir()).saturating_add(link.captured);
         let captured = &done.captured;
         let changes = seen.as_ref().and_then(Found::changes);
         line.changed_files = changes.map_or(captured.names, |its| its.len() as u64);
@@ -302,8 +310,16 @@ impl Worker {
         }
         line.action = Action::Full;
         let image = &checkpoint.manifest.contents.image;
-        let image: u64 = image.iter().map(|file| file.data).sum();
+        let image = match link.upon {
+            // The other pages were not looked at.
+            Some(_) => dumped,
+            None => image.iter().map(|file| file.data).sum(),
+        };
         line.bytes_captured = image.saturating_add(captured.bytes);
+        if link.is_tracking {
+            let init = subject.parts()?.scene.init_pid();
+            self.goes_on_with((&checkpoint, &staging), init, done.number);
+        }
         Ok(Taken::Checkpoint(Box::new((checkpoint, staging))))
     }
 
@@ -410,25 +426,32 @@ impl Worker {
 }
 
 /// Adds something to what the journal says.
-fn remark(line: &mut JournalLine, said: Option<String>) {
+pub(super) fn remark(line: &mut JournalLine, said: Option<String>) {
     line.note = match (line.note.take(), said) {
         (Some(note), Some(said)) => Some(format!("{note}; {said}")),
         (note, said) => note.or(said),
     };
 }
 
-/// How a turn's processes are dumped.
-fn dump_args(
+/// How a turn's processes are dumped. `whose`: CRIU's directories are its own, since the client may be about
+/// to dump as well.
+pub(super) fn dump_args(
     subject: &dyn Subject,
     pending: &Pending,
+    link: &Link,
     limit: Duration,
+    whose: &str,
 ) -> Result<runtime::Checkpoint, String> {
     let scratch = subject.scratch();
-    // Not the client's: both may be about to dump.
-    let work = scratch.join("criu-turn-work");
+    let work = scratch.join(format!("criu-{whose}-work"));
     fs::create_dir_all(&work).map_err(|e| format!("{work:?}: {e}"))?;
-    let home = CriuConf::for_dump(false)
-        .write(&scratch.join("criu-turn"))
+    let conf = CriuConf::for_dump(false);
+    let conf = match link.is_tracking {
+        true => conf.tracking_memory(),
+        false => conf,
+    };
+    let home = conf
+        .write(&scratch.join(format!("criu-{whose}")))
         .map_err(|e| format!("{scratch:?}: {e}"))?;
     Ok(runtime::Checkpoint {
         image_path: pending.image_dir().to_owned(),

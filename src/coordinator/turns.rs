@@ -59,6 +59,8 @@ pub struct Settings {
     pub skip_unchanged: bool,
     /// Whether processes that merely ran count as unchanged (D6c).
     pub consistent_cut: bool,
+    /// How many pre-dumps come before a dump, where they are possible; None: as many as pay.
+    pub pre_dumps: Option<u32>,
     /// How long it may go on without a boundary.
     pub timer: Option<Duration>,
     /// Whether the sandbox sees its turns.

@@ -11,6 +11,7 @@ use time::OffsetDateTime;
 
 use super::{
     budget::Budget,
+    chain::Chain,
     doors::Doors,
     inspection::Inspection,
     look::Look,
@@ -47,6 +48,8 @@ pub(super) struct Worker {
     pub(super) view: Option<View>,
     /// What is known since the last checkpoint.
     pub(super) inspection: Option<Inspection>,
+    /// What the next dump can build upon.
+    pub(super) chain: Option<Chain>,
     /// What the last checkpoint has of the host's files.
     pub(super) artefacts: Option<BTreeMap<String, Vec<u8>>>,
 }
@@ -70,6 +73,7 @@ impl Worker {
             recoveries: 0,
             view: None,
             inspection: None,
+            chain: None,
             artefacts: None,
         }
     }

@@ -39,7 +39,8 @@ impl Default for Costs {
             drain_rate: 100e6,
             drain_start: Duration::from_millis(5),
             written_share: 1.0,
-            change_rate: 50e6,
+            // It waits: what it writes there is little, and the first dump after a pre-dump tells.
+            change_rate: 1e6,
         }
     }
 }
@@ -80,7 +81,24 @@ fn over(bytes: u64, rate: f64) -> Duration {
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Estimator {
     costs: Costs,
+    dump: Seen,
+    pre_dump: Times,
+    change: Times,
+    files: Seen,
+    drain: Seen,
+    share: Times,
 }
+
+/// How often a start and a rate have been measured.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+struct Seen {
+    start: Times,
+    rate: Times,
+}
+
+/// How often something has been measured, as far as that matters.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+struct Times(u8);
 
 /// How much the newest measurement counts: the last ten make nine tenths.
 const WEIGHT: f64 = 0.2;
@@ -103,24 +121,33 @@ impl Estimator {
         learn(
             dump.bytes,
             dump.took,
-            &mut costs.dump_start,
-            &mut costs.dump_rate,
+            (&mut costs.dump_start, &mut costs.dump_rate),
+            &mut self.dump,
         );
+    }
+
+    /// A pre-dump has frozen the sandbox for so long.
+    pub fn pre_dumped(&mut self, frozen: Duration) {
+        let mut seconds = self.costs.pre_dump_freeze.as_secs_f64();
+        self.pre_dump.mix(&mut seconds, frozen.as_secs_f64());
+        self.costs.pre_dump_freeze = Duration::from_secs_f64(seconds);
     }
 
     /// Files have been captured, without a dump.
     pub fn files_captured(&mut self, bytes: u64, took: Duration) {
         let costs = &mut self.costs;
-        learn(bytes, took, &mut costs.files_start, &mut costs.files_rate);
+        let known = (&mut costs.files_start, &mut costs.files_rate);
+        learn(bytes, took, known, &mut self.files);
     }
 
     /// What was captured is on disk.
     pub fn drained(&mut self, staged: u64, written: u64, took: Duration) {
         let costs = &mut self.costs;
-        learn(staged, took, &mut costs.drain_start, &mut costs.drain_rate);
+        let known = (&mut costs.drain_start, &mut costs.drain_rate);
+        learn(staged, took, known, &mut self.drain);
         if staged > SMALL {
             let share = (written as f64 / staged as f64).clamp(0.001, 1.5);
-            mix(&mut costs.written_share, share);
+            self.share.mix(&mut costs.written_share, share);
         }
     }
 
@@ -128,28 +155,39 @@ impl Estimator {
     pub fn changed(&mut self, bytes: u64, within: Duration) {
         if !within.is_zero() {
             let rate = bytes as f64 / within.as_secs_f64();
-            mix(
-                &mut self.costs.change_rate,
-                rate.clamp(*RATES.start(), *RATES.end()),
-            );
+            let rate = rate.clamp(*RATES.start(), *RATES.end());
+            self.change.mix(&mut self.costs.change_rate, rate);
         }
     }
 }
 
-fn learn(bytes: u64, took: Duration, start: &mut Duration, rate: &mut f64) {
+fn learn(bytes: u64, took: Duration, known: (&mut Duration, &mut f64), seen: &mut Seen) {
+    let (start, rate) = known;
     if bytes <= SMALL {
         let mut seconds = start.as_secs_f64();
         let by_bytes = over(bytes, *rate);
-        mix(&mut seconds, took.saturating_sub(by_bytes).as_secs_f64());
+        seen.start
+            .mix(&mut seconds, took.saturating_sub(by_bytes).as_secs_f64());
         *start = Duration::from_secs_f64(seconds);
     } else if bytes >= TELLING {
         // It cannot have been all start.
         let moving = took.saturating_sub(*start).max(took / 10);
         let measured = bytes as f64 / moving.as_secs_f64().max(1e-6);
-        mix(rate, measured.clamp(*RATES.start(), *RATES.end()));
+        let measured = measured.clamp(*RATES.start(), *RATES.end());
+        match seen.start {
+            // What a start takes was never measured: this may have been one.
+            Times(0) => *rate += WEIGHT * (measured - *rate),
+            _ => seen.rate.mix(rate, measured),
+        }
     }
 }
 
-fn mix(mean: &mut f64, measured: f64) {
-    *mean += WEIGHT * (measured - *mean);
+impl Times {
+    /// The first measurement takes the place of what was believed, and the next ones count as much as each
+    /// other: another machine's values are worth little.
+    fn mix(&mut self, mean: &mut f64, measured: f64) {
+        self.0 = self.0.saturating_add(1);
+        let weight = (1.0 / f64::from(self.0)).max(WEIGHT);
+        *mean += weight * (measured - *mean);
+    }
 }

@@ -27,6 +27,8 @@ pub struct Situation {
     pub wait: Duration,
     /// Whether this host's kernel can tell which pages have changed.
     pub can_pre_dump: bool,
+    /// So many pre-dumps, whatever they cost; None: as many as pay.
+    pub fixed: Option<u32>,
 }
 
 /// A dump that was taken.
@@ -78,6 +80,8 @@ pub enum PreDumps {
     TooFewTokens,
     /// With pre-dumps the sandbox is frozen for a shorter time.
     ShorterFreeze,
+    /// Their number is configured.
+    Fixed,
 }
 
 /// A checkpoint to come.
@@ -109,9 +113,13 @@ pub fn plan(now: &Situation, costs: &Costs) -> Plan {
         Reason::OnlyFiles => Plan::files(now, costs),
         Reason::Processes | Reason::UsedFiles | Reason::AskedFor => {
             let plain = Plan::full(now, costs, 0);
-            match now.can_pre_dump {
-                true => with_pre_dumps(now, costs, plain),
-                false => plain,
+            match (now.can_pre_dump, now.fixed) {
+                (false, _) => plain,
+                (true, None) => with_pre_dumps(now, costs, plain),
+                (true, Some(rounds)) => Plan {
+                    pre_dumps: Some(PreDumps::Fixed),
+                    ..Plan::full(now, costs, rounds.min(MOST_PRE_DUMPS))
+                },
             }
         }
     }
@@ -142,6 +150,14 @@ fn with_pre_dumps(now: &Situation, costs: &Costs, plain: Plan) -> Plan {
 }
 
 impl Plan {
+    /// How many pre-dumps come before the dump.
+    pub fn pre_dumps(&self) -> u32 {
+        match self.action {
+            Action::Full { pre_dumps } => pre_dumps,
+            Action::Nothing | Action::Files => 0,
+        }
+    }
+
     /// That of a turn that has changed nothing.
     pub fn nothing() -> Self {
         Self {
@@ -254,6 +270,7 @@ impl fmt::Display for PreDumps {
             Self::TooSlow => "the agent would be back before the pre-dumps are done",
             Self::TooFewTokens => "the budget has too little for pre-dumps",
             Self::ShorterFreeze => "pre-dumps shorten the freeze",
+            Self::Fixed => "as many pre-dumps as are configured",
         })
     }
 }

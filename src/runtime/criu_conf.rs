@@ -37,6 +37,12 @@ impl CriuConf {
         Self { lines }
     }
 
+    /// Has the kernel tell from this dump on which pages are written to, for a later one to build upon.
+    pub fn tracking_memory(mut self) -> Self {
+        self.lines.push("track-mem".into());
+        self
+    }
+
     /// Options for a restore. `close_tcp` gives established connections an error instead of a
     /// peer that has long moved on; `script` is run at CRIU's stages, also when every task is
     /// restored and none has been let go yet.

@@ -22,7 +22,7 @@ use std::{
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use parking_lot::Mutex;
 
-use super::{Ended, Spawner, behind, empty_tar, on_path, runc::inherit};
+use super::{Ended, Spawner, behind, empty_tar, on_path, prepare::inherit};
 
 const CRIU: &str = "criu";
 /// The request `VERSION` of CRIU's RPC (`images/rpc.proto`), as runc's library for it writes it.

@@ -6,10 +6,12 @@
 
 mod calls;
 pub mod criu_conf;
+pub mod criu_stats;
 pub mod criu_version;
 pub mod descriptors;
 pub mod empty_tar;
 mod log_file;
+mod prepare;
 pub mod runc;
 pub mod start_line;
 
@@ -153,11 +155,14 @@ pub struct Exec<'a> {
 /// Arguments of `checkpoint`. Paths must exist.
 #[derive(Debug, Clone, Default)]
 pub struct Checkpoint {
+    /// `--pre-dump`: memory alone, while the processes run on.
+    pub pre_dump: bool,
     /// Where the images go.
     pub image_path: PathBuf,
     /// CRIU's working directory; its `dump.log` is here.
     pub work_path: PathBuf,
-    /// Images of the previous dump, relative to `image_path`.
+    /// Images of the previous dump, relative to `image_path`: pages that were not written to since are
+    /// left out, and the kernel begins anew to tell which are.
     pub parent_path: Option<PathBuf>,
     /// Let the processes live on.
     pub leave_running: bool,
@@ -236,6 +241,8 @@ pub trait OciRuntime: Send + Sync {
     fn restore(&self, args: Restore<'_>) -> Result<(), RuntimeError>;
     /// Changes limits; `resources` is the JSON of OCI `LinuxResources`.
     fn update(&self, id: &str, resources: &[u8]) -> Result<(), RuntimeError>;
+    /// Whether a dump may build on the one before ([`Checkpoint::parent_path`]).
+    fn is_incremental(&self) -> bool;
 }
 
 /// Where a program is that is named by a path, or found on PATH.

@@ -4,10 +4,6 @@ use std::{
     ffi::OsStr,
     fs::{self, File},
     io::{self, Read, Seek, Write},
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::process::CommandExt,
-    },
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -21,7 +17,9 @@ use nix::{
 
 use super::{
     Checkpoint, Create, Ended, Exec, OciRuntime, Restore, RuntimeError, Spawner, Stdio, calls,
-    criu_version, empty_tar, log_file::LogFile,
+    criu_version, empty_tar,
+    log_file::LogFile,
+    prepare::{die_with_parent, inherit, neutral_oom_score, without_huge_pages},
 };
 
 /// What any other call than a dump may take. A hung runtime must not hang the shim for ever.
@@ -43,15 +41,15 @@ pub struct Runc {
     pub systemd_cgroup: bool,
     /// Where its logs go for the time of a call.
     pub log_dir: PathBuf,
+    /// Dumps build on each other, and what it starts has no transparent huge pages.
+    pub incremental: bool,
     /// Who starts processes.
     pub spawner: Arc<dyn Spawner>,
 }
 
 impl Runc {
-    /// Whether the binary is crun, going by its name: its restore knows fewer flags.
     fn is_crun(&self) -> bool {
-        let name = Path::new(&self.binary).file_name();
-        name.is_some_and(|name| name.to_string_lossy().starts_with("crun"))
+        is_crun(Path::new(&self.binary))
     }
 
     /// For the time of a restore runc binds the root file system to a directory within its own state.
@@ -83,6 +81,9 @@ impl Runc {
         // What cleans up goes on.
         if !matches!(verb, "kill" | "delete") {
             die_with_parent(&mut command);
+        }
+        if self.incremental && matches!(verb, "create" | "exec" | "restore") {
+            without_huge_pages(&mut command);
         }
         command
     }
@@ -176,6 +177,12 @@ impl Runc {
             message: message.unwrap_or(&full).to_owned(),
         })
     }
+}
+
+/// Whether a binary is crun, going by its name: it knows fewer flags.
+pub fn is_crun(binary: &Path) -> bool {
+    let name = binary.file_name();
+    name.is_some_and(|name| name.to_string_lossy().starts_with("crun"))
 }
 
 /// The end of what a command wrote to stderr.
@@ -287,6 +294,7 @@ impl OciRuntime for Runc {
         let prepare = |c: &mut Command| {
             option(c, "--image-path", &args.image_path);
             option(c, "--work-path", &args.work_path);
+            flag(c, args.pre_dump, "--pre-dump");
             if let Some(parent) = &args.parent_path {
                 option(c, "--parent-path", parent);
             }
@@ -348,66 +356,9 @@ impl OciRuntime for Runc {
             c.arg(id);
         })
     }
-}
 
-/// Lets the child inherit descriptors under the numbers they have here.
-///
-/// Choosing other numbers could hit a descriptor that the standard library needs between fork and
-/// exec; these numbers are ours already.
-pub(super) fn inherit(command: &mut Command, fds: Vec<OwnedFd>) {
-    // SAFETY: the closure runs between fork and exec and calls fcntl alone, which is
-    // async-signal-safe. It owns the descriptors, so they are open when it runs.
-    unsafe {
-        command.pre_exec(move || {
-            for fd in &fds {
-                if libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) < 0 {
-                    return Err(io::Error::last_os_error());
-                }
-            }
-            Ok(())
-        });
-    }
-}
-
-/// Has the child killed when the thread that starts it ends, which waits for it.
-///
-/// A runtime that outlives its shim would go on making a container of which nobody knows: the
-/// clean-up after the shim's death finds nothing yet.
-fn die_with_parent(command: &mut Command) {
-    let parent = std::process::id();
-    // SAFETY: the closure runs between fork and exec and calls prctl and getppid alone, which are
-    // async-signal-safe.
-    unsafe {
-        command.pre_exec(move || {
-            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            // It may have died before it could be asked for.
-            match libc::getppid() == parent as libc::pid_t {
-                true => Ok(()),
-                false => Err(io::Error::from_raw_os_error(libc::ESRCH)),
-            }
-        });
-    }
-}
-
-/// Starts the child with an `oom_score_adj` of 0.
-///
-/// CRIU restores a task's own value unless it is 0 (`prepare_proc_misc`): such a task would keep
-/// the shim's, which is higher by one than containerd's.
-fn neutral_oom_score(command: &mut Command) {
-    // SAFETY: the closure runs between fork and exec and calls open, write and close alone, which
-    // are async-signal-safe.
-    unsafe {
-        command.pre_exec(|| {
-            let fd = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY);
-            if fd >= 0 {
-                // Not critical: a value that may not be written is left as it is.
-                libc::write(fd, c"0".as_ptr().cast(), 1);
-                libc::close(fd);
-            }
-            Ok(())
-        });
+    fn is_incremental(&self) -> bool {
+        self.incremental
     }
 }
 

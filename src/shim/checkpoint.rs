@@ -51,6 +51,7 @@ pub fn for_client(container: &Container, request: &CheckpointTaskRequest) -> Res
         .write(&container.run_dir.criu_home("dump"))
         .context(&step)?;
     let args = runtime::Checkpoint {
+        pre_dump: false,
         image_path: image.clone(),
         work_path: work.clone(),
         parent_path: parent_path(&options),
@@ -67,7 +68,7 @@ pub fn for_client(container: &Container, request: &CheckpointTaskRequest) -> Res
     // With --exit CRIU kills it, as the client wants.
     let asked_before = container.inner.lock().asked_to_end;
     container.inner.lock().asked_to_end |= options.exit;
-    let done = container.cut_parts()?.cut(&args, || Ok(()));
+    let done = container.cut_parts()?.cut(&args, None, || Ok(()));
     if let Err(e) = done {
         container.inner.lock().asked_to_end = asked_before;
         keep_log(

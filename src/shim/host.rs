@@ -29,8 +29,12 @@ use crate::{
     config::Config,
     coordinator::freeze::Freezable,
     inspector::{self, Watch},
+    memory,
     rootfs::{self, MountSpec, Overlay},
-    runtime::{Ended, OciRuntime, Spawner, runc::Runc},
+    runtime::{
+        Ended, OciRuntime, Spawner,
+        runc::{Runc, is_crun},
+    },
     sandbox::SandboxId,
 };
 
@@ -179,6 +183,11 @@ impl Linux {
     }
 }
 
+/// Whether a sandbox's dumps may build on each other. Those of crun have not been tried.
+fn is_incremental(config: &Config) -> bool {
+    config.enabled && config.incremental && !is_crun(&config.runtime) && memory::is_tracked()
+}
+
 impl Host for Linux {
     fn reaper(&self) -> &Arc<Reaper> {
         &self.reaper
@@ -201,6 +210,7 @@ impl Host for Linux {
             binary: config.runtime.to_string_lossy().into_owned(),
             root: config.root.join(namespace),
             systemd_cgroup: config.systemd_cgroup,
+            incremental: is_incremental(config),
             log_dir: log_dir.to_owned(),
             spawner: Arc::clone(&self.reaper) as _,
         })

@@ -89,16 +89,26 @@ impl Ingest {
 }
 
 /// The parts of one file's content, on their way into a pack.
-struct Parts<'i> {
+pub(super) struct Parts<'i> {
     ingest: &'i mut Ingest,
     before: Option<Lookup>,
 }
 
 impl<'i> Parts<'i> {
-    fn new(ingest: &'i mut Ingest, chunk: u32, before: Option<Cut>) -> Self {
+    pub(super) fn new(ingest: &'i mut Ingest, chunk: u32, before: Option<Cut>) -> Self {
         Self {
             before: before.filter(|cut| cut.chunk == chunk).map(Lookup::new),
             ingest,
+        }
+    }
+
+    /// The digest of a chunk of another content, which must be in some pack.
+    pub(super) fn known(&mut self, of: &mut Lookup, number: u64) -> Result<Digest, StoreError> {
+        let objects = &mut self.ingest.objects;
+        let digest = of.digest(objects, number)?;
+        match digest == Digest::ZEROS || objects.has(&digest) {
+            true => Ok(digest),
+            false => Err(objects.damaged(format!("chunk {digest} is in no pack"))),
         }
     }
 }

@@ -25,6 +25,7 @@
 
 mod arm;
 mod capture;
+mod chain;
 mod checkpoint;
 mod codec;
 mod content;
@@ -37,6 +38,7 @@ mod gc;
 mod gone;
 mod ingest;
 mod journal;
+mod keep;
 mod lay_out;
 mod layer;
 mod lineage;
@@ -47,6 +49,7 @@ mod pending;
 mod reuse;
 mod sandbox;
 mod shelf;
+mod staging;
 mod stored_file;
 mod tree_view;
 mod verify;
@@ -72,8 +75,9 @@ pub use manifest::{
     Contents, Facts, FileEntry, Host, Kind, Manifest, Origin, Reference, StdioPipe, TreeSummary,
 };
 pub use pack::FORMAT;
-pub use pending::{Files, Images, Pending, Staging};
+pub use pending::{Files, Images, Pending};
 pub use sandbox::{SandboxStore, SandboxWriter};
+pub use staging::Staging;
 pub use stored_file::StoredFile;
 pub use tree_view::{Difference, Tree};
 pub use verify::Fault;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, FileType, RenameFlags},
+    fs::{CWD, RenameFlags},
     io::Errno,
 };
 
@@ -15,18 +15,17 @@ use super::{
     Checkpoint, Contents, Digest, FORMAT, Facts, FileEntry, Kind, Manifest, SandboxStore,
     StoreError, TreeEntry, TreeSummary,
     capture::{Ahead, Captured, Filling, Part, ReadAhead, Temporary},
-    content::{Cut, FILE_CHUNK, PAGE_CHUNK},
+    chain::{self, Upon, WholeMap},
     failpoint::failpoint,
     files,
     ingest::Ingest,
+    keep::{keep_bytes, keep_files},
     objects::Objects,
     pack::PackWriter,
     sandbox::Lock,
+    staging::{PARENT, Staging},
 };
-use crate::{
-    sandbox::TurnNo,
-    tree::{self, Expect, Found, TreeError, Visitor, remove_tree},
-};
+use crate::{sandbox::TurnNo, tree::remove_tree};
 
 /// Where the writable layer of a checkpoint comes from.
 #[derive(Debug, Clone, Copy)]
@@ -42,7 +41,8 @@ pub enum Files<'a> {
 /// Where the processes of a checkpoint come from.
 #[derive(Debug, Clone, Copy)]
 pub enum Images<'a> {
-    /// CRIU's images are staged; none may be.
+    /// CRIU's images are staged; none may be. Those that build upon others
+    /// ([`Pending::build_upon`]) are made whole.
     Staged,
     /// It has none; what is staged of them does not count.
     None,
@@ -51,31 +51,19 @@ pub enum Images<'a> {
     Same(&'a Checkpoint),
 }
 
-/// The directory that is filled before a checkpoint is committed. It is removed when this is dropped.
-#[derive(Debug)]
-pub struct Staging {
-    dir: PathBuf,
-    image: PathBuf,
-    _lock: Arc<Lock>,
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        if let Err(e) = remove_tree(&self.dir) {
-            log::warn!("a staged checkpoint stays until the next start: {e}");
-        }
-    }
-}
-
 /// A checkpoint that is being made: a directory to fill, a writable layer to capture, of which
 /// [`Self::commit`] makes a pack.
 pub struct Pending {
     store: SandboxStore,
     turn: TurnNo,
-    staging: Staging,
+    pub(super) staging: Staging,
     bundle: BTreeMap<String, Vec<u8>>,
     lock: Arc<Lock>,
     filling: Option<Filling>,
+    /// The images that those of this turn build upon.
+    pub(super) last: Option<Vec<FileEntry>>,
+    /// Directories of the turn's pre-dumps.
+    pub(super) pre_dumps: Vec<PathBuf>,
 }
 
 impl Pending {
@@ -94,6 +82,8 @@ impl Pending {
         let staging = Staging {
             image: dir.join("image"),
             dir,
+            parent: store.scratch_dir().join(PARENT),
+            maps: Vec::new(),
             _lock: Arc::clone(&lock),
         };
         Ok(Self {
@@ -103,6 +93,8 @@ impl Pending {
             bundle: BTreeMap::new(),
             lock,
             filling: None,
+            last: None,
+            pre_dumps: Vec::new(),
         })
     }
 
@@ -232,7 +224,8 @@ impl Pending {
             layer,
             ..
         } = filling;
-        let contents = self.contents(&mut ingest, &facts, images, (files, layer))?;
+        let (contents, maps) = self.contents(&mut ingest, &facts, images, (files, layer))?;
+        self.staging.maps = maps;
         let manifest = self.manifest(facts, contents);
         let json = manifest.to_json(&file.0)?;
         let stored = ingest.writer.finish(Some(&json))?;
@@ -301,7 +294,7 @@ impl Pending {
         facts: &Facts,
         images: Images<'_>,
         (files, layer): (Files<'_>, Option<(Digest, TreeEntry)>),
-    ) -> Result<Contents, StoreError> {
+    ) -> Result<(Contents, Vec<WholeMap>), StoreError> {
         // For the order of what is looked up alone.
         let parent = match images {
             Images::Same(of) if Some(of.turn()) == facts.parent => Some(of.clone()),
@@ -311,10 +304,10 @@ impl Pending {
             let parent = parent.as_ref();
             parent.map_or(&[][..], |parent| list(&parent.manifest.contents))
         };
-        let image = match images {
-            Images::Same(of) => of.manifest.contents.image.clone(),
-            Images::None => Vec::new(),
-            Images::Staged => keep_files(ingest, &self.staging.image, before(|c| &c.image))?,
+        let (image, maps) = match images {
+            Images::Same(of) => (of.manifest.contents.image.clone(), Vec::new()),
+            Images::None => (Vec::new(), Vec::new()),
+            Images::Staged => self.keep_images(ingest, before(|c| &c.image))?,
         };
         let bundle = keep_bytes(ingest, &self.bundle, before(|c| &c.bundle))?;
         let upper = match files {
@@ -327,12 +320,32 @@ impl Pending {
         };
         let size = image.iter().chain(&bundle).map(|f| f.data).sum::<u64>();
         let layer = upper.as_ref().map_or(0, |u: &TreeSummary| u.bytes);
-        Ok(Contents {
+        let contents = Contents {
             bytes: size.saturating_add(layer),
             image,
             bundle,
             upper,
-        })
+        };
+        Ok((contents, maps))
+    }
+
+    /// Keeps what is staged of CRIU's images, whole.
+    fn keep_images(
+        &self,
+        ingest: &mut Ingest,
+        before: &[FileEntry],
+    ) -> Result<(Vec<FileEntry>, Vec<WholeMap>), StoreError> {
+        let newest_first: Vec<PathBuf> = self.pre_dumps.iter().rev().cloned().collect();
+        let upon = Upon {
+            pre_dumps: &newest_first,
+            last: self.last.as_deref(),
+        };
+        let dir = &self.staging.image;
+        let (mut image, maps) = keep_files(ingest, dir, before, !upon.is_nothing())?;
+        let (pages, maps) = chain::keep(ingest, dir, &maps, &upon, before)?;
+        image.extend(pages);
+        image.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok((image, maps))
     }
 }
 
@@ -343,114 +356,5 @@ impl From<(Digest, TreeEntry)> for TreeSummary {
             entries: root.entries(),
             bytes: root.data(),
         }
-    }
-}
-
-/// Keeps all files below a directory of crab's own making. `before`: those of the checkpoint before.
-fn keep_files(
-    ingest: &mut Ingest,
-    dir: &Path,
-    before: &[FileEntry],
-) -> Result<Vec<FileEntry>, StoreError> {
-    let mut keeper = Keeper {
-        ingest,
-        root: dir,
-        before,
-        list: Vec::new(),
-        failed: None,
-    };
-    let root = tree::open_root(dir)?;
-    let walked = tree::walk(root, dir, Expect::Unchanged, &|| false, &mut keeper);
-    match keeper.failed {
-        Some(error) => Err(error),
-        None => {
-            walked?;
-            Ok(keeper.list)
-        }
-    }
-}
-
-struct Keeper<'a> {
-    ingest: &'a mut Ingest,
-    root: &'a Path,
-    before: &'a [FileEntry],
-    list: Vec<FileEntry>,
-    failed: Option<StoreError>,
-}
-
-impl Keeper<'_> {
-    fn keep(&mut self, found: &Found<'_>) -> Result<(), StoreError> {
-        let path = found.path.strip_prefix(self.root).ok();
-        let (FileType::RegularFile, Some(path)) = (found.kind(), path.and_then(Path::to_str))
-        else {
-            // CRIU's `parent` link is one: a checkpoint must not depend on another (D8).
-            return Err(StoreError::Unfit {
-                path: found.path.to_owned(),
-                reason: match found.kind() {
-                    FileType::RegularFile => "its name is not UTF-8".into(),
-                    kind => format!("it is a {kind:?}, not a regular file"),
-                },
-            });
-        };
-        let chunk = chunk_of(path);
-        let before = cut_of(self.before, path);
-        let content = self.ingest.file(found, chunk, before, &|| false)?;
-        self.list.push(entry(path, Cut { content, chunk }));
-        Ok(())
-    }
-}
-
-/// Keeps files that are in memory. `before`: those of the checkpoint before.
-fn keep_bytes(
-    ingest: &mut Ingest,
-    files: &BTreeMap<String, Vec<u8>>,
-    before: &[FileEntry],
-) -> Result<Vec<FileEntry>, StoreError> {
-    let keep = |(name, bytes): (&String, &Vec<u8>)| {
-        let chunk = chunk_of(name);
-        let content = ingest.bytes(bytes, chunk, cut_of(before, name))?;
-        Ok(entry(name, Cut { content, chunk }))
-    };
-    files.iter().map(keep).collect()
-}
-
-/// What a file was in the checkpoint before.
-fn cut_of(before: &[FileEntry], path: &str) -> Option<Cut> {
-    let before = before.iter().find(|file| file.path == path);
-    before.map(FileEntry::cut)
-}
-
-fn entry(path: &str, cut: Cut) -> FileEntry {
-    FileEntry {
-        path: path.to_owned(),
-        size: cut.content.size,
-        data: cut.content.data,
-        chunk: cut.chunk,
-        digest: cut.content.root,
-    }
-}
-
-/// CRIU's files of pages are cut into pages.
-fn chunk_of(path: &str) -> u32 {
-    match path.starts_with("pages-") {
-        true => PAGE_CHUNK,
-        false => FILE_CHUNK,
-    }
-}
-
-impl Visitor for Keeper<'_> {
-    fn enter(&mut self, _: &Found<'_>) -> Result<(), TreeError> {
-        Ok(())
-    }
-
-    fn other(&mut self, found: &Found<'_>) -> Result<(), TreeError> {
-        self.keep(found).map_err(|e| {
-            self.failed.get_or_insert(e);
-            found.changed("it cannot be kept")
-        })
-    }
-
-    fn leave(&mut self, _: &Found<'_>) -> Result<(), TreeError> {
-        Ok(())
     }
 }

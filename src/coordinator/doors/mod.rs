@@ -4,16 +4,25 @@
 //! keeps it shut until the last turn is durable (D11). When the last exec that counts has left,
 //! a turn has ended (D3).
 
+mod absence;
+
 use std::{
     collections::BTreeMap,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use time::OffsetDateTime;
 
-use super::machine::{Event, Life, Machine, Work};
+use self::absence::Absences;
+use super::{
+    cut::CutError,
+    machine::{Event, Life, Machine, Work},
+};
 use crate::engine::Caller;
 
 /// Nobody waits longer than this at the door, whatever holds it shut (D11).
@@ -36,6 +45,9 @@ struct State {
     first_wait: Option<Instant>,
     /// When the first exec of the current turn entered.
     turn_start: Option<OffsetDateTime>,
+    /// When the last turn ended, if none has begun since; and how long it was until one began.
+    ended: Option<Instant>,
+    absences: Absences,
     /// The checkpoint that waits for the host's budget.
     caller: Option<Arc<Caller>>,
     /// Whether it lives, and what is done with it.
@@ -71,6 +83,7 @@ impl State {
         if ended {
             self.owed = false;
             self.closed += 1;
+            self.ended = Some(Instant::now());
         }
         ended
     }
@@ -81,6 +94,8 @@ impl State {
 pub struct Doors {
     /// Held by the one cut under way.
     cut: Mutex<()>,
+    /// How many dumps of its processes have begun.
+    dumps: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -97,6 +112,9 @@ impl Doors {
     pub fn enter(self: &Arc<Self>, exec_id: &str, is_turn: bool) -> Entering {
         let begin = Instant::now();
         let mut state = self.state.lock();
+        if is_turn && let Some(ended) = state.ended.take() {
+            state.absences.add(begin.saturating_duration_since(ended));
+        }
         let mut waited = false;
         let is_shut = |state: &State| match state.machine.life {
             Life::Alive => state.latched > 0 || (is_turn && state.closed > 0),
@@ -173,8 +191,29 @@ impl Doors {
 
     /// Waits until no other cut is under way; none may begin as long as this is held. A client's
     /// checkpoint and a turn's would thaw each other's processes.
-    pub fn cut_alone(&self, limit: Duration) -> Option<MutexGuard<'_, ()>> {
-        self.cut.try_lock_for(limit)
+    pub fn cut_alone(&self, limit: Duration) -> Option<Alone<'_>> {
+        let cut = self.cut.try_lock_for(limit)?;
+        Some(Alone {
+            dumps: &self.dumps,
+            _cut: cut,
+        })
+    }
+
+    /// How many dumps of its processes have begun, whoever wanted them.
+    pub fn dumps(&self) -> u64 {
+        self.dumps.load(Ordering::Relaxed)
+    }
+
+    /// Whether a turn waits to begin.
+    pub fn is_awaited(&self) -> bool {
+        self.state.lock().waiting > 0
+    }
+
+    /// For how long the agent is expected to be away from now on: as at the median of the last turns.
+    pub fn expected_absence(&self) -> Duration {
+        let state = self.state.lock();
+        let gone = state.ended.map_or(Duration::ZERO, |ended| ended.elapsed());
+        state.absences.median().saturating_sub(gone)
     }
 
     /// Shuts the door for a cut and waits until no exec is half-way through it.
@@ -225,6 +264,9 @@ impl Doors {
         let mut state = self.state.lock();
         let ended = state.machine.life == Life::Alive;
         state.closed += u32::from(ended);
+        if ended {
+            state.ended = Some(Instant::now());
+        }
         ended
     }
 
@@ -299,6 +341,27 @@ impl Doors {
     /// It is not: it could not be killed.
     pub fn take_heart(&self) {
         self.on(Event::TakeHeart);
+    }
+}
+
+/// The one cut under way.
+pub struct Alone<'d> {
+    dumps: &'d AtomicU64,
+    _cut: MutexGuard<'d, ()>,
+}
+
+impl Alone<'_> {
+    /// A dump begins: which of the sandbox's it is, counted from 1. `upon`: the one that it builds upon,
+    /// which must be the last one.
+    pub(super) fn begin_dump(&self, upon: Option<u64>) -> Result<u64, CutError> {
+        let before = self.dumps.load(Ordering::Relaxed);
+        if upon.is_some_and(|upon| upon != before) {
+            return Err(CutError::Disturbed(
+                "another checkpoint came between this and the one that it builds upon".into(),
+            ));
+        }
+        self.dumps.store(before + 1, Ordering::Relaxed);
+        Ok(before + 1)
     }
 }
 

@@ -12,6 +12,7 @@ fn situation() -> Situation {
         tokens: None,
         wait: Duration::from_secs(30),
         can_pre_dump: true,
+        fixed: None,
     }
 }
 
@@ -116,6 +117,24 @@ fn pre_dumps_pay_for_large_dumps_that_hardly_change_and_for_no_small_ones() {
 }
 
 #[test]
+fn a_configured_number_of_pre_dumps_is_taken_where_any_can_be() {
+    let of = |fixed, can_pre_dump| {
+        let situation = Situation {
+            fixed,
+            can_pre_dump,
+            tokens: Some(0),
+            wait: ms(0),
+            ..situation()
+        };
+        plan(&situation, &Costs::default()).pre_dumps()
+    };
+    assert_eq!(of(None, true), 0);
+    assert_eq!((of(Some(0), true), of(Some(2), true)), (0, 2));
+    assert_eq!(of(Some(u32::MAX), true), MOST_PRE_DUMPS);
+    assert_eq!(of(Some(2), false), 0);
+}
+
+#[test]
 fn a_sandbox_with_many_processes_is_known_by_its_last_dump() {
     let alone = plan(
         &Situation {
@@ -162,7 +181,7 @@ prop_compose! {
         Situation {
             files, reason, memory,
             last_dump: last.map(|(bytes, took)| Dump { bytes, took: ms(took) }),
-            tokens, wait: ms(wait), can_pre_dump,
+            tokens, wait: ms(wait), can_pre_dump, fixed: None,
         }
     }
 }
@@ -244,4 +263,38 @@ proptest! {
         let found = estimator.costs().dump_rate;
         prop_assert!((0.9 * rate..1.1 * rate).contains(&found), "{} for {}", found, rate);
     }
+}
+
+#[test]
+fn a_large_dump_that_comes_first_is_not_taken_for_a_slow_rate() {
+    let mut estimator = Estimator::default();
+    let first = Dump {
+        bytes: 20 * MB,
+        took: Duration::from_secs(5),
+    };
+    estimator.dumped(first);
+    let small = Situation {
+        memory: Some(MB),
+        last_dump: Some(first),
+        ..situation()
+    };
+    let plan = plan(&small, estimator.costs());
+    assert_eq!(plan.pre_dumps, Some(PreDumps::TooSmall), "{plan}");
+}
+
+#[test]
+fn the_first_dumps_of_a_slow_host_take_the_place_of_what_was_believed() {
+    let mut estimator = Estimator::default();
+    let of = |bytes: u64| Dump {
+        bytes,
+        took: Duration::from_millis(900) + Duration::from_secs_f64(bytes as f64 / 80e6),
+    };
+    estimator.dumped(of(MB / 2));
+    estimator.dumped(of(64 * MB));
+    let costs = estimator.costs();
+    assert!(
+        (850..950).contains(&costs.dump_start.as_millis()),
+        "{costs:?}"
+    );
+    assert!((70e6..90e6).contains(&costs.dump_rate), "{costs:?}");
 }

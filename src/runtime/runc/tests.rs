@@ -1,6 +1,6 @@
 //! With a runtime that is a script.
 
-use std::os::unix::process::ExitStatusExt;
+use std::os::{fd::OwnedFd, unix::process::ExitStatusExt};
 
 use super::*;
 
@@ -45,6 +45,7 @@ fn exec(fails: usize, why: &str) -> (Result<(), RuntimeError>, String, usize) {
         binary: binary.to_string_lossy().into_owned(),
         root: dir.path().to_owned(),
         systemd_cgroup: false,
+        incremental: false,
         log_dir: dir.path().to_owned(),
         spawner: Arc::new(Directly),
     };

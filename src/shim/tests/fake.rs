@@ -45,6 +45,7 @@ struct State {
     ended: HashSet<i32>,
     /// SIGKILL kills, instead of being written down only.
     mortal: bool,
+    incremental: bool,
     checkpoints: Vec<Checkpoint>,
     overlay: Option<PathBuf>,
 }
@@ -112,6 +113,16 @@ impl Machine {
     /// From now on SIGKILL kills.
     pub fn make_mortal(&self) {
         self.state.lock().mortal = true;
+    }
+
+    /// From now on a dump may build upon the one before.
+    pub fn track_memory(&self) {
+        self.state.lock().incremental = true;
+    }
+
+    /// Whether it may.
+    pub fn is_incremental(&self) -> bool {
+        self.state.lock().incremental
     }
 
     /// Gives every container a writable layer.

@@ -36,6 +36,7 @@ use self::{
 use super::{container::Container, service::Service};
 
 mod budget;
+mod chains;
 mod create;
 mod delete;
 mod events;

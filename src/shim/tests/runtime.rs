@@ -79,7 +79,7 @@ impl OciRuntime for FakeRuntime {
         self.0.record(format!("checkpoint {id}"));
         self.0.record_dump(args);
         fs::write(args.work_path.join("dump.log"), "CRIU was here\n").unwrap();
-        if args.leave_running {
+        if args.leave_running && !args.pre_dump {
             let home = args.home.as_ref().unwrap();
             start_line::wait_at(home).map_err(|e| refused("checkpoint", e.to_string()))?;
         }
@@ -94,6 +94,10 @@ impl OciRuntime for FakeRuntime {
         self.0.record(format!("restore {}", args.id));
         self.0
             .spawn(Verb::Restore, "restore", args.id, args.pid_file)
+    }
+
+    fn is_incremental(&self) -> bool {
+        self.0.is_incremental()
     }
 
     fn update(&self, id: &str, resources: &[u8]) -> Answer {

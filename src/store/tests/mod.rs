@@ -1,5 +1,6 @@
 //! What must hold of the store.
 
+mod chain;
 mod commit;
 mod cost;
 mod damage;

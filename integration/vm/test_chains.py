@@ -1,0 +1,119 @@
+"""Dumps that build upon each other: what they have, what comes back, and when there are pre-dumps. With CRAB_TURNS=10
+the chain has ten turns, and the heap 64 MiB (`make soak`)."""
+
+import os
+import time
+
+import pytest
+
+from heap import PAGE, Chained
+
+TURNS = int(os.environ.get("CRAB_TURNS", 3))
+LARGE = ((64 if TURNS >= 10 else 16) << 20) // PAGE
+SMALL = (4 << 20) // PAGE
+TWO_PERCENT = LARGE * 2 // 100
+REST = 1 << 20
+THINKS = 20
+"""Seconds that the agent is away, beyond the end of its checkpoint: what it is expected to be the next time."""
+
+
+def test_a_chain_has_what_was_written_and_comes_back_whole(tmp_path):
+    with Chained(tmp_path, LARGE) as sandbox:
+        first = sandbox.serve()
+        assert first["action"] == "full" and first["bytes_captured"] > LARGE * PAGE, first
+        lines = [sandbox.some(seed, TWO_PERCENT) for seed in range(1, TURNS + 1)]
+        for line in lines:
+            assert line["action"] == "full" and line["pre_dumps"] == 0, line
+            # What Python, the parasite and CRIU's other images have comes to it.
+            assert TWO_PERCENT * PAGE < line["bytes_captured"] < TWO_PERCENT * PAGE + REST, line
+        sandbox.die()
+        sandbox.restore()
+        sandbox.start()
+        sandbox.check()
+        # The first one after a restore has everything, and the next one builds upon it.
+        again = sandbox.last()
+        assert again["bytes_captured"] > LARGE * PAGE, again
+        after = sandbox.some(100, TWO_PERCENT)
+        assert after["bytes_captured"] < TWO_PERCENT * PAGE + REST, after
+        sandbox.check()
+
+
+WRAPPER = """#!/bin/bash
+# runc, whose dumps are counted, and what comes after a pre-dump.
+case " $* " in
+  *" checkpoint "*" --pre-dump "*) echo pre-dump >>LOG ;;
+  *" checkpoint "*) echo dump >>LOG ;;
+  *) exec runc "$@" ;;
+esac
+runc "$@" || exit
+case " $* " in *" --pre-dump "*) AFTER ;; esac
+"""
+WRITES = """
+server=$(pgrep -f -o 'heap = mmap') && kill -USR1 "$server"
+until [ -e "/proc/$server/root/dev/shm/written" ]; do :; done
+rm "/proc/$server/root/dev/shm/written"
+"""
+"""The server writes to one page, and says so in memory: a file of the layer would be another change."""
+CLEARS = WRITES + 'echo 4 >"/proc/$server/clear_refs"\n'
+
+
+@pytest.fixture
+def wrapped(tmp_path, config):
+    """Makes the wrapper the runtime; returns what tells its calls."""
+
+    def make(more, after=":"):
+        log, runtime = tmp_path / "calls", tmp_path / "runc-counted"
+        log.write_text("")
+        runtime.write_text(WRAPPER.replace("LOG", str(log)).replace("AFTER", after.strip().replace("\n", "; ")))
+        runtime.chmod(0o755)
+        config(f'runtime = "{runtime}"\n{more}\n')
+        return lambda: log.read_text().split()
+
+    return make
+
+
+@pytest.mark.parametrize("after", [WRITES, CLEARS], ids=["as it is", "with somebody who clears marks"])
+def test_what_is_written_after_a_pre_dump_is_in_the_dump(after, tmp_path, wrapped):
+    calls = wrapped('pre_dumps = "1"', after)
+    with Chained(tmp_path, SMALL) as sandbox:
+        sandbox.serve()
+        line = sandbox.some(1, 100)
+        assert calls() == ["pre-dump", "dump"] * 2 and line["pre_dumps"] == 1, line
+        assert "1 pre-dump(s)" in line["note"], line
+        sandbox.model.pages[0] = 1002
+        sandbox.die()
+        sandbox.restore()
+        sandbox.start()
+        came_back = sandbox.say("hash") == sandbox.model.hash()
+        # Somebody else who clears marks is what a chain cannot bear: so this would see a page that is lost.
+        assert came_back == (after == WRITES)
+
+
+def turns_of(sandbox):
+    """A small change and two large ones, after the agent was away for long: of the first large one it is learnt how
+    fast memory is dumped."""
+    sandbox.serve()
+    time.sleep(THINKS)
+    small = sandbox.some(1, 10)
+    time.sleep(THINKS)
+    sandbox.some(2, LARGE)
+    time.sleep(THINKS)
+    return small, sandbox.some(3, LARGE)
+
+
+def test_pre_dumps_come_before_a_large_dump_and_no_small_one(tmp_path, wrapped):
+    calls = wrapped("")
+    with Chained(tmp_path, LARGE) as sandbox:
+        small, large = turns_of(sandbox)
+        assert small["pre_dumps"] == 0 and "freeze it for longer" in small["plan"], small
+        assert large["pre_dumps"] > 0 and "shorten the freeze" in large["plan"], large
+        assert calls() == [*["dump"] * 3, *["pre-dump"] * large["pre_dumps"], "dump"]
+        sandbox.check()
+
+
+def test_no_pre_dump_comes_before_a_large_dump_that_the_budget_has_too_little_for(tmp_path, wrapped):
+    calls = wrapped('engine.rate = "1MiB/s"\nengine.burst = "1MiB"')
+    with Chained(tmp_path, LARGE) as sandbox:
+        _, large = turns_of(sandbox)
+        assert large["pre_dumps"] == 0 and "too little for pre-dumps" in large["plan"], large
+        assert calls() == ["dump"] * 4
