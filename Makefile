@@ -25,7 +25,9 @@ driver: ## what drives inspector and store in their tests
 	@integration/host-tools
 	$(CARGO) build --release --locked --example inspector --example store
 
-bench: build driver ## beside containerd's own shim; what turns and rollbacks cost; what the inspector and the engine cost the host
+bench: build driver ## docs/results.md from recorded sessions (more than an hour; RESULTS=--quick: a quarter of one); turns, rollbacks, density, inspector, engine
+	integration/results/run $(RESULTS) target/results
+	integration/results/report target/results
 	integration/bench/run
 	integration/testbed/enter -- python3 -B /src/integration/bench/turns.py
 	integration/testbed/enter -- python3 -B /src/integration/bench/density.py

@@ -1,0 +1,137 @@
+"""The figures of docs/results.md, from the JSON of measure.py. Pure: nothing is read or run here."""
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from typing import Any, Iterable, Sequence
+
+import settings
+
+Run = dict[str, Any]
+#: What the journal calls an action, and what the table calls such a turn.
+KINDS = {"skip": "nothing", "files": "files", "full": "processes"}
+
+
+def quantile(values: Iterable[float], q: float) -> float | None:
+    """The smallest value that a share q of them does not exceed; None of nothing."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else None
+
+
+def of(runs: Sequence[Run], mode: str, trace: str | None = None, factor: float | None = None) -> list[Run]:
+    return [run for run in runs if run["mode"] == mode and trace in (None, run["trace"]) and factor in (None, run["factor"])]
+
+
+def trace_names(runs: Sequence[Run]) -> list[str]:
+    """In the order of the settings; others after them."""
+    names = {run["trace"] for run in runs}
+    return [name for name in settings.TRACES if name in names] + sorted(names - set(settings.TRACES))
+
+
+def kind(line: dict[str, Any]) -> str:
+    """What a turn was for crab. Without a checkpoint although something had changed: unprotected."""
+    name = KINDS.get(line["action"], line["action"])
+    if line["checkpoint"] is None and (name != "nothing" or line["effects"]):
+        return "unprotected"
+    return name
+
+
+def lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    return [line for run in runs for line in run["journal"]]
+
+
+def exec_pairs(runs: Sequence[Run], mode: str, trace: str | None = None) -> list[tuple[float, float]]:
+    """For each turn of each trace and factor the mean of its exec times without crab, and in `mode`; milliseconds."""
+    seen: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run["mode"] in ("none", mode) and trace in (None, run["trace"]):
+            for turn in run["turns"]:
+                seen[run["trace"], run["factor"], turn["turn"]][run["mode"]].append(turn["ms"])
+    both = [times for times in seen.values() if times["none"] and times[mode]]
+    return [(sum(t["none"]) / len(t["none"]), sum(t[mode]) / len(t[mode])) for t in both]
+
+
+def ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
+    below = sum(none for none, _ in pairs)
+    return sum(other for _, other in pairs) / below if below else None
+
+
+def interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """The bootstrap's confidence interval of `ratio`: pairs are drawn again with replacement."""
+    if not pairs:
+        return None
+    rng = random.Random(settings.SEED)
+    drawn = [ratio(rng.choices(pairs, k=len(pairs))) or 0.0 for _ in range(settings.RESAMPLINGS)]
+    tail = (1 - settings.CONFIDENCE) / 2
+    return quantile(drawn, tail) or 0.0, quantile(drawn, 1 - tail) or 0.0
+
+
+def client_time(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
+    """Trace → mean seconds of whole runs with CLIENT_FACTOR: without crab, with it."""
+    found = {}
+    for trace in trace_names(runs):
+        means = []
+        for mode in ("none", "crab"):
+            times = [run["wall_s"] for run in of(runs, mode, trace, settings.CLIENT_FACTOR)]
+            means.append(sum(times) / len(times) if times else None)
+        if None not in means:
+            found[trace] = (means[0], means[1])
+    return found
+
+
+def device_bytes(runs: Sequence[Run], trace: str, mode: str) -> float | None:
+    """The mean over the runs with the usual factor, which mode full has as well."""
+    usual = [run["factor"] for run in of(runs, "full", trace)]
+    found = [run["device_bytes"] for run in of(runs, mode, trace) if not usual or run["factor"] in usual]
+    return sum(found) / len(found) if found else None
+
+
+def traffic(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
+    """Trace → bytes at the device: full, crab."""
+    pairs = {trace: (device_bytes(runs, trace, "full"), device_bytes(runs, trace, "crab")) for trace in trace_names(runs)}
+    return {trace: pair for trace, pair in pairs.items() if None not in pair}
+
+
+def down(pairs: Iterable[tuple[float, float]]) -> float | None:
+    """By which share crab's bytes are fewer."""
+    pairs = list(pairs)
+    full = sum(one for one, _ in pairs)
+    return 1 - sum(other for _, other in pairs) / full if full else None
+
+
+def first_share(runs: Sequence[Run]) -> float | None:
+    """The share of crab's stored bytes that each sandbox's first checkpoint is: its whole memory and layer."""
+    first = total = 0
+    for run in of(runs, "crab"):
+        stored = [line["bytes_written"] for line in run["journal"] if line["checkpoint"]]
+        first, total = first + sum(stored[:1]), total + sum(stored)
+    return first / total if total else None
+
+
+def durable_ms(runs: Sequence[Run], name: str) -> list[float]:
+    return [line["durable_us"] / 1000 for line in lines(of(runs, "crab"))
+            if kind(line) == name and line["durable_us"] is not None]
+
+
+def exposed_ms(runs: Sequence[Run], name: str | None = None, mode: str = "crab") -> list[float]:
+    """How long the next turn was held, of turns of a kind."""
+    return [line["exposed_us"] / 1000 for line in lines(of(runs, mode)) if name in (None, kind(line))]
+
+
+def nothing_share(runs: Sequence[Run], trace: str | None = None) -> float | None:
+    found = [kind(line) == "nothing" for line in lines(of(runs, "crab", trace))]
+    return sum(found) / len(found) if found else None
+
+
+def recovered(recoveries: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """Of crab: equal states, crashes that were asked for."""
+    return (sum(bool(fault["equal"]) for one in recoveries for fault in one["crab"]["faults"]),
+            sum(one["crab"]["asked"] for one in recoveries))
+
+
+def baseline(recoveries: Sequence[dict[str, Any]], name: str) -> dict[str, int]:
+    """Of chat or files: crashes, equal states, equal files, sessions that then end with the expected exit codes."""
+    all_ = [one for recovery in recoveries for one in recovery[name]]
+    return {"crashes": len(all_), "equal": sum(one["files_equal"] and one["processes_equal"] for one in all_),
+            "files": sum(one["files_equal"] for one in all_), "codes": sum(not one["wrong_codes"] for one in all_)}

@@ -1,0 +1,130 @@
+"""What a crash costs who keeps only the chat, or only the files; and crab, by replay.py.
+
+A sandbox under containerd's own shim is played up to each of the drawn turns; at its boundary it is frozen, its state is
+read (integration/digest) and its writable layer copied. From each such place: a fresh sandbox (chat), or a fresh one with
+that layer (files), whose state is compared with that at the boundary, and which then plays the remaining turns.
+
+Equal are the trees of root and tmpfs in every name, attribute and byte, and the command lines of all processes. This is
+less than is asked of crab, whose processes are compared in all that they are (a fresh init differs in its addresses).
+"""
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import player
+import settings
+import trace as traces
+from clients import Client, wait_for
+from full import clear, upper
+
+import container  # integration/digest, on the path by player
+import digest
+
+REPLAY = Path(player.HERE).parent / "replay" / "replay.py"
+
+
+def crash_turns(trace: traces.Trace, quick: bool) -> list[int]:
+    """Turns that a crash comes after, drawn; never the last, after which nothing would be left to do."""
+    numbers = [turn.number for turn in trace.turns[:-1]]
+    count = min(settings.QUICK_CRASHES if quick else settings.CRASHES, len(numbers))
+    return sorted(random.Random(f"{settings.SEED} {trace.name}").sample(numbers, count))
+
+
+def state(client: Client) -> dict[str, Any]:
+    """The trees, and the processes' command lines."""
+    seen = digest.sandbox(client.alive(), quick=True)["state"]
+    lines = sorted(p["cmdline"] for p in seen["processes"].values() if p.get("cmdline"))
+    return {"files": [seen["tree"], seen["tmpfs"]], "processes": lines}
+
+
+def copy(source: Path, target: Path) -> None:
+    subprocess.run(["cp", "-a", f"{source}/.", str(target)], check=True)
+
+
+def boundaries(trace: traces.Trace, at: list[int], factor: float, scratch: Path) -> dict[int, dict[str, Any]]:
+    """The state at the end of each of these turns; the layer of then in scratch/TURN."""
+    client, found = player.sandbox(trace, f"before-{os.getpid()}", protected=False), {}
+
+    def after(turn: traces.Turn) -> None:
+        if turn.number in at:
+            init = client.alive()
+            with container.frozen(init):
+                found[turn.number] = state(client)
+                (scratch / str(turn.number)).mkdir()
+                copy(upper(init), scratch / str(turn.number))
+
+    try:
+        client.create()
+        player.begin(client, trace)
+        player.play(client, trace, [turn for turn in trace.turns if turn.number <= max(at)], factor, after)
+    finally:
+        client.remove()
+    return found
+
+
+def with_layer(client: Client, layer: Path) -> None:
+    """Starts the fresh sandbox again, with this writable layer."""
+    init = client.alive()
+    own = upper(init)
+    os.kill(init, signal.SIGKILL)
+    wait_for(f"{client.id} to be dead", lambda: client.init_pid() is None)
+    client.clear_dead()
+    clear(own)
+    copy(layer, own)
+    client.start_again()
+    wait_for(f"{client.id} to be back", lambda: client.init_pid() not in (None, init))
+
+
+def go_on(trace: traces.Trace, kind: str, turn: int, before: dict[str, Any], factor: float, layer: Path) -> dict[str, Any]:
+    """A recovery, and the rest of the session after it."""
+    client = player.sandbox(trace, f"{kind}-{os.getpid()}-{turn}", protected=False)
+    try:
+        client.create()
+        if kind == "files":
+            with_layer(client, layer)
+        else:
+            player.begin(client, trace)
+        now = state(client)
+        rest = player.play(client, trace, [one for one in trace.turns if one.number > turn], factor)
+    finally:
+        client.remove()
+    wrong = [one["turn"] for one in rest if one["expected"] not in (None, one["code"])]
+    return {"turn": turn, "files_equal": now["files"] == before["files"], "wrong_codes": wrong,
+            "processes_equal": now["processes"] == before["processes"]}
+
+
+def of_crab(trace: traces.Trace, path: Path, at: list[int], factor: float, scratch: Path) -> dict[str, Any]:
+    """All these crashes in one run, each compared in full by replay.py."""
+    out = scratch / "replay.json"
+    done = subprocess.run([sys.executable, "-B", str(REPLAY), "--trace", str(path), "--image", f"crab.test/{trace.name}:latest",
+                           "--client", "ctr", "--kill-at", ",".join(map(str, at)), "--think", str(factor), "--brief",
+                           "--json", str(out)], capture_output=True, text=True)
+    said = (done.stdout[-500:] + done.stderr[-2000:]).strip()
+    if not out.exists():
+        return {"asked": len(at), "faults": [], "wrong_codes": [], "said": said}
+    result = json.loads(out.read_text())
+    return {"asked": len(at), "wrong_codes": result["summary"]["codes_not_as_expected"], "said": said,
+            "faults": [{key: fault.get(key) for key in ("turn", "equal", "mode", "restore_ms", "unequal")}
+                       for fault in result["faults"]]}
+
+
+def recoveries(trace: traces.Trace, path: Path, factor: float, quick: bool) -> dict[str, Any]:
+    """All of one trace, as recover/TRACE.json holds them."""
+    at = crash_turns(trace, quick)
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        crab = of_crab(trace, path, at, factor, scratch)
+        before = boundaries(trace, at, factor, scratch)
+        result: dict[str, Any] = {"trace": trace.name, "turns": at, "crab": crab, "chat": [], "files": []}
+        for turn in at:
+            for kind in ("chat", "files"):
+                result[kind].append(go_on(trace, kind, turn, before[turn], factor, scratch / str(turn)))
+    return result

@@ -1,0 +1,313 @@
+"""docs/results.md and its plots, from what was measured. Pure but for main, which reads and writes the files."""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Sequence
+
+import figures as f
+import settings
+import svg
+
+ROOT = Path(__file__).resolve().parents[2]
+#: What stands between these in the README is written by this program.
+MARKS = "<!-- results -->\n", "<!-- end of results -->\n"
+COMMAND = "make bench"
+Data = dict[str, Any]
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    return "not measured" if value is None else f"{value * 100:.{digits}f} %"
+
+
+def ms(value: float | None) -> str:
+    return "—" if value is None else "0 ms" if value == 0 else f"{value:.2f} ms" if value < 10 else f"{value:.0f} ms"
+
+
+def mb(value: float | None) -> str:
+    return "—" if value is None else f"{value / 1e6:.1f}"
+
+
+def share(part: int, of: int) -> str:
+    return f"{part} of {of}" + (f" ({part / of:.0%})".replace("%", " %") if of else "")
+
+
+def judged(text: str, holds: bool | None, reason: str = "") -> str:
+    """What was measured, and whether it is what was wanted. None: nothing was measured, or nothing was wanted."""
+    if holds is None or holds:
+        return text
+    return f"{text}: **falls short**{': ' + reason if reason else ''}"
+
+
+def least(value: float | None, wanted: float) -> bool | None:
+    return None if value is None else value >= wanted
+
+
+def most(value: float | None, wanted: float) -> bool | None:
+    return None if value is None else value <= wanted
+
+
+def row_recovered(data: Data) -> list[str]:
+    equal, asked = f.recovered(data["recoveries"])
+    bad = [f"{one['trace']} after turn {fault['turn']}" for one in data["recoveries"] for fault in one["crab"]["faults"] if not fault["equal"]]
+    missing = asked - sum(len(one["crab"]["faults"]) for one in data["recoveries"])
+    reason = "; ".join((["unequal: " + ", ".join(bad)] if bad else []) + ([f"{missing} crashes were not come to"] if missing else []))
+    text = f"{share(equal, asked)} crashes of init: state equal" if asked else "not measured"
+    return ["recovery correctness", "100 % (task passes, one crash)", "100 % state equality",
+            judged(text, least(equal / asked if asked else None, settings.WANTED["recovered"]), reason)]
+
+
+def row_baselines(data: Data) -> list[str]:
+    cells = []
+    for name in ("chat", "files"):
+        found = f.baseline(data["recoveries"], name)
+        cells.append(f"{name}: state equal {share(found['equal'], found['crashes'])}, remaining exit codes as expected {share(found['codes'], found['crashes'])}")
+    return ["chat only / files only", "8–13 % / 28–100 %", "measured", "; ".join(cells)]
+
+
+def row_nothing(data: Data) -> list[str]:
+    runs = data["runs"]
+    each = ", ".join(f"{name} {percent(f.nothing_share(runs, name))}" for name in f.trace_names(runs))
+    return ["turns with nothing to save", "over 75 %", "measured per trace", f"{percent(f.nothing_share(runs))}: {each}"]
+
+
+def row_bytes(data: Data) -> list[str]:
+    runs = data["runs"]
+    value = f.down(f.traffic(runs).values())
+    reason = f"{percent(f.first_share(runs))} of what crab stores is the sandbox's first checkpoint, its whole memory and layer"
+    return ["bytes against full-per-turn", "down by up to 87 %", "at least 95 % down",
+            judged("not measured" if value is None else f"down by {percent(value, 1)}", least(value, settings.WANTED["bytes down"]), reason)]
+
+
+def row_client(data: Data) -> list[str]:
+    pairs = f.client_time(data["runs"])
+    value = f.ratio(list(pairs.values()))
+    by = {name: other / none for name, (none, other) in pairs.items()}
+    reason = f"most with {max(by, key=by.__getitem__)}, {max(by.values()) - 1:+.2%}" if by else ""
+    return ["client time against no crab, factor 1.0", "within 1.9 %", "within 1 %",
+            judged("not measured" if value is None else f"{(value - 1) * 100:+.2f} %, {len(pairs)} traces", most(value, settings.WANTED["client time"]), reason)]
+
+
+def row_exec(data: Data) -> list[str]:
+    pairs = f.exec_pairs(data["runs"], "crab")
+    value, ends = f.ratio(pairs), f.interval(pairs)
+    text = f"{value:.3f} ({settings.CONFIDENCE:.0%} interval {ends[0]:.3f} to {ends[1]:.3f})".replace("%", " %") if value and ends else "not measured"
+    slower = f.quantile([other - none for none, other in pairs], 0.5)
+    return ["sum of exec times, crab against none", "not reported", "at most 1.03",
+            judged(text, most(value, settings.WANTED["exec time"]), f"the median exec takes {slower or 0:.1f} ms longer")]
+
+
+def row_look(data: Data) -> list[str]:
+    looks = [line["look_us"] / 1000 for line in f.lines(f.of(data["runs"], "crab"))]
+    value = f.quantile(looks, 0.5)
+    return ["look at a turn, median", "31–72 ms", "under 1 ms",
+            judged(f"{ms(value)}, p95 {ms(f.quantile(looks, 0.95))}", most(value, settings.WANTED["look"]))]
+
+
+def row_checkpoint(data: Data) -> list[str]:
+    cells = []
+    for name in ("files", "processes"):
+        times = f.durable_ms(data["runs"], name)
+        if not times:
+            cells.append(f"{name}: none")
+            continue
+        p50, p95 = f.quantile(times, 0.5), f.quantile(times, 0.95)
+        holds = most(p50, settings.WANTED[f"{name} p50"]) and most(p95, settings.WANTED[f"{name} p95"])
+        longest = f.quantile(times, 1.0)
+        cells.append(judged(f"{name} {ms(p50)} / {ms(p95)} ({len(times)} turns)", holds, f"the longest took {ms(longest)}"))
+    return ["checkpoint p50 / p95, until durable", "0.1 / 0.7 s", "files under 20 ms, processes under 250 ms", "; ".join(cells)]
+
+
+def row_exposed(data: Data) -> list[str]:
+    cells = []
+    for name in ("nothing", "files", "processes"):
+        held = f.exposed_ms(data["runs"], name)
+        if held:
+            cells.append(f"{name} {ms(f.quantile(held, 0.5))} / {ms(f.quantile(held, 0.99))}")
+    value = f.quantile(f.exposed_ms(data["runs"]), 0.5)
+    return ["exposed delay p50 / p99", "0 / not reported", "0 / stated, per kind of turn",
+            judged("; ".join(cells) or "not measured", most(value, settings.WANTED["exposed p50"]))]
+
+
+def row_faults(data: Data) -> list[str]:
+    most_ = max((one["crab"]["asked"] for one in data["recoveries"]), default=0)
+    return ["faults per run, sandboxes at once", "1, 16–96 on 128 vCPU", "5, up to 60 on 2 vCPU",
+            f"{most_}; sixty sandboxes: [engine.md](engine.md)"]
+
+
+ROWS = (row_recovered, row_baselines, row_nothing, row_bytes, row_client, row_exec, row_look, row_checkpoint, row_exposed, row_faults)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def main_table(data: Data) -> str:
+    return table(("", "the paper", "wanted", "measured"), [row(data) for row in ROWS])
+
+
+def trace_table(data: Data) -> str:
+    runs, rows = data["runs"], []
+    for name in f.trace_names(runs):
+        pairs, bytes_ = f.exec_pairs(runs, "crab", name), f.traffic(runs).get(name, (None, None))
+        value, ends = f.ratio(pairs), f.interval(pairs)
+        kinds = [f.kind(line) for line in f.lines(f.of(runs, "crab", name))]
+        counts = " / ".join(str(kinds.count(one)) for one in ("nothing", "files", "processes", "unprotected"))
+        wrong = sum(turn["expected"] not in (None, turn["code"]) for run in f.of(runs, "crab", name) for turn in run["turns"])
+        wrong_none = sum(turn["expected"] not in (None, turn["code"]) for run in f.of(runs, "none", name) for turn in run["turns"])
+        rows.append([name, str(f.of(runs, "none", name)[0]["factor"]) if f.of(runs, "none", name) else "—", counts,
+                     f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})" if value and ends else "—",
+                     mb(bytes_[0]), mb(f.device_bytes(runs, name, "full in crab")), mb(bytes_[1]), percent(f.down([bytes_]) if bytes_[0] else None, 1),
+                     f"{wrong} / {wrong_none}"])
+    return table(("trace", "think ×", "turns of crab: nothing / files / processes / unprotected", "exec times, crab / none (interval)", "MB: full",
+                  "full in crab", "crab", "down by", "unexpected exit codes: crab / none"), rows)
+
+
+def mode_table(data: Data) -> str:
+    rows = []
+    for mode in settings.MODES:
+        runs = f.of(data["runs"], mode)
+        if not runs:
+            continue
+        pairs, held = f.exec_pairs(data["runs"], mode), f.exposed_ms(data["runs"], None, mode)
+        if mode == "full":
+            held = [turn["held_ms"] for run in runs for turn in run["turns"]]
+        value = f.ratio(pairs)
+        rows.append([mode, settings.MODES[mode], str(len(runs)), f"{value:.3f}" if value and mode != "none" else "1",
+                     f"{ms(f.quantile(held, 0.5))} / {ms(f.quantile(held, 0.99))}" if mode != "none" else "—"])
+    return table(("mode", "what it is", "runs", "exec times against none, in the same traces", "the next turn waited, p50 / p99"), rows)
+
+
+def recovery_table(data: Data) -> str:
+    rows = []
+    for one in data["recoveries"]:
+        cells = [one["trace"], ", ".join(map(str, one["turns"])), share(*f.recovered([one]))]
+        for name in ("chat", "files"):
+            found = f.baseline([one], name)
+            cells.append(f"{found['equal']} / {found['files']} / {found['codes']} of {found['crashes']}")
+        times = [fault["restore_ms"] for fault in one["crab"]["faults"]]
+        rows.append([*cells, ms(f.quantile(times, 0.5))])
+    return table(("trace", "crashes after turns", "crab: equal", "chat: state equal / files equal / exit codes", "files: the same",
+                  "crab's restore, median, comparison within"), rows)
+
+
+def constants() -> str:
+    names = [name for name in vars(settings) if name.isupper()]
+    return "\n".join(f"- `{name}` = `{json.dumps(getattr(settings, name), ensure_ascii=False)}`" for name in names) + "\n"
+
+
+def doubts(data: Data) -> list[str]:
+    """Why a run is a trial, and no result."""
+    m = data["machine"]
+    reasons = (("debug binaries", m["profile"] != "release"), ("`--quick`", m["quick"]), (f"think times × {m['think']}", m["think"] is not None))
+    return [name for name, is_so in reasons if is_so]
+
+
+def machine(data: Data) -> str:
+    m = data["machine"]
+    versions = "; ".join(" ".join(m[name]) for name in ("containerd", "runc", "criu", "crab") if m.get(name))
+    loads = [run["load"] for run in data["runs"]]
+    text = (f"{m['cpu']}, {m['cpus']} CPUs, {m['memory_kb'] / 1e6:.0f} GB, kernel {m['kernel']}; {versions}; {m['date']}; "
+            f"load average at the runs' ends {min(loads, default=0):.1f} to {max(loads, default=0):.1f}.")
+    found = doubts(data)
+    return text + (f"\n\n**A trial run ({', '.join(found)}): its figures are no results.**" if found else "")
+
+
+def in_readme(readme: str, data: Data) -> str:
+    """The README with the short table; a trial leaves it as it is."""
+    begin, end = readme.find(MARKS[0]), readme.find(MARKS[1])
+    if doubts(data) or begin < 0 or end < begin:
+        return readme
+    return readme[:begin] + MARKS[0] + main_table(data) + readme[end:]
+
+
+def page(data: Data) -> str:
+    """docs/results.md."""
+    return PAGE.format(machine=machine(data), constants=constants(), main=main_table(data), traces=trace_table(data),
+                       modes=mode_table(data), recoveries=recovery_table(data), command=COMMAND)
+
+
+PAGE = """# Results
+
+Recorded agents' sessions, played in sandboxes as they were recorded, with crab and without. Everything here is made by
+`{command}` (`integration/results/run OUT-DIR`, then `integration/results/report OUT-DIR`), which writes this page: change
+the programs, not the page. "The paper" is the one whose idea crab follows; its figures are its own, from its own machines.
+
+## The machine
+{machine}
+
+## Constants
+All that a figure depends on, from `integration/results/settings.py`. Times in milliseconds, shares and ratios as such.
+
+{constants}
+## The table
+{main}
+- **Equal** is what [state.md](state.md) promises: files and processes as they were at the boundary, read by a program that
+  shares no code with crab, in the same run. The crashes here are `kill -9` of init, after turns that are drawn.
+- **Client time** is that of the whole session, **exec times** are those of the client's whole calls, waits at the gate
+  included. Nothing but the commands is waited for: the agent thinks while a checkpoint is taken.
+- **Bytes** are counted by the block device under the file system that holds nothing but the store, its own metadata and
+  journal included, after a `sync`.
+
+## Per trace
+{traces}
+![bytes](results/bytes.svg)
+
+![exec times](results/exec.svg)
+
+## The modes
+They take turns, in one bed, on a store of their own.
+
+{modes}
+![exposed delay](results/exposed.svg)
+
+## Recoveries
+What comes back for those who keep only the chat (a fresh sandbox, where the agent goes on), or the files (a fresh sandbox
+with the writable layer of then); one crash a run. Equal are all files, and the command lines of all processes; crab's
+recoveries are compared in all that a process is. The paper's figures count tasks that pass; here it is the exit codes of
+the remaining commands, which is less: a command may fail as expected, and a right exit code says nothing of its output.
+
+{recoveries}"""
+
+
+def plots(data: Data) -> dict[str, str]:
+    """File names below docs/results, and what is in them."""
+    runs = data["runs"]
+    ratios = {name: [f.ratio(f.exec_pairs(runs, "crab", name)) or 0.0] for name in f.trace_names(runs)}
+    held = {name: f.exposed_ms(runs, name) for name in ("nothing", "files", "processes")}
+    held["full per turn"] = [turn["held_ms"] for run in f.of(runs, "full") for turn in run["turns"]]
+    return {
+        "bytes.svg": svg.bars("Bytes at the block device", " MB", ("full per turn", "crab"),
+                              {name: [one / 1e6 for one in pair] for name, pair in f.traffic(runs).items()}),
+        "exec.svg": svg.bars("Sum of exec times, crab / none", "", ("crab",), ratios, mark=settings.WANTED["exec time"]),
+        "exposed.svg": svg.distribution("How long the next turn waited, by kind of turn", "ms", {name: v for name, v in held.items() if v}),
+    }
+
+
+def load(out: Path) -> Data:
+    """All that measure.py left."""
+    order = lambda path: (path.name.rsplit(".", 2)[0], int(path.name.rsplit(".", 2)[1]))  # noqa: E731
+    return {"machine": json.loads((out / "machine.json").read_text()),
+            "runs": [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"), key=order)],
+            "recoveries": [json.loads(path.read_text()) for path in sorted((out / "recover").glob("*.json"))]}
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not 1 <= len(arguments) <= 2:
+        print("report OUT-DIR [ROOT]: writes ROOT/docs/results.md, its plots, and the README's table (default: the checkout)", file=sys.stderr)
+        return 2
+    data, root = load(Path(arguments[0])), Path(arguments[1]) if len(arguments) == 2 else ROOT
+    docs, readme = root / "docs", root / "README.md"
+    (docs / "results").mkdir(parents=True, exist_ok=True)
+    (docs / "results.md").write_text(page(data))
+    for name, text in plots(data).items():
+        (docs / "results" / name).write_text(text)
+    if readme.exists():
+        readme.write_text(in_readme(readme.read_text(), data))
+    print(main_table(data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,143 @@
+"""The figures, the report and the plan, on made-up runs."""
+from __future__ import annotations
+
+import os
+import sys
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import figures as f  # noqa: E402
+import report  # noqa: E402
+import settings  # noqa: E402
+
+
+def line(action: str, durable: int | None = None, exposed: int = 0, effects: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
+    return {"action": action, "effects": list(effects), "checkpoint": "c" if durable is not None else None, "bytes_written": 100,
+            "durable_us": durable, "exposed_us": exposed, "look_us": 500} | more
+
+
+def run(mode: str, times: list[float], trace: str = "tb-tmux", factor: float = 1.0, **more: Any) -> dict[str, Any]:
+    turns = [{"turn": n, "code": 0, "expected": 0, "ms": time, "held_ms": 0.0} for n, time in enumerate(times, 1)]
+    return {"mode": mode, "trace": trace, "factor": factor, "turns": turns, "journal": [], "device_bytes": 0, "wall_s": 100.0,
+            "load": 0.0} | more
+
+
+def recovery(equal: int, asked: int, chat: tuple[bool, bool], files: tuple[bool, bool]) -> dict[str, Any]:
+    def of(pair: tuple[bool, bool]) -> list[dict[str, Any]]:
+        return [{"turn": 3, "files_equal": pair[0], "processes_equal": pair[1], "wrong_codes": [] if pair[0] else [4]}]
+    faults = [{"turn": n, "equal": n < equal, "mode": "exact", "restore_ms": 900.0, "unequal": []} for n in range(asked)]
+    return {"trace": "tb-tmux", "turns": [3], "crab": {"asked": asked, "faults": faults, "wrong_codes": []},
+            "chat": of(chat), "files": of(files)}
+
+
+def data(**more: Any) -> dict[str, Any]:
+    journal = [line("skip"), line("files", 10_000), line("full", 200_000, 3_000, ("memory",)), line("skip")]
+    return {"machine": {"cpu": "a CPU", "cpus": 2, "memory_kb": 8_000_000, "kernel": "6.18", "date": "2026-01-01",
+                        "profile": "release", "quick": False, "think": None},
+            "runs": [run("none", [100.0, 200.0]), run("crab", [101.0, 202.0], journal=journal, device_bytes=4_000_000, wall_s=100.5),
+                     run("full", [100.0, 200.0], device_bytes=100_000_000)],
+            "recoveries": [recovery(5, 5, (False, False), (True, False))]} | more
+
+
+def test_a_quantile_is_a_value_that_was_seen():
+    assert [f.quantile([4, 1, 3, 2], q) for q in (0.0, 0.25, 0.5, 0.51, 0.99, 1.0)] == [1, 1, 2, 3, 4, 4]
+    assert f.quantile([], 0.5) is None
+
+
+def test_execs_are_paired_by_turn_and_their_repetitions_averaged():
+    runs = [run("none", [100.0, 200.0]), run("crab", [110.0, 200.0]), run("none", [120.0, 200.0]), run("crab", [130.0]),
+            run("crab", [9.0], trace="without-a-partner"), run("crab", [9.0], factor=0.5)]
+    assert f.exec_pairs(runs, "crab") == [(110.0, 120.0), (200.0, 200.0)]
+    assert f.ratio(f.exec_pairs(runs, "crab")) == 320 / 310
+
+
+def test_the_interval_is_the_same_each_time_and_holds_the_ratio():
+    pairs = [(100.0, 100.0 + n) for n in range(-10, 20)]
+    low, high = f.interval(pairs)
+    assert (low, high) == f.interval(pairs)
+    assert low < f.ratio(pairs) < high
+    assert f.interval([(100.0, 102.0)] * 9) == (1.02, 1.02)
+
+
+def test_a_turn_that_was_not_kept_is_none_of_the_kinds():
+    assert f.kind(line("skip")) == "nothing"
+    assert f.kind(line("skip", effects=("files",))) == "unprotected"
+    assert f.kind(line("full", None, effects=("memory",))) == "unprotected"
+    assert f.kind(line("full", 5)) == "processes"
+
+
+def test_bytes_are_compared_at_the_factor_that_mode_full_has():
+    runs = [run("full", [], factor=0.2, device_bytes=100), run("crab", [], factor=0.2, device_bytes=10),
+            run("crab", [], factor=0.2, device_bytes=20), run("crab", [], factor=1.0, device_bytes=99)]
+    assert f.traffic(runs) == {"tb-tmux": (100, 15)}
+    assert f.down(f.traffic(runs).values()) == 0.85
+
+
+def test_client_time_is_of_runs_with_the_recorded_think_times_only():
+    runs = [run("none", [], factor=0.2, wall_s=1.0), run("crab", [], factor=0.2, wall_s=9.0), run("none", []), run("crab", [], wall_s=101.0)]
+    assert f.client_time(runs) == {"tb-tmux": (100.0, 101.0)}
+
+
+def test_what_is_as_wanted_says_nothing_more():
+    text = report.main_table(data())
+    assert "falls short" not in text
+    for cell in ("5 of 5 (100 %)", "down by 96.0 %", "+0.50 %, 1 traces", "1.010 (95 % interval", "0.50 ms", "files 10 ms / 10 ms",
+                 "processes 200 ms / 200 ms", "chat: state equal 0 of 1 (0 %)", "50 %: tb-tmux 50 %"):
+        assert cell in text, cell
+
+
+def test_what_falls_short_is_written_as_such():
+    bad = data(recoveries=[recovery(4, 5, (False, False), (False, False))])
+    bad["runs"] = [run("none", [100.0]), run("full", [100.0], device_bytes=10), run("crab", [120.0], wall_s=102.0, device_bytes=9, journal=[
+        line("files", 30_000, 50_000, look_us=2_000), line("full", 300_000, 50_000, look_us=2_000)])]
+    text = report.main_table(bad)
+    for name in ("recovery correctness", "bytes against", "client time", "sum of exec times", "look at a turn", "checkpoint p50", "exposed delay"):
+        row = next(row for row in text.splitlines() if row.startswith(f"| {name}"))
+        assert "falls short" in row, row
+    assert "unequal: tb-tmux after turn 4" in text
+
+
+def test_a_crash_that_was_not_come_to_is_no_success():
+    one = recovery(3, 3, (True, True), (True, True))
+    one["crab"]["asked"] = 5
+    cell = report.row_recovered(data(recoveries=[one]))[-1]
+    assert "3 of 5" in cell and "2 crashes were not come to" in cell
+
+
+def test_a_report_of_nothing_claims_nothing():
+    text = report.main_table(data(runs=[], recoveries=[]))
+    assert text.count("not measured") >= 5 and "falls short" not in text
+
+
+def test_the_page_holds_every_constant_and_marks_a_trial():
+    page = report.page(data())
+    assert all(f"`{name}`" in page for name in vars(settings) if name.isupper())
+    assert "A trial run" not in page
+    trial = data()
+    trial["machine"] |= {"profile": "debug", "quick": True}
+    assert "A trial run (debug binaries, `--quick`): its figures are no results." in report.page(trial)
+
+
+def test_plots_are_well_formed_whatever_there_is_to_draw():
+    for some in (data(), data(runs=[], recoveries=[])):
+        for text in report.plots(some).values():
+            ElementTree.fromstring(text)
+
+
+def test_the_modes_take_turns():
+    assert settings.plan("tb-tmux", None, quick=True) == [("none", 1.0, 0), ("crab", 1.0, 0), ("full", 1.0, 0)]
+    full = settings.plan("swe-requests-5414", None, quick=False)
+    assert [mode for mode, factor, _ in full if mode in ("none", "crab") and factor == settings.FACTOR] == ["none", "crab"] * settings.ROUNDS
+    assert full[-2:] == [("none", 1.0, 0), ("crab", 1.0, 0)]
+    assert {mode for mode, _, _ in full} == set(settings.MODES)
+
+
+def test_the_readme_has_the_table_of_results_only():
+    readme = "# crab\n" + "old\n".join(report.MARKS) + "more\n"
+    assert report.in_readme(readme, data()) == f"# crab\n{report.MARKS[0]}{report.main_table(data())}{report.MARKS[1]}more\n"
+    trial = data()
+    trial["machine"]["quick"] = True
+    assert report.in_readme(readme, trial) == readme
+    assert report.in_readme("# no marks\n", data()) == "# no marks\n"
