@@ -195,6 +195,19 @@ def numbers(text: str) -> set[int]:
     return {int(word) for word in text.split(",") if word}
 
 
+def annotation(text: str) -> tuple[str, str]:
+    """`KEY=VALUE`."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
+def annotations(args: argparse.Namespace) -> dict[str, str]:
+    """What the sandbox is annotated with. Without crab nothing but what was asked for."""
+    return ({} if args.no_crab else crabs.ANNOTATIONS) | dict(args.annotation)
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, required=True)
@@ -208,6 +221,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--kill-none", type=numbers, default=set(), metavar="N[,N…]",
                         help="also after the Nth turn that was none and is not in --kill-at; there must be as many")
     parser.add_argument("--no-crab", action="store_true", help="only replay, to compare with")
+    parser.add_argument("--annotation", action="append", default=[], type=annotation, metavar="KEY=VALUE",
+                        help="of the sandbox, besides those that put it under crab; may be given several times")
     parser.add_argument("--sandbox", default=f"replay-{os.getpid()}", metavar="NAME")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the digests of every fault there")
@@ -231,7 +246,7 @@ def main() -> int:
     if unknown:
         print(f"replay: --kill-at: the trace has no turn {', '.join(map(str, sorted(unknown)))}", file=sys.stderr)
         return 2
-    client = CLIENTS[args.client](args.sandbox, args.image, args.runtime, {} if args.no_crab else crabs.ANNOTATIONS)
+    client = CLIENTS[args.client](args.sandbox, args.image, args.runtime, annotations(args))
     replay = Replay(args, trace, client)
     failure = None
     try:
