@@ -11,6 +11,8 @@ from clients import Client, ClientError, call, wait_for
 
 #: Puts a sandbox under crab.
 ANNOTATIONS = {"dev.crab.enabled": "true"}
+#: The triggers of turns that a replay knows of.
+BOUNDARIES = ("exec", "manual")
 RUNTIME = "io.containerd.crab.v2"
 
 Line = dict[str, Any]
@@ -33,12 +35,23 @@ class Crab:
         """The newest turn's number; 0 before the first."""
         return max((line["turn"] for line in self.log()), default=0)
 
+    def turn(self) -> Line:
+        """A boundary by the word of whoever runs the agent. Returns when it is durable."""
+        return json.loads(self._crab("turn", "--json", self.client.id))
+
+    def kept_after(self, turn: int) -> Line | None:
+        """The newest turn after `turn`, if it can be gone back to. The sandbox is dead."""
+        kept = [line for line in self.log() if line["turn"] > turn and line["trigger"] in BOUNDARIES
+                and _is_settled(line) and not is_unprotected(line)]
+        return kept[-1] if kept else None
+
     def line_after(self, turn: int) -> Line:
         """Waits for a turn after `turn` to be in the journal with its outcome, and durable if it wrote anything."""
         found: list[Line] = []
 
         def is_there() -> bool:
-            found[:] = [line for line in self.log() if line["turn"] > turn and _is_settled(line)]
+            found[:] = [line for line in self.log()
+                        if line["turn"] > turn and line["trigger"] in BOUNDARIES and _is_settled(line)]
             return bool(found)
 
         try:
@@ -68,8 +81,8 @@ def all_tasks() -> str:
 
 def is_none(line: Line) -> bool:
     """Whether crab found that the turn had changed nothing. (A turn that could not be protected is no `none`.)"""
-    return (line["action"] == "skip" and line["trigger"] == "exec" and line["effects"] == []
-            and line["checkpoint"] is None)
+    return (line["action"] == "skip" and line["trigger"] in BOUNDARIES and line["effects"] == []
+            and line["checkpoint"] is None and not (line.get("note") or "").startswith("not protected"))
 
 
 def is_unprotected(line: Line) -> bool:

@@ -1,190 +1,147 @@
-"""One fault: the sandbox dies after a turn, crab brings it back, and the two states are compared."""
+"""One fault: the sandbox dies, crab brings it back, and what came back is compared with what it was."""
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import shutil
+import random
+import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable
 
-from clients import Client, ClientError, wait_for
+import strikes
+from clients import Client, ClientError, Outcome, wait_for
+from constants import EXEC_KILL_AT_MOST_MS
 from crab import Crab, Line, is_none
+from hooks import Hooks, of_cut
+from judge import Fault, acquitted, judge
+from together import Together
 
 import digest  # integration/digest, on the path by clients
 import process
-from diff import Difference, differences
-
-#: Where crab looks for programs to run in a freeze; arguments: namespace, id, host pid of init.
-HOOKS = Path("/etc/crab/hooks")
-#: Where hook_digest.sh leaves its digests, and for which sandboxes it makes any. Same layout as in the script.
-RESULTS = Path("/run/crab-replay")
-HOOK = Path(__file__).resolve().with_name("hook_digest.sh")
-MOMENTS = ("frozen", "restored")
-
-#: What a process that merely ran may have changed (the consistent-cut rule, D6): its memory, and where it is.
-#: Not what it has open, nor how far it has read or written: that rule acquits nobody who moved data.
-#: The mask of blocked signals is for a while that of the call in which a thread waits (sigsuspend, ppoll).
-CUT_LOST = ("pages", "mappings")
-CUT_LOST_OF_THREADS = ("sp", "pc", "SigBlk")
-#: How the journal names those that this rule has acquitted: host pids, and names as Rust quotes them.
-ACQUITTED = re.compile(r'(?:ran and moved no data|settled after the thaw): ((?:\d+ "(?:[^"\\]|\\.)*"(?:, )?)+)')
-ONE_ACQUITTED = re.compile(r'(\d+) "(?:[^"\\]|\\.)*"')
-#: At most this many differences are kept for the report.
-KEPT = 200
 
 
 @dataclass
-class Fault:
-    """The outcome. Times in milliseconds.
+class Boundary:
+    """A turn's end to which the sandbox may be taken back. `known`: the turn's number in crab's journal.
 
-    mode: "exact": everything is equal. "cut": after a turn that crab called `none` or `files`, processes that the journal
-    names as having run without moving data came back as they were at the last dump: these are `ran_on`, and `differences`
-    says in what. "unequal": not as promised.
+    may_differ: processes (pids in the sandbox) that may come back without what they did without moving data.
     """
     turn: int
+    known: int
     after_none: bool
-    before: str
-    after: str
-    processes: int
-    exact: list[str] = field(default_factory=list)
-    ran_on: list[str] = field(default_factory=list)
-    unequal: list[str] = field(default_factory=list)
-    differences: list[str] = field(default_factory=list)
-    digest_ms: list[float] = field(default_factory=list)
-    kill_ms: float = 0.0
-    restore_ms: float = 0.0
+    before: dict[str, Any]
+    inner: dict[int, int]
+    may_differ: set[str] = field(default_factory=set)
 
-    @property
-    def is_equal(self) -> bool:
-        return not self.unequal
-
-    @property
-    def mode(self) -> str:
-        if self.unequal:
-            return "unequal"
-        return "cut" if self.ran_on else "exact"
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"equal": self.is_equal, "mode": self.mode}
+    def acquit(self, line: Line) -> None:
+        """A line of the journal after which what is restored may have older processes than files."""
+        if is_none(line) or line["action"] == "files":
+            self.may_differ |= {str(self.inner[pid]) for pid in acquitted(line["note"]) if pid in self.inner}
 
 
-class Hooks:
-    """Installs hook_digest.sh for as long as one fault takes, so that other turns' freezes stay short."""
-
-    def __init__(self, client: Client):
-        self.results = RESULTS / client.namespace / client.id
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        shutil.rmtree(self.results, ignore_errors=True)
-        self.results.mkdir(parents=True, mode=0o700)
-        HOOKS.mkdir(parents=True, exist_ok=True)
-        try:
-            for moment in MOMENTS:
-                with contextlib.suppress(FileNotFoundError):
-                    (HOOKS / moment).unlink()
-                os.symlink(HOOK, HOOKS / moment)
-            yield
-        finally:
-            shutil.rmtree(self.results, ignore_errors=True)
-            for moment in MOMENTS:
-                with contextlib.suppress(FileNotFoundError):
-                    (HOOKS / moment).unlink()
-            with contextlib.suppress(OSError):  # somebody else has hooks there
-                HOOKS.rmdir()
-
-    def result(self, moment: str) -> dict[str, Any] | None:
-        path = self.results / f"{moment}.json"
-        return digest.load(str(path)) if path.exists() else None
-
-    def log(self, moment: str) -> str:
-        """What hook_digest.sh said, for people."""
-        with contextlib.suppress(OSError):
-            return (self.results / f"{moment}.log").read_text(errors="replace")[-500:] or "it said nothing"
-        return "it was not run"
-
-
-def acquitted(note: str | None) -> set[int]:
-    """Host pids that the journal's note names as having run without moving data."""
-    found: set[int] = set()
-    for names in ACQUITTED.findall(note or ""):
-        found.update(int(pid) for pid in ONE_ACQUITTED.findall(names))
-    return found
-
-
-def of_cut(hooks: Hooks, moment: str) -> dict[str, Any]:
-    """What the hook saw in crab's own freeze. Without it nothing would be proved."""
-    found = hooks.result(moment)
-    if found is None:
-        raise ClientError(f"crab's {moment!r} hook left no digest: {hooks.log(moment)}")
-    return found
-
-
-def crash_and_restore(client: Client, crab: Crab, hooks: Hooks, turn: int, line: Line, keep: Path | None) -> Fault:
-    """The fault itself. `line`: the turn in crab's journal, durable, and taken with the hooks installed.
+def boundary(client: Client, hooks: Hooks, turn: int, line: Line) -> Boundary:
+    """What the sandbox is now, after a turn that was taken with the hooks installed and is durable.
 
     A turn that was none has no cut, so its digest is taken here, at its boundary, in a freeze of our own: what is
-    restored is an older checkpoint, and must be equal to this. keep: a directory for both digests as JSON.
+    restored is an older checkpoint, and must be equal to this.
     What is restored after a turn of files alone has older processes, too, and the digest of its own cut.
     """
-    old = client.alive()
-    may_differ: set[str] = set()
-    if is_none(line) or line["action"] == "files":
-        inner = process.members(old)
-        may_differ = {str(inner[pid]) for pid in acquitted(line["note"]) if pid in inner}
+    init = client.alive()
+    inner = process.members(init)
     if is_none(line):
         if hooks.result("frozen") is not None:
             raise ClientError(f"turn {turn} is none in the journal, and yet a checkpoint was taken")
-        before = digest.sandbox(old, freeze=True)
+        before = digest.sandbox(init, freeze=True)
     else:
         before = of_cut(hooks, "frozen")
-    started = time.monotonic()
-    client.crash()
-    killed = time.monotonic()
-    crab.arm()
-    client.start_again()
-    wait_for("the restored init", lambda: client.init_pid() not in (None, old))
-    ended = time.monotonic()
-    after = of_cut(hooks, "restored")
-    if keep:
-        digest.save(before, str(keep / f"turn-{turn}-before.json"))
-        digest.save(after, str(keep / f"turn-{turn}-after.json"))
-    fault = judge(turn, before, after, is_none(line), may_differ)
-    fault.digest_ms = [round((d["observed"]["ended_s"] - d["observed"]["started_s"]) * 1000) for d in (before, after)]
-    fault.kill_ms, fault.restore_ms = (killed - started) * 1000, (ended - killed) * 1000
-    return fault
+    found = Boundary(turn, line["turn"], is_none(line), before, inner)
+    found.acquit(line)
+    return found
 
 
-def judge(turn: int, before: dict[str, Any], after: dict[str, Any], after_none: bool, may_differ: set[str]) -> Fault:
-    """Compares. may_differ: processes (pids in the sandbox) that may have lost what they did without moving data."""
-    found = differences(before, after)
-    fault = Fault(turn, after_none, before["digest"], after["digest"], len(before["state"]["processes"]),
-                  differences=[str(difference) for difference in found[:KEPT]])
-    changed: dict[str, list[Difference]] = {}
-    for difference in found:
-        if difference.process is None:
-            fault.unequal.append(" ".join(difference.path))
+class Faults:
+    """Lets one sandbox die in the ways of constants.KINDS. keep: a directory for the digests as JSON.
+
+    Each method returns one Fault for each recovery that was compared. `chance` decides on moments and victims.
+    """
+
+    def __init__(self, client: Client, crab: Crab, together: Together, chance: random.Random, keep: Path | None):
+        self.client, self.crab, self.together, self.chance, self.keep = client, crab, together, chance, keep
+
+    def at_rest(self, kind: str, hooks: Hooks, at: Boundary) -> list[Fault]:
+        """Between two turns."""
+        if kind == "twice":
+            return [self._once("init", kind, hooks, at), self._once("init", kind, hooks, at)]
+        return [self._once(kind, kind, hooks, at)]
+
+    def _once(self, way: str, kind: str, hooks: Hooks, at: Boundary) -> Fault:
+        old, started, late = self.client.alive(), time.monotonic(), False
+        if way == "containerd":
+            self.together.strike()
         else:
-            changed.setdefault(difference.process, []).append(difference)
-    for name in before["state"]["processes"].keys() | changed.keys():
-        its = changed.get(name, [])
-        if not its:
-            fault.exact.append(name)
-        elif name in may_differ and all(map(is_lost_in_cut, its)):
-            fault.ran_on.append(name)
+            {"tree": strikes.tree, "shim": strikes.shim}.get(way, strikes.init)(self.client)
+        self.client.died(old)
+        killed = time.monotonic()
+        if way == "recovery":
+            late = self._recovery_dies()
+        fault = self._recover(old, hooks, at)
+        fault.kind, fault.late = kind, late
+        fault.kill_ms, fault.restore_ms = (killed - started) * 1000, (time.monotonic() - killed) * 1000
+        return fault
+
+    def _recovery_dies(self) -> bool:
+        """A recovery that is killed on its way. True: it was over by then, and what it had restored was killed."""
+        self.crab.arm()
+        return strikes.recovery(self.client, self.chance)
+
+    def _recover(self, old: int, hooks: Hooks, at: Boundary) -> Fault:
+        """With crab's own commands, and then it is compared."""
+        hooks.forget("restored")
+        self.crab.arm()
+        self.client.start_again()
+        wait_for("the restored init", lambda: self.client.init_pid() not in (None, old))
+        after = of_cut(hooks, "restored")
+        if self.keep:
+            digest.save(at.before, str(self.keep / f"{self.client.sandbox}-turn-{at.turn}-before.json"))
+            digest.save(after, str(self.keep / f"{self.client.sandbox}-turn-{at.turn}-after.json"))
+        fault = judge(at.turn, at.before, after, at.after_none, at.may_differ)
+        fault.digest_ms = [round((d["observed"]["ended_s"] - d["observed"]["started_s"]) * 1000)
+                           for d in (at.before, after)]
+        return fault
+
+    def in_exec(self, run: Callable[[], Outcome], exec_ms: float, hooks: Hooks, at: Boundary,
+                turn: int) -> tuple[Fault, Outcome]:
+        """In the middle of a command that `run` runs. It goes back to the end of the turn before it (`at`).
+
+        If crab had already kept the turn (the command was over when it died), it goes back to that, and the command must
+        not be issued again.
+        """
+        old, started = self.client.alive(), time.monotonic()
+        delay = self.chance.uniform(0, min(exec_ms, EXEC_KILL_AT_MOST_MS)) / 1000
+        over = threading.Event()
+        striker = threading.Thread(target=strikes.in_exec, args=(self.client, old, delay, over))
+        striker.start()
+        try:
+            outcome = run()
+        finally:
+            over.set()
+            striker.join()
+        self.client.died(old)
+        killed = time.monotonic()
+        kept = self.crab.kept_after(at.known)
+        if kept:
+            at = self._reached(at, kept, hooks, turn)
+        fault = self._recover(old, hooks, at)
+        fault.kind, fault.late, fault.reissued = "exec", bool(kept), not kept
+        fault.kill_ms, fault.restore_ms = (killed - started) * 1000, (time.monotonic() - killed) * 1000
+        return fault, outcome
+
+    @staticmethod
+    def _reached(at: Boundary, kept: Line, hooks: Hooks, turn: int) -> Boundary:
+        """The end of the turn in which it died. One that was none ended as the one before it did."""
+        if is_none(kept):
+            at.turn, at.after_none = turn, True
         else:
-            fault.unequal.append(f"process {name}")
-    fault.unequal = fault.unequal[:KEPT]
-    return fault
-
-
-def is_lost_in_cut(difference: Difference) -> bool:
-    """Whether a process that moved no data may differ in this from what is restored."""
-    inside = difference.path[2:]
-    if inside[:1] == ("threads",):
-        # A thread that came or went has no third word.
-        return len(inside) == 3 and inside[2] in CUT_LOST_OF_THREADS
-    return inside[:1] in [(part,) for part in CUT_LOST]
+            at = Boundary(turn, kept["turn"], False, of_cut(hooks, "frozen"), at.inner)
+        at.acquit(kept)
+        return at

@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import crab  # noqa: E402
-from faults import acquitted, judge  # noqa: E402
+from judge import acquitted, judge  # noqa: E402
 
 STATE = {
     "tree": {"/file": {"content": "one"}},
@@ -87,8 +87,9 @@ def test_the_journal_names_who_was_acquitted_and_a_name_cannot_lie():
 
 def test_a_turn_that_could_not_be_protected_is_not_one_that_changed_nothing():
     line = {"action": "skip", "trigger": "exec", "effects": [], "checkpoint": None}
-    assert crab.is_none(line) and not crab.is_unprotected(line)
-    for change in ({"effects": ["files"]}, {"trigger": "manual"}):
+    for boundary in ("exec", "manual"):
+        assert crab.is_none(line | {"trigger": boundary}) and not crab.is_unprotected(line | {"trigger": boundary})
+    for change in ({"effects": ["files"]}, {"trigger": "rollback"}, {"note": "not protected: no room"}):
         assert not crab.is_none(line | change) and crab.is_unprotected(line | change)
     # Its files alone are not what a replay expects.
     assert crab.is_unprotected(line | {"action": "files", "effects": ["files"], "checkpoint": "x", "missing": ["processes"]})

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-#: Seconds that a command may take where the trace does not say.
-DEFAULT_TIMEOUT_S = 120
+from constants import DEFAULT_TIMEOUT_S
+
+STYLES = ("exec", "persistent-shell")
 
 
 class Unsupported(Exception):
@@ -17,7 +19,8 @@ class Unsupported(Exception):
 class Turn:
     """One command of the agent.
 
-    think_ms: what the agent's model took before it; None if unknown. recorded: exit code in the recording.
+    think_ms: what the agent's model took before it; None if unknown. exec_ms: what the command took in the recording.
+    recorded: exit code in the recording.
     expected: exit code of our own plain replay, where the image is not the recording's; else the recorded one.
     """
     number: int
@@ -26,6 +29,7 @@ class Turn:
     timeout_s: float
     recorded: int | None
     expected: int | None
+    exec_ms: int | None = None
 
     def think_s(self, factor: float, cap_s: float) -> float:
         return min(cap_s, factor * (self.think_ms or 0) / 1000)
@@ -35,6 +39,7 @@ class Turn:
 class Trace:
     name: str
     cwd: str
+    style: str
     turns: tuple[Turn, ...]
 
 
@@ -42,12 +47,29 @@ def load(path: Path) -> Trace:
     """Reads NAME.jsonl, and NAME.replay.json beside it if it is there."""
     with open(path) as file:
         header, *lines = [json.loads(line) for line in file if line.strip()]
-    if header.get("style") != "exec":
-        raise Unsupported(f"{path}: style {header.get('style')!r} is not supported yet, only 'exec'")
+    if header.get("style") not in STYLES:
+        raise Unsupported(f"{path}: style {header.get('style')!r} is none of {', '.join(STYLES)}")
     plain = _plain_replay(path.with_suffix("").with_suffix(".replay.json"))
     turns = tuple(Turn(line["turn"], line["command"], line.get("think_ms"), line.get("timeout_s") or DEFAULT_TIMEOUT_S,
-                       line.get("recorded_rc"), plain.get(line["turn"], line.get("recorded_rc"))) for line in lines)
-    return Trace(header["trace"], header["cwd"], turns)
+                       line.get("recorded_rc"), plain.get(line["turn"], line.get("recorded_rc")), line.get("exec_ms"))
+                  for line in lines)
+    return Trace(header["trace"], header["cwd"], header["style"], turns)
+
+
+def with_drawn_thinking(trace: Trace, path: Path, seed: str) -> Trace:
+    """Every think time is drawn from those recorded in this trace, or, if it has none, in all of its directory."""
+    pool = _recorded_thinking(path) or [ms for other in sorted(path.parent.glob("*.jsonl"))
+                                        for ms in _recorded_thinking(other)]
+    if not pool:
+        raise Unsupported(f"{path}: there is no recorded think time in it or beside it to draw from")
+    chance = random.Random(seed)
+    return replace(trace, turns=tuple(replace(turn, think_ms=chance.choice(pool)) for turn in trace.turns))
+
+
+def _recorded_thinking(path: Path) -> list[int]:
+    with open(path) as file:
+        _, *lines = [json.loads(line) for line in file if line.strip()]
+    return [line["think_ms"] for line in lines if line.get("think_ms") is not None]
 
 
 def _plain_replay(path: Path) -> dict[int, int]:
