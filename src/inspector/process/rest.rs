@@ -18,13 +18,12 @@ pub struct Rest {
     threads: Stillness,
     init: i32,
     traffic: Traffic,
-    /// How many pipes and terminals somebody had written to.
-    moved: usize,
 }
 
 impl Baseline {
     /// None if a process ran, came or went while the snapshot was taken, or nobody could tell whether
-    /// anything has happened since: there are several networks, or events were lost.
+    /// anything has happened since: there are several networks, events were lost, or somebody has written
+    /// to a pipe or a terminal, which is told once.
     pub fn at_rest(&self, now: &Snapshot) -> Option<Rest> {
         let [(_, network)] = &now.world.network[..] else {
             return None;
@@ -34,11 +33,13 @@ impl Baseline {
             let tasks = process.tasks.iter();
             tasks.map(|task| (process.pid, task.tid, task.progress))
         });
+        if self.watches.count() != Some(0) {
+            return None;
+        }
         Some(Rest {
             threads: still.then(|| Stillness::new(threads))?,
             init: now.processes.first()?.pid,
             traffic: network.traffic,
-            moved: self.watches.count()?,
         })
     }
 
@@ -46,7 +47,7 @@ impl Baseline {
     /// come by now, in what came through the network, and in what was written to pipes and terminals.
     pub fn still_rests(&self, rest: &Rest, now: &Stillness) -> bool {
         rest.threads == *now
-            && self.watches.count() == Some(rest.moved)
+            && self.watches.count() == Some(0)
             && Dir::open(rest.init)
                 .and_then(|dir| world::traffic(&dir))
                 .is_ok_and(|traffic| traffic == rest.traffic)

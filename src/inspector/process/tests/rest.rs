@@ -23,7 +23,10 @@ fn nothing_has_happened_until_something_does() {
     // Nobody runs for that.
     write_through(actor.pid(), 99, b"x");
     assert!(!baseline.still_rests(&rest, &now(&actor)));
+    // It would not be told again.
+    assert!(baseline.at_rest(&actor.snapshot()).is_none());
 
+    let baseline = actor.baseline();
     let rest = resting(&actor, &baseline);
     assert!(baseline.still_rests(&rest, &now(&actor)));
     actor.enter(&[
