@@ -9,6 +9,7 @@ pub mod criu_conf;
 pub mod criu_version;
 pub mod descriptors;
 pub mod empty_tar;
+mod empty_untar;
 mod log_file;
 pub mod runc;
 pub mod start_line;
