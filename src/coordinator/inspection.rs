@@ -49,7 +49,7 @@ pub(super) struct Inspection {
     pub(super) watch: Result<Watch, String>,
     pub(super) known: Option<Known>,
     /// What the last look found of the processes, if nothing ran meanwhile: for the cut that follows.
-    rested: Option<Rested>,
+    rested: Option<Box<Rested>>,
     consistent_cut: bool,
 }
 
@@ -252,7 +252,7 @@ impl Inspection {
             }
         };
         let basis = basis(self.known.as_ref(), &dirty, latest).map_err(Look::everything)?;
-        let since = rested.as_ref().zip(now);
+        let since = rested.as_deref().zip(now);
         let (look, comparison) = compare(basis, watch, &dirty, scene, since);
         match comparison {
             Some(comparison) if look.only_files || look.effects.is_empty() => {

@@ -15,7 +15,7 @@ pub(super) struct Look {
     /// What a person should know of how this was found.
     pub(super) note: Option<String>,
     /// The processes were found unchanged, and none ran meanwhile.
-    pub(super) rested: Option<Rested>,
+    pub(super) rested: Option<Box<Rested>>,
 }
 
 impl Look {

@@ -54,9 +54,18 @@ type Acquitted = Vec<(i32, String, Acquittal)>;
 #[derive(Debug)]
 pub(super) struct Rested {
     rest: Rest,
-    /// CPU time of the cgroup, read before all else (an exec that came and went is in it), and the facts.
-    seen: (u64, KernelFacts),
+    seen: Seen,
     by: Acquitted,
+}
+
+/// What changes with whatever a process does, or has done to it.
+#[derive(Debug, PartialEq, Eq)]
+struct Seen {
+    /// CPU time of the cgroup, read before all else: an exec that came and went is in it.
+    cpu: u64,
+    facts: KernelFacts,
+    /// When input last came.
+    marks: Vec<Option<Instant>>,
 }
 
 /// An earlier look, and how far the threads have come by now. None of them runs.
@@ -129,7 +138,7 @@ impl Processes {
     ) {
         let verdict = self.verdict(watch, scene, orphans, since);
         let verdict = verdict.map(|(verdict, rested)| {
-            look.rested = rested;
+            look.rested = rested.map(Box::new);
             verdict
         });
         match verdict {
@@ -168,8 +177,13 @@ impl Processes {
             if self.baseline.quick(cpu, &facts, &self.settings) {
                 return Ok((Verdict::Unchanged { by: Vec::new() }, None));
             }
+            let seen = Seen {
+                cpu,
+                facts,
+                marks: scene.marks.clone(),
+            };
             let rested = since.filter(|_| dirty.doubts.is_empty());
-            if let Some(by) = rested.and_then(|since| self.still_so(since, cpu, &facts)) {
+            if let Some(by) = rested.and_then(|since| self.still_so(since, &seen)) {
                 return Ok((Verdict::Unchanged { by: by.clone() }, None));
             }
         }
@@ -182,7 +196,11 @@ impl Processes {
         };
         let rested = cpu.zip(rested).map(|(cpu, (rest, facts))| Rested {
             rest,
-            seen: (cpu, facts),
+            seen: Seen {
+                cpu,
+                facts,
+                marks: scene.marks.clone(),
+            },
             by: by.clone(),
         });
         Ok((verdict, rested))
@@ -196,12 +214,10 @@ impl Processes {
     fn still_so<'a>(
         &self,
         (rested, now): (&'a Rested, &Stillness),
-        cpu: u64,
-        facts: &KernelFacts,
+        seen: &Seen,
     ) -> Option<&'a Acquitted> {
-        let (then, seen) = &rested.seen;
         let is_so = self.settings.consistent_cut
-            && (*then, seen) == (cpu, facts)
+            && rested.seen == *seen
             && self.baseline.still_rests(&rested.rest, now);
         is_so.then_some(&rested.by)
     }
@@ -381,5 +397,70 @@ mod tests {
         let text = acquitted(&many);
         assert!(text.ends_with("7 \"x\" and 3 more"), "{text}");
         assert_eq!(text.matches("7 \"x\"").count(), NAMED);
+    }
+
+    /// A process in a network of its own, that sleeps.
+    fn sleeper() -> (std::process::Child, Processes, Rested) {
+        let mut unshare = std::process::Command::new("unshare");
+        let child = unshare.args(["--net", "sleep", "1000"]).spawn().unwrap();
+        let pid = child.id() as i32;
+        let end = Instant::now() + Duration::from_secs(20);
+        let baseline = loop {
+            assert!(Instant::now() < end, "it does not sleep");
+            if comm(pid) == "sleep"
+                && let Ok(taken) = Baseline::take(&[pid], Path::new("/nowhere"), &no_registers)
+            {
+                break taken;
+            }
+            thread::yield_now();
+        };
+        let snapshot = Snapshot::take(&[pid], &no_registers).unwrap();
+        let rested = Rested {
+            rest: baseline.at_rest(&snapshot).unwrap(),
+            seen: seen(7, Others::default(), None),
+            by: vec![(pid, "sleep".into(), Acquittal::NotRun)],
+        };
+        let processes = Processes {
+            baseline,
+            pids: vec![pid],
+            marks: Vec::new(),
+            memory: HashSet::new(),
+            settled: Vec::new(),
+            settings: Settings::default(),
+        };
+        (child, processes, rested)
+    }
+
+    fn seen(cpu: u64, others: Others, mark: Option<Instant>) -> Seen {
+        Seen {
+            cpu,
+            facts: KernelFacts {
+                others,
+                ..KernelFacts::default()
+            },
+            marks: vec![mark],
+        }
+    }
+
+    #[test]
+    fn a_look_is_made_again_once_anything_has_happened() {
+        let (mut child, mut processes, rested) = sleeper();
+        let now = Stillness::of(&processes.pids).unwrap().unwrap();
+        let still_so = |processes: &Processes, seen: &Seen| {
+            let found = processes.still_so((&rested, &now), seen);
+            found.is_some_and(|by| *by == rested.by)
+        };
+        assert!(still_so(&processes, &seen(7, Others::default(), None)));
+        for other in [
+            seen(8, Others::default(), None),
+            seen(7, Others::PIPE, None),
+            seen(7, Others::default(), Some(Instant::now())),
+        ] {
+            assert!(!still_so(&processes, &other), "{other:?}");
+        }
+        processes.settings.consistent_cut = false;
+        assert!(!still_so(&processes, &rested.seen));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }

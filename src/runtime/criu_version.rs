@@ -1,6 +1,6 @@
-//! The `criu` that a dump finds first, which answers for CRIU when it is asked for its version.
+//! The `criu` that a dump or a restore finds first, which answers for CRIU when it is asked for its version.
 //!
-//! runc asks before each dump, of a CRIU that it starts for that alone: 9 ms of a dump that takes 90. So
+//! runc asks before each, of a CRIU that it starts for that alone: 9 ms of a dump that takes 90. So
 //! the shim asks once, as runc would, and keeps the answer for as long as the program is the same. On
 //! PATH this very program is called criu, as it is [called tar](super::empty_tar): it gives that answer
 //! to that question, and is CRIU for anything else.

@@ -3,7 +3,8 @@
 //! CRIU runs tar for it, that a shell, and that gzip: 7 to 13 ms while the sandbox stands still. Nearly
 //! all are empty, since runc hides directories of /proc and /sys below one each, and /dev holds device
 //! nodes and links. So for a dump PATH begins with a directory in which this very program is called
-//! tar. It packs what has no contents as tar would, and leaves anything else to tar.
+//! tar. It packs what has no contents as tar would, and leaves anything else to tar. A restore finds it, too:
+//! see [`empty_untar`].
 
 use std::{
     env,
@@ -19,6 +20,7 @@ use flate2::Crc;
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use tar::{EntryType, Header};
 
+use super::empty_untar;
 use crate::tree::{self, Expect, Found, TreeError, Visitor};
 
 const TAR: &str = "tar";
@@ -39,9 +41,9 @@ const CREATE: [&str; 12] = [
 ];
 /// The directory is CRIU's, open as the standard input.
 const STDIN: &str = "/proc/self/fd/0";
-const BLOCK: usize = 512;
+pub(super) const BLOCK: usize = 512;
 /// tar fills an archive up to a multiple of this many bytes, of which two blocks at least mark its end.
-const RECORD: usize = 20 * BLOCK;
+pub(super) const RECORD: usize = 20 * BLOCK;
 /// Larger trees are left to tar: a /dev has some twenty names.
 const MAX_ENTRIES: usize = 256;
 /// As long a path, or what a link says, fits into a header.
@@ -95,6 +97,9 @@ pub fn main() -> io::Result<()> {
     let ours = args == CREATE;
     if let Some(archive) = ours.then(|| pack(Path::new(STDIN))).flatten() {
         return io::stdout().write_all(&archive);
+    }
+    if empty_untar::unpack(&args) {
+        return Ok(());
     }
     // Each time around there is one directory less to find ourselves in.
     let path = env::var_os("PATH").unwrap_or_default();

@@ -10,6 +10,7 @@ pub mod criu_stats;
 pub mod criu_version;
 pub mod descriptors;
 pub mod empty_tar;
+mod empty_untar;
 mod log_file;
 mod prepare;
 pub mod runc;

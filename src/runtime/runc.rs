@@ -96,6 +96,15 @@ impl Runc {
         }
     }
 
+    /// Has CRIU's version answered for below a HOME of CRIU.
+    fn answer_for_criu(&self, home: &Path) -> Result<(), RuntimeError> {
+        criu_version::install(home, &*self.spawner).map_err(|source| RuntimeError::File {
+            what: "cannot write what CRIU answers to",
+            path: home.to_owned(),
+            source,
+        })
+    }
+
     /// Runs one verb; `prepare` adds its arguments.
     ///
     /// stderr goes to a file when `stdio` doesn't take it: a pipe would have to be read while the
@@ -284,11 +293,7 @@ impl OciRuntime for Runc {
         stop: &dyn Fn() -> bool,
     ) -> Result<(), RuntimeError> {
         if let Some(home) = &args.home {
-            criu_version::install(home, &*self.spawner).map_err(|source| RuntimeError::File {
-                what: "cannot write what CRIU answers to",
-                path: home.clone(),
-                source,
-            })?;
+            self.answer_for_criu(home)?;
         }
         let spawn = |command| self.spawner.run_unless(command, args.limit, stop);
         let prepare = |c: &mut Command| {
@@ -310,8 +315,7 @@ impl OciRuntime for Runc {
                 option(c, "--manage-cgroups-mode", mode);
             }
             if let Some(home) = &args.home {
-                c.env("HOME", home);
-                c.envs(empty_tar::path(home).map(|path| ("PATH", path)));
+                find_below(c, home);
             }
             calls::mark(c, &self.root, id);
             c.arg(id);
@@ -320,6 +324,9 @@ impl OciRuntime for Runc {
     }
 
     fn restore(&self, args: Restore<'_>) -> Result<(), RuntimeError> {
+        if let Some(home) = &args.home {
+            self.answer_for_criu(home)?;
+        }
         self.run("restore", LIMIT, Some(args.stdio), |c| {
             option(c, "--bundle", args.bundle);
             option(c, "--image-path", args.image_path);
@@ -335,7 +342,7 @@ impl OciRuntime for Runc {
             flag(c, args.shell_job, "--shell-job");
             flag(c, args.file_locks, "--file-locks");
             if let Some(home) = &args.home {
-                c.env("HOME", home);
+                find_below(c, home);
             }
             inherit(c, args.extra_fds);
             neutral_oom_score(c);
@@ -360,6 +367,12 @@ impl OciRuntime for Runc {
     fn is_incremental(&self) -> bool {
         self.incremental
     }
+}
+
+/// Has a runtime find CRIU's options, and what we have put before CRIU and tar, below a HOME of CRIU.
+fn find_below(command: &mut Command, home: &Path) {
+    command.env("HOME", home);
+    command.envs(empty_tar::path(home).map(|path| ("PATH", path)));
 }
 
 /// Reads the pid that a runtime has written.

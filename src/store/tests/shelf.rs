@@ -84,7 +84,7 @@ fn what_is_remembered_takes_little_memory() {
     let writer = bed.writer();
     let pending = writer.begin(TurnNo(1)).unwrap();
     fs::create_dir(pending.upper_dir()).unwrap();
-    for number in 0..3000u32 {
+    for number in 0..1600u32 {
         let path = pending.upper_dir().join(number.to_string());
         fs::write(path, number.to_le_bytes()).unwrap();
     }
@@ -92,7 +92,7 @@ fn what_is_remembered_takes_little_memory() {
     // Its index is read as a whole, for all that it has.
     let pending = writer.begin(TurnNo(2)).unwrap();
     fs::create_dir(pending.upper_dir()).unwrap();
-    for number in 0..3000u32 {
+    for number in 0..1600u32 {
         let path = pending.upper_dir().join(format!("{number} again"));
         fs::write(path, number.to_le_bytes()).unwrap();
     }
