@@ -1,8 +1,7 @@
-"""Dumps that build upon each other: what they have, what comes back, and when there are pre-dumps. With CRAB_TURNS=10
-the chain has ten turns, and the heap 64 MiB (`make soak`)."""
+"""Dumps that build upon each other: what they have, what comes back, and what a pre-dump leaves. With CRAB_TURNS=10
+(`make soak`) the chain has ten turns, the heap 64 MiB, and what takes minutes is tried, too."""
 
 import os
-import time
 
 import pytest
 
@@ -13,11 +12,11 @@ LARGE = ((64 if TURNS >= 10 else 16) << 20) // PAGE
 SMALL = (4 << 20) // PAGE
 TWO_PERCENT = LARGE * 2 // 100
 REST = 1 << 20
-THINKS = 20
-"""Seconds that the agent is away, beyond the end of its checkpoint: what it is expected to be the next time."""
+at_length = pytest.mark.skipif(TURNS < 10, reason="takes minutes: CRAB_TURNS=10")
 
 
-def test_a_chain_has_what_was_written_and_comes_back_whole(tmp_path):
+def test_a_chain_has_what_was_written_and_comes_back_whole(tmp_path, config):
+    config('pre_dumps = "0"\n')
     with Chained(tmp_path, LARGE) as sandbox:
         first = sandbox.serve()
         assert first["action"] == "full" and first["bytes_captured"] > LARGE * PAGE, first
@@ -72,7 +71,7 @@ def wrapped(tmp_path, config):
     return make
 
 
-@pytest.mark.parametrize("after", [WRITES, CLEARS], ids=["as it is", "with somebody who clears marks"])
+@pytest.mark.parametrize("after", [pytest.param(WRITES, id="as-it-is"), pytest.param(CLEARS, id="marks-cleared", marks=at_length)])
 def test_what_is_written_after_a_pre_dump_is_in_the_dump(after, tmp_path, wrapped):
     calls = wrapped('pre_dumps = "1"', after)
     with Chained(tmp_path, SMALL) as sandbox:
@@ -87,33 +86,3 @@ def test_what_is_written_after_a_pre_dump_is_in_the_dump(after, tmp_path, wrappe
         came_back = sandbox.say("hash") == sandbox.model.hash()
         # Somebody else who clears marks is what a chain cannot bear: so this would see a page that is lost.
         assert came_back == (after == WRITES)
-
-
-def turns_of(sandbox):
-    """A small change and two large ones, after the agent was away for long: of the first large one it is learnt how
-    fast memory is dumped."""
-    sandbox.serve()
-    time.sleep(THINKS)
-    small = sandbox.some(1, 10)
-    time.sleep(THINKS)
-    sandbox.some(2, LARGE)
-    time.sleep(THINKS)
-    return small, sandbox.some(3, LARGE)
-
-
-def test_pre_dumps_come_before_a_large_dump_and_no_small_one(tmp_path, wrapped):
-    calls = wrapped("")
-    with Chained(tmp_path, LARGE) as sandbox:
-        small, large = turns_of(sandbox)
-        assert small["pre_dumps"] == 0 and "freeze it for longer" in small["plan"], small
-        assert large["pre_dumps"] > 0 and "shorten the freeze" in large["plan"], large
-        assert calls() == [*["dump"] * 3, *["pre-dump"] * large["pre_dumps"], "dump"]
-        sandbox.check()
-
-
-def test_no_pre_dump_comes_before_a_large_dump_that_the_budget_has_too_little_for(tmp_path, wrapped):
-    calls = wrapped('engine.rate = "1MiB/s"\nengine.burst = "1MiB"')
-    with Chained(tmp_path, LARGE) as sandbox:
-        _, large = turns_of(sandbox)
-        assert large["pre_dumps"] == 0 and "too little for pre-dumps" in large["plan"], large
-        assert calls() == ["dump"] * 4
