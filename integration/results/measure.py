@@ -104,7 +104,7 @@ def machine() -> dict[str, Any]:
     memory = Path("/proc/meminfo").read_text().split()[1]
     return {"kernel": platform.release(), "cpu": model[0] if model else platform.machine(), "cpus": os.cpu_count(),
             "memory_kb": int(memory), "containerd": first("containerd", "--version"), "runc": first("runc", "--version"),
-            "criu": first("criu", "--version"), "crab": first("crab", "--version"), "date": time.strftime("%Y-%m-%d"),
+            "criu": [f"CRIU {line}" for line in first("criu", "--version")], "crab": first("crab", "--version"), "date": time.strftime("%Y-%m-%d"),
             "profile": os.environ.get("CRAB_PROFILE", "release")}
 
 
