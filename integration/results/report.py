@@ -201,7 +201,8 @@ def constants() -> str:
 def doubts(data: Data) -> list[str]:
     """Why a run is a trial, and no result."""
     m = data["machine"]
-    reasons = (("debug binaries", m["profile"] != "release"), ("`--quick`", m["quick"]), (f"think times × {m['think']}", m["think"] is not None))
+    reasons = (("debug binaries", m["profile"] != "release"), ("`--quick`", m["quick"]), (f"think times × {m['think']}", m["think"] is not None),
+               ("without " + ", ".join(data["missing"]), bool(data["missing"])))
     return [name for name, is_so in reasons if is_so]
 
 
@@ -288,9 +289,10 @@ def plots(data: Data) -> dict[str, str]:
 
 def load(out: Path) -> Data:
     """All that measure.py left."""
+    machine_ = json.loads((out / "machine.json").read_text())
     order = lambda path: (path.name.rsplit(".", 2)[0], int(path.name.rsplit(".", 2)[1]))  # noqa: E731
-    return {"machine": json.loads((out / "machine.json").read_text()),
-            "runs": [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"), key=order)],
+    runs = [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"), key=order)]
+    return {"machine": machine_, "runs": runs, "missing": [name for name in settings.TRACES if name not in f.trace_names(runs)],
             "recoveries": [json.loads(path.read_text()) for path in sorted((out / "recover").glob("*.json"))]}
 
 
