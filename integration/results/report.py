@@ -199,10 +199,11 @@ def constants() -> str:
 
 
 def doubts(data: Data) -> list[str]:
-    """Why a run is a trial, and no result."""
+    """Why what was measured is a trial, and no result."""
     m = data["machine"]
     reasons = (("debug binaries", m["profile"] != "release"), ("`--quick`", m["quick"]), (f"think times × {m['think']}", m["think"] is not None),
-               ("without " + ", ".join(data["missing"]), bool(data["missing"])))
+               ("without " + ", ".join(data["missing"]), bool(data["missing"])),
+               (f"failed: {'; '.join(data['failed'])}", bool(data["failed"])))
     return [name for name, is_so in reasons if is_so]
 
 
@@ -292,7 +293,9 @@ def load(out: Path) -> Data:
     machine_ = json.loads((out / "machine.json").read_text())
     order = lambda path: (path.name.rsplit(".", 2)[0], int(path.name.rsplit(".", 2)[1]))  # noqa: E731
     runs = [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"), key=order)]
-    return {"machine": machine_, "runs": runs, "missing": [name for name in settings.TRACES if name not in f.trace_names(runs)],
+    failed = out / "failed"
+    return {"machine": machine_, "runs": runs, "failed": failed.read_text().splitlines() if failed.exists() else [],
+            "missing": [name for name in settings.TRACES if name not in f.trace_names(runs)],
             "recoveries": [json.loads(path.read_text()) for path in sorted((out / "recover").glob("*.json"))]}
 
 
