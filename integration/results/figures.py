@@ -109,6 +109,12 @@ def first_share(runs: Sequence[Run]) -> float | None:
     return first / total if total else None
 
 
+def stored_share(runs: Sequence[Run]) -> float | None:
+    """The share of crab's bytes at the device that its packs are."""
+    total = sum(run["device_bytes"] for run in of(runs, "crab"))
+    return sum(line["bytes_written"] for line in lines(of(runs, "crab"))) / total if total else None
+
+
 def durable_ms(runs: Sequence[Run], name: str) -> list[float]:
     return [line["durable_us"] / 1000 for line in lines(of(runs, "crab"))
             if kind(line) == name and line["durable_us"] is not None]

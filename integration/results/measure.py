@@ -24,7 +24,7 @@ import player
 import recover
 import settings
 import trace as traces
-from clients import call
+from clients import ClientError, call
 from crab import Crab
 from full import Keeper
 from logged import mount_loop
@@ -104,8 +104,15 @@ def machine() -> dict[str, Any]:
     memory = Path("/proc/meminfo").read_text().split()[1]
     return {"kernel": platform.release(), "cpu": model[0] if model else platform.machine(), "cpus": os.cpu_count(),
             "memory_kb": int(memory), "containerd": first("containerd", "--version"), "runc": first("runc", "--version"),
-            "criu": first("criu", "--version"), "crab": first("crab", "--version"), "date": time.strftime("%Y-%m-%d"),
+            "criu": [f"CRIU {line}" for line in first("criu", "--version")], "crab": first("crab", "--version"), "date": time.strftime("%Y-%m-%d"),
             "profile": os.environ.get("CRAB_PROFILE", "release")}
+
+
+def failed(out: Path, what: str) -> None:
+    """The rest goes on without it; the report says so."""
+    print(f"FAILED: {what}")
+    with open(out / "failed", "a") as file:
+        file.write(" ".join(what.split()) + "\n")
 
 
 def main() -> int:
@@ -121,14 +128,22 @@ def main() -> int:
         (args.out / name).mkdir(exist_ok=True)
     (args.out / "machine.json").write_text(json.dumps(machine() | {"quick": args.quick, "think": args.think}, indent=1) + "\n")
     for number, (mode, factor, round_) in enumerate(settings.plan(trace.name, args.think, args.quick)):
-        run = one_run(trace, mode, factor, number) | {"round": round_}
+        try:
+            run = one_run(trace, mode, factor, number) | {"round": round_}
+        except ClientError as error:
+            failed(args.out, f"{trace.name} in mode {mode}: {error}")
+            continue
         (args.out / "runs" / f"{trace.name}.{number}.json").write_text(json.dumps(run) + "\n")
         wrong = [turn["turn"] for turn in run["turns"] if turn["expected"] not in (None, turn["code"])]
         print(f"{trace.name:18} {mode:13} think × {factor:<4} {run['wall_s']:7.1f} s, execs "
               f"{sum(turn['ms'] for turn in run['turns']) / 1000:6.1f} s, {run['device_bytes'] / 1e6:7.2f} MB at the device"
               + (f"; unexpected exit codes in turns {wrong}" if wrong else ""))
     if trace.name not in settings.NOT_CRASHED and not (args.quick and trace.name in settings.NOT_CRASHED_QUICKLY):
-        found = recover.recoveries(trace, args.trace, settings.LEAST_FACTOR.get(trace.name, 0.0), args.quick)
+        try:
+            found = recover.recoveries(trace, args.trace, settings.LEAST_FACTOR.get(trace.name, 0.0), args.quick)
+        except ClientError as error:
+            failed(args.out, f"{trace.name}, recoveries: {error}")
+            return 0
         (args.out / "recover" / f"{trace.name}.json").write_text(json.dumps(found) + "\n")
         print(f"{trace.name:18} crashes after turns {found['turns']}: crab {sum(bool(f['equal']) for f in found['crab']['faults'])} equal; "
               + "; ".join(f"{kind} {sum(r['files_equal'] and r['processes_equal'] for r in found[kind])} equal"

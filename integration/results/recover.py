@@ -4,8 +4,9 @@ A sandbox under containerd's own shim is played up to each of the drawn turns; a
 read (integration/digest) and its writable layer copied. From each such place: a fresh sandbox (chat), or a fresh one with
 that layer (files), whose state is compared with that at the boundary, and which then plays the remaining turns.
 
-Equal are the trees of root and tmpfs in every name, attribute and byte, and the command lines of all processes. This is
-less than is asked of crab, whose processes are compared in all that they are (a fresh init differs in its addresses).
+Equal are the trees of root and tmpfs in every name, attribute and byte (but times in a tmpfs: /dev is made anew), and the
+command lines of all processes. This is less than is asked of crab, whose processes are compared in all that they are (a
+fresh init differs in its addresses).
 """
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def state(client: Client) -> dict[str, Any]:
     """The trees, and the processes' command lines."""
     seen = digest.sandbox(client.alive(), quick=True)["state"]
     lines = sorted(p["cmdline"] for p in seen["processes"].values() if p.get("cmdline"))
-    return {"files": [seen["tree"], seen["tmpfs"]], "processes": lines}
+    in_memory = {point: {path: {key: value for key, value in entry.items() if key != "mtime_ns"} for path, entry in tree.items()}
+                 for point, tree in seen["tmpfs"].items()}
+    return {"files": [seen["tree"], in_memory], "processes": lines}
 
 
 def copy(source: Path, target: Path) -> None:

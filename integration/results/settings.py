@@ -5,6 +5,8 @@ from __future__ import annotations
 TRACES = ("swe-requests-5414", "tb-tmux", "swe-pydicom-1694", "swe-django-16612", "swe-seaborn-3069")
 #: Those of --quick.
 QUICK_TRACES = ("swe-requests-5414", "tb-tmux", "swe-pydicom-1694")
+#: The session in this repository, which is measured where no other is at hand (docs/traces.md).
+OWN_TRACE = "crab-h11-chunked"
 #: Recorded sessions that are not measured, and why.
 EXCLUDED_TRACES = {
     "tb-nginx": "nginx's workers are another user's, whom CRIU cannot dump where CAP_SYS_RESOURCE is missing, as here",

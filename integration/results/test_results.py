@@ -33,9 +33,10 @@ def recovery(equal: int, asked: int, chat: tuple[bool, bool], files: tuple[bool,
 
 
 def data(**more: Any) -> dict[str, Any]:
-    journal = [line("skip"), line("files", 10_000), line("full", 200_000, 3_000, ("memory",)), line("skip")]
+    journal = [line("skip"), line("files", 10_000), line("full", 200_000, 0, ("memory",)), line("skip")]
     return {"machine": {"cpu": "a CPU", "cpus": 2, "memory_kb": 8_000_000, "kernel": "6.18", "date": "2026-01-01",
                         "profile": "release", "quick": False, "think": None},
+            "missing": [], "failed": [],
             "runs": [run("none", [100.0, 200.0]), run("crab", [101.0, 202.0], journal=journal, device_bytes=4_000_000, wall_s=100.5),
                      run("full", [100.0, 200.0], device_bytes=100_000_000)],
             "recoveries": [recovery(5, 5, (False, False), (True, False))]} | more
@@ -97,6 +98,12 @@ def test_what_falls_short_is_written_as_such():
         row = next(row for row in text.splitlines() if row.startswith(f"| {name}"))
         assert "falls short" in row, row
     assert "unequal: tb-tmux after turn 4" in text
+    assert "processes 50 ms / 50 ms: **falls short**" in text
+
+
+def test_of_crabs_bytes_the_packs_and_the_first_checkpoint_are_told_apart():
+    runs = [run("crab", [], device_bytes=800, journal=[line("full", 5, bytes_written=300), line("files", 5), line("skip", bytes_written=0)])]
+    assert (f.stored_share(runs), f.first_share(runs)) == (0.5, 0.75)
 
 
 def test_a_crash_that_was_not_come_to_is_no_success():
@@ -115,9 +122,10 @@ def test_the_page_holds_every_constant_and_marks_a_trial():
     page = report.page(data())
     assert all(f"`{name}`" in page for name in vars(settings) if name.isupper())
     assert "A trial run" not in page
-    trial = data()
+    trial = data(missing=["swe-django-16612"])
     trial["machine"] |= {"profile": "debug", "quick": True}
-    assert "A trial run (debug binaries, `--quick`): its figures are no results." in report.page(trial)
+    assert "A trial run (debug binaries, `--quick`, without swe-django-16612): its figures are no results." in report.page(trial)
+    assert "A trial run (failed: no disk)" in report.page(data(failed=["no disk"]))
 
 
 def test_plots_are_well_formed_whatever_there_is_to_draw():
