@@ -238,7 +238,7 @@ class Ctr(Client):
 
     def remove(self) -> None:
         if self.shell:
-            self.shell.client.kill()
+            self.shell.kill()
         with contextlib.suppress(ClientError):
             call("ctr", "task", "kill", "-s", "KILL", self.sandbox)
             wait_for(f"{self.sandbox} to be dead", lambda: self.init_pid() is None)
@@ -288,7 +288,7 @@ class Docker(Client):
 
     def remove(self) -> None:
         if self.shell:
-            self.shell.client.kill()
+            self.shell.kill()
         with contextlib.suppress(ClientError):
             call("docker", "rm", "-f", self.sandbox)
 

@@ -169,6 +169,8 @@ def write(args: argparse.Namespace, replays: list[Replay], results: dict[Replay,
         args.json.write_text(json.dumps(whole, indent=1) + "\n")
     if args.final:
         for number, replay in enumerate(replays, start=1):
+            if replay.final is None:
+                continue  # it has failed
             path = args.final.with_stem(f"{args.final.stem}-{number}") if len(replays) > 1 else args.final
             path.write_text(json.dumps(replay.final, indent=1, sort_keys=True) + "\n")
 

@@ -7,6 +7,7 @@ import re
 import secrets
 import select
 import shlex
+import signal
 import subprocess
 import time
 
@@ -75,6 +76,12 @@ class Shell:
         try:
             said = self.client.communicate(timeout=LIMIT_S / 4)[0]
         except subprocess.TimeoutExpired:
-            self.client.kill()
-            said = self.client.communicate()[0]
+            self.kill()
+            return b""
         return said or b""
+
+    def kill(self) -> None:
+        """The client, and what it has started: others may hold its output open, so its end is not waited for."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.client.pid, signal.SIGKILL)
+        self.client.wait()
