@@ -44,9 +44,8 @@ soak: build driver ## the end-to-end tests with chaos in them, again and again; 
 	for i in $$(seq $${ROUNDS:-10}); do CRAB_SOAK=1 integration/e2e/run -k 'chaos or armed or restart or rollback or equality or power' || exit 1; done
 	CRAB_E2E_SECONDS=$${SECONDS_OF_CHAOS:-600} integration/e2e/run -s test_engine_chaos.py
 	for i in $$(seq $${ROUNDS:-10}); do CRAB_SOAK=1 integration/power/run -s || exit 1; done
-	integration/vm/power $${TIMES:-20}
 	CRAB_E2E_CYCLES=$${CYCLES:-1000} integration/e2e/run -s test_rollback.py -k random_cycles
-	CRAB_TURNS=10 CRAB_E2E_LIMIT=600 VM_LIMIT=3600 integration/vm/run test_chains.py
+	CRAB_E2E_LIMIT=600 integration/vm/run --long
 
 SHARE   := $(DESTDIR)$(PREFIX)/share
 

@@ -155,6 +155,9 @@ static __always_inline void pseudo(struct inode *inode, unsigned long magic, __u
 		others = HAPPENED_QUEUE;
 		break;
 	case MAGIC_PROC:
+		/* Elsewhere a function tells of it (functions.h). */
+		if (!bpf_core_type_exists(struct trace_event_raw_ctime_ns_xchg))
+			return;
 		if (inode->i_mode != PROC_MEM_MODE || is_made_by_others())
 			return;
 		others = HAPPENED_REACH;

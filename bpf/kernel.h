@@ -246,6 +246,11 @@ struct linux_binprm {
 	char unused;
 };
 
+/* Where it exists, times of inodes have tracepoints (6.13 and newer). */
+struct trace_event_raw_ctime_ns_xchg {
+	char unused;
+};
+
 #pragma clang attribute pop
 
 /* A pointer that is not the verifier's own: loads through it cannot fault, they read 0. */

@@ -15,7 +15,8 @@ from test_inspector import Watched, is_none, serve
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "replay"))
 
 import clients  # noqa: E402, F401 (puts integration/digest on the path)
-from faults import Hooks, acquitted, judge, of_cut  # noqa: E402
+from hooks import Hooks, of_cut  # noqa: E402
+from judge import acquitted, judge  # noqa: E402
 
 import process  # noqa: E402
 

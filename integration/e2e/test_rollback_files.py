@@ -20,7 +20,8 @@ from test_inspector import Watched
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "replay"))
 
 import clients  # noqa: E402, F401 (puts integration/digest on the path)
-from faults import HOOKS, Hooks, judge, of_cut  # noqa: E402
+from hooks import HOOKS, Hooks, of_cut  # noqa: E402
+from judge import judge  # noqa: E402
 
 import process  # noqa: E402
 

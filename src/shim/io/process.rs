@@ -18,9 +18,9 @@ use super::{
     sink::{Sink, SinkId},
 };
 
-/// How long Delete keeps output for a client that has no reader on its FIFO. Clients open theirs
-/// before they ask for the process.
-const READER_GRACE: Duration = Duration::from_millis(100);
+/// How long Delete keeps output for a client that has no reader on its FIFO. Clients begin to open theirs
+/// before they ask for the process; on a busy machine a short-lived process may end before that is done.
+const READER_GRACE: Duration = Duration::from_secs(1);
 
 /// The stdio of one process: init or an exec. All methods may be called from any thread.
 ///
