@@ -38,7 +38,7 @@ def main() -> None:
     before = CONFIG.read_text() if CONFIG.exists() else None
     try:
         for count in options.pre_dumps.split(","):
-            CONFIG.write_text(f'pre_dumps = "{count}"\n')
+            CONFIG.write_text(f'incremental = true\npre_dumps = "{count}"\n')
             measure(pages, options)
     finally:
         CONFIG.unlink()

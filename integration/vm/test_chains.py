@@ -16,7 +16,7 @@ at_length = pytest.mark.skipif(TURNS < 10, reason="takes minutes: CRAB_TURNS=10"
 
 
 def test_a_chain_has_what_was_written_and_comes_back_whole(tmp_path, config):
-    config('pre_dumps = "0"\n')
+    config('incremental = true\npre_dumps = "0"\n')
     with Chained(tmp_path, LARGE) as sandbox:
         first = sandbox.serve()
         assert first["action"] == "full" and first["bytes_captured"] > LARGE * PAGE, first
@@ -65,7 +65,7 @@ def wrapped(tmp_path, config):
         log.write_text("")
         runtime.write_text(WRAPPER.replace("LOG", str(log)).replace("AFTER", after.strip().replace("\n", "; ")))
         runtime.chmod(0o755)
-        config(f'runtime = "{runtime}"\n{more}\n')
+        config(f'runtime = "{runtime}"\nincremental = true\n{more}\n')
         return lambda: log.read_text().split()
 
     return make

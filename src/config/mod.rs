@@ -81,7 +81,8 @@ pub struct Config {
     /// Whether processes that merely ran, and moved no data, count as unchanged (D6c). Default true.
     pub consistent_cut: bool,
     /// Whether a dump has only the pages that were written to since the one before, where the kernel
-    /// tells them; the sandbox has no transparent huge pages then. Default true.
+    /// tells them; the sandbox has no transparent huge pages then. A process that clears its own marks is
+    /// not noticed: default false.
     pub incremental: bool,
     /// How many pre-dumps come before a dump, where dumps are incremental. Default as many as pay
     /// (`"auto"`); 0 to 3.
@@ -214,7 +215,7 @@ impl Default for Config {
             gate: Gate::Strict,
             skip_unchanged: true,
             consistent_cut: true,
-            incremental: true,
+            incremental: false,
             pre_dumps: None,
             timer: None,
             view: false,

@@ -92,7 +92,7 @@ fn every_key_is_read() {
         gate = "async"
         skip_unchanged = false
         consistent_cut = false
-        incremental = false
+        incremental = true
         pre_dumps = "2"
         timer = "24h"
         view = true
@@ -131,7 +131,7 @@ fn every_key_is_read() {
         gate: Gate::Async,
         skip_unchanged: false,
         consistent_cut: false,
-        incremental: false,
+        incremental: true,
         pre_dumps: Some(2),
         timer: Some(Duration::from_secs(24 * 60 * 60)),
         view: true,
