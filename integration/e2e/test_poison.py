@@ -111,7 +111,8 @@ def test_what_is_left_on_the_terminal_of_an_exec_is_named(tmp_path):
         for number, (command, words) in enumerate([
             # Deaf to the hang-up, and in a session of its own: neither has a terminal that comes back.
             ("trap '' HUP; sleep 1001 & :", "sleep"),
-            ("setsid sleep 1002 & until pgrep -x sleep >/dev/null; do sleep 0.02; done", "sleep"),
+            # (The init is a sleep, too; and until setsid has become it, the hang-up would end this one.)
+            ("setsid sleep 1002 & until pgrep -f '^sleep 1002' >/dev/null; do sleep 0.02; done", "sleep"),
         ]):
             with Terminal("ctr", "task", "exec", "--tty", "--exec-id", f"tty{number}", box.name, "sh", "-c", command) as terminal:
                 terminal.finish()
