@@ -18,6 +18,8 @@ class Sandbox:
     """Number → the answer that reported it."""
     maybe_there: dict = dataclasses.field(default_factory=dict)
     maybe_gone: set = dataclasses.field(default_factory=set)
+    let_go: set = dataclasses.field(default_factory=set)
+    """Of maybe_there: those that are gone for good once anything else of the packs is durable."""
     names: dict = dataclasses.field(default_factory=dict)
     """Name → the turns that it may stand for; None: there may be no such name."""
     armed: set = dataclasses.field(default_factory=lambda: {None})
@@ -29,6 +31,11 @@ class Sandbox:
     def droppable(self, keep):
         stay = {*self.armed, *(turn for turns in self.names.values() for turn in turns)}
         return {turn for turn in sorted(self.turns)[:-keep] if turn not in stay}
+
+    def forget(self):
+        for turn in self.let_go:
+            del self.maybe_there[turn]
+        self.let_go = set()
 
 
 def orders(records, at):
@@ -56,12 +63,14 @@ def _apply(sandbox, order, answer, future):
     match order["do"]:
         case "checkpoint" if done:
             sandbox.turns[turn] = answer
+            sandbox.forget()
         case "checkpoint":
             # Not reported in time, but perhaps later, so its digest is known; else no other power loss tells it either.
             sandbox.maybe_there[turn] = future.get(turn)
         case "retain" if done:
             for turn in answer["gone"]:
-                del sandbox.turns[turn]
+                sandbox.maybe_there[turn] = sandbox.turns.pop(turn)
+            sandbox.let_go |= set(answer["gone"])
         case "retain":
             sandbox.maybe_gone = sandbox.droppable(order["keep"])
         case "name":
@@ -75,6 +84,8 @@ def _apply(sandbox, order, answer, future):
                 sandbox.durable_lines = len(sandbox.journal)
         case "remove":
             sandbox.is_maybe_removed = True
+        case "collect" if done:
+            sandbox.forget()
         case "collect" | "litter" | "close":
             pass
         case other:

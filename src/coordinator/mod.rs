@@ -20,6 +20,7 @@ pub mod recovery;
 mod references;
 pub mod rollback;
 mod rollback_files;
+mod stage;
 mod stand_still;
 mod stored_images;
 pub mod subject;

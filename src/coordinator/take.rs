@@ -177,7 +177,7 @@ impl Worker {
         line: &mut JournalLine,
         spending: &mut Spending<'_>,
     ) -> Result<Taken, String> {
-        let mut pending = self.store.begin(order.turn).map_err(text)?;
+        let mut pending = self.begin_dump(subject, order.turn).map_err(text)?;
         pending.prepare().map_err(text)?;
         let mut link = self.link(subject, order, &mut pending)?;
         self.pre_dump(subject, plan.pre_dumps(), &mut pending, &mut link, line)?;

@@ -20,11 +20,24 @@ pub(super) fn io(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> S
 
 /// Makes a directory (0700), durably. That it is there already is fine.
 pub(super) fn make_dir(path: &Path) -> Result<(), StoreError> {
+    match make_dir_unsynced(path)? {
+        true => sync_parent(path),
+        false => Ok(()),
+    }
+}
+
+/// Makes a directory (0700), unless it is there; whether it made it. [`sync_parent`] is then the caller's affair.
+pub(super) fn make_dir_unsynced(path: &Path) -> Result<bool, StoreError> {
     match super::dir_builder().create(path) {
-        Ok(()) => path.parent().map_or(Ok(()), sync_dir),
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         Err(e) => Err(io("make", path)(e)),
     }
+}
+
+/// Makes the name of a file or directory durable.
+pub(super) fn sync_parent(path: &Path) -> Result<(), StoreError> {
+    path.parent().map_or(Ok(()), sync_dir)
 }
 
 pub(super) fn sync_dir(path: &Path) -> Result<(), StoreError> {
@@ -109,7 +122,7 @@ pub(super) fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
     failpoint("rename a file");
     fs::rename(&temporary, path).map_err(io("rename", &temporary))?;
     failpoint("sync its directory");
-    path.parent().map_or(Ok(()), sync_dir)
+    sync_parent(path)
 }
 
 /// Removes a file; true if there was one.

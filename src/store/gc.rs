@@ -266,10 +266,8 @@ impl SandboxWriter {
             fs::rename(&from, &to).map_err(files::io("rename", &from))?;
             retired.add(size(&to));
         }
-        if !turns.is_empty() {
-            failpoint("sync retired checkpoints");
-            files::sync_dir(&self.packs_dir())?;
-        }
+        // Not synced: after a power loss they are there again, whole, as long as nothing of them is deleted. The
+        // next commit takes the renames along, which saves the journal of a file system one for each turn.
         Ok(turns)
     }
 
@@ -286,6 +284,9 @@ impl SandboxWriter {
         let kept = kept(self)?;
         *lock.retired.lock() = Retired::default();
         if !kept.is_empty() {
+            // Before anything is deleted that checkpoints need which would otherwise come back.
+            failpoint("sync retired checkpoints");
+            files::sync_dir(&self.packs_dir())?;
             let live = self.mark()?;
             self.sweep(&kept, &live, effort)?;
         }

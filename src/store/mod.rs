@@ -123,8 +123,14 @@ impl Store {
 
     /// The checkpoints of one sandbox, to write: of all processes, one at a time may.
     pub fn writer(&self, id: &SandboxId) -> Result<SandboxWriter, StoreError> {
-        files::make_dir(&self.root.join(id.namespace()))?;
-        SandboxWriter::lock(self.sandbox(id))
+        let namespace = self.root.join(id.namespace());
+        let is_new = files::make_dir_unsynced(&namespace)?;
+        let writer = SandboxWriter::lock(self.sandbox(id))?;
+        // The lowest comes first: for a file system with a journal that is one commit, and not one for each.
+        if is_new {
+            files::sync_parent(&namespace)?;
+        }
+        Ok(writer)
     }
 
     /// All sandboxes that have ever been written.

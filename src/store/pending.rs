@@ -78,7 +78,7 @@ impl Pending {
                 turn,
             });
         }
-        let dir = store.scratch_dir().join(format!("staged-{turn}"));
+        let dir = staged(&store.scratch_dir(), turn);
         let staging = Staging {
             image: dir.join("image"),
             dir,
@@ -96,6 +96,12 @@ impl Pending {
             last: None,
             pre_dumps: Vec::new(),
         })
+    }
+
+    /// Has the images made elsewhere than beside the packs.
+    pub(super) fn stage_below(&mut self, place: &Path) {
+        self.staging.dir = staged(place, self.turn);
+        self.staging.image = self.staging.dir.join("image");
     }
 
     /// Makes the directory for CRIU's images. Whoever has none is spared it: a directory that comes and
@@ -347,6 +353,11 @@ impl Pending {
         image.sort_by(|a, b| a.path.cmp(&b.path));
         Ok((image, maps))
     }
+}
+
+/// Where the images of a turn are made.
+fn staged(place: &Path, turn: TurnNo) -> PathBuf {
+    place.join(format!("staged-{turn}"))
 }
 
 impl From<(Digest, TreeEntry)> for TreeSummary {

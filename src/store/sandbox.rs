@@ -217,7 +217,7 @@ impl Deref for SandboxWriter {
 
 impl SandboxWriter {
     pub(super) fn lock(store: SandboxStore) -> Result<Self, StoreError> {
-        files::make_dir(store.dir())?;
+        let is_new = files::make_dir_unsynced(store.dir())?;
         let path = store.dir().join("lock");
         let mut file = OpenOptions::new()
             .read(true)
@@ -241,8 +241,15 @@ impl SandboxWriter {
         let _ = file.rewind();
         let _ = writeln!(file, "{}", std::process::id());
 
+        let mut is_complete = true;
         for dir in ["packs", "names", "tmp"] {
-            files::make_dir(&store.dir().join(dir))?;
+            is_complete &= !files::make_dir_unsynced(&store.dir().join(dir))?;
+        }
+        if !is_complete {
+            files::sync_dir(store.dir())?;
+        }
+        if is_new {
+            files::sync_parent(store.dir())?;
         }
         journal::mend(&store.dir().join("journal.jsonl"))?;
         for dir in ["", "packs", "names"] {
@@ -286,6 +293,15 @@ impl SandboxWriter {
     /// Starts the checkpoint of a turn.
     pub fn begin(&self, turn: TurnNo) -> Result<Pending, StoreError> {
         let pending = self.begin_without_images(turn)?;
+        pending.stage()?;
+        Ok(pending)
+    }
+
+    /// The same, with its images below `place` until they are in the pack: a directory of this sandbox alone
+    /// that is gone with it, in memory for instance. Nothing can build upon such a dump.
+    pub fn begin_in(&self, turn: TurnNo, place: &Path) -> Result<Pending, StoreError> {
+        let mut pending = self.begin_without_images(turn)?;
+        pending.stage_below(place);
         pending.stage()?;
         Ok(pending)
     }

@@ -6,6 +6,9 @@
 //! tmp/parent             of the last dump: the indexes of its pages, made whole, and CRIU's inventory
 //! ```
 //!
+//! A small dump that none builds upon may be made elsewhere, in memory: what is never to be on the disk as it is
+//! need not go through the file system's journal.
+//!
 //! CRIU looks into the dump that one builds upon for which pages there are, and reads none: so the files of
 //! pages there have their size, and no content.
 
