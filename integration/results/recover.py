@@ -28,6 +28,7 @@ from full import clear, upper
 
 import container  # integration/digest, on the path by player
 import digest
+import final  # integration/replay
 
 REPLAY = Path(player.HERE).parent / "replay" / "replay.py"
 
@@ -104,19 +105,39 @@ def go_on(trace: traces.Trace, kind: str, turn: int, before: dict[str, Any], fac
             "processes_equal": now["processes"] == before["processes"]}
 
 
-def of_crab(trace: traces.Trace, path: Path, at: list[int], factor: float, scratch: Path) -> dict[str, Any]:
-    """All these crashes in one run, each compared in full by replay.py."""
-    out = scratch / "replay.json"
+def replay(trace: traces.Trace, path: Path, factor: float, out: Path, *options: str) -> tuple[dict[str, Any] | None, str]:
+    """What replay.py found, if it came to its end, and what it said. The end's state is in out.final."""
     done = subprocess.run([sys.executable, "-B", str(REPLAY), "--trace", str(path), "--image", f"crab.test/{trace.name}:latest",
-                           "--client", "ctr", "--kill-at", ",".join(map(str, at)), "--think", str(factor), "--brief",
-                           "--json", str(out)], capture_output=True, text=True)
+                           "--client", "ctr", "--think", str(factor), "--brief", "--json", str(out),
+                           "--final", str(out.with_suffix(".final")), *options], capture_output=True, text=True)
     said = (done.stdout[-500:] + done.stderr[-2000:]).strip()
-    if not out.exists():
-        return {"asked": len(at), "faults": [], "wrong_codes": [], "said": said}
-    result = json.loads(out.read_text())
-    return {"asked": len(at), "wrong_codes": result["summary"]["codes_not_as_expected"], "said": said,
-            "faults": [{key: fault.get(key) for key in ("turn", "equal", "mode", "restore_ms", "unequal")}
-                       for fault in result["faults"]]}
+    return json.loads(out.read_text()) if out.exists() else None, said
+
+
+def at_the_end(crashed: Path, first: Path, second: Path) -> dict[str, Any] | None:
+    """Whether a run with crashes ended as fault-free ones do, as final.py tells; None if one has no end."""
+    if not all(path.exists() for path in (crashed, first, second)):
+        return None
+    c, a, b = (json.loads(path.read_text()) for path in (crashed, first, second))
+    but = final.exclusions(a, b)
+    found = final.unequal(a, b, c, but)
+    return {"equal": not found, "unequal": found[:final.SHOWN], "paths": len(a["tree"]), "excluded": but.in_words()}
+
+
+def of_crab(trace: traces.Trace, path: Path, count: int, factor: float, scratch: Path) -> dict[str, Any]:
+    """So many faults of all kinds in one run, each recovery compared in full by replay.py; and its end with two others'."""
+    options = ("--faults", str(count), "--seed", str(settings.SEED))
+    result, said = replay(trace, path, factor, scratch / "crashed.json", *options)
+    found: dict[str, Any] = {"asked": count, "faults": [], "wrong_codes": [], "said": said, "end": None}
+    if result is None:
+        return found
+    for name in ("first", "second"):
+        replay(trace, path, factor, scratch / f"{name}.json")
+    found["end"] = at_the_end(*(scratch / f"{name}.final" for name in ("crashed", "first", "second")))
+    found["wrong_codes"] = result["summary"]["codes_not_as_expected"]
+    found["faults"] = [{key: fault.get(key) for key in ("turn", "kind", "equal", "mode", "restore_ms", "unequal")}
+                       for fault in result["faults"]]
+    return found
 
 
 def recoveries(trace: traces.Trace, path: Path, factor: float, quick: bool) -> dict[str, Any]:
@@ -124,7 +145,7 @@ def recoveries(trace: traces.Trace, path: Path, factor: float, quick: bool) -> d
     at = crash_turns(trace, quick)
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        crab = of_crab(trace, path, at, factor, scratch)
+        crab = of_crab(trace, path, len(at), factor, scratch)
         before = boundaries(trace, at, factor, scratch)
         result: dict[str, Any] = {"trace": trace.name, "turns": at, "crab": crab, "chat": [], "files": []}
         for turn in at:

@@ -97,7 +97,7 @@ def test_what_falls_short_is_written_as_such():
     for name in ("recovery correctness", "bytes against", "client time", "sum of exec times", "look at a turn", "checkpoint p50", "exposed delay"):
         row = next(row for row in text.splitlines() if row.startswith(f"| {name}"))
         assert "falls short" in row, row
-    assert "unequal: tb-tmux after turn 4" in text
+    assert "unequal: tb-tmux, init after turn 4" in text
     assert "processes 50 ms / 50 ms: **falls short**" in text
 
 
@@ -110,7 +110,18 @@ def test_a_crash_that_was_not_come_to_is_no_success():
     one = recovery(3, 3, (True, True), (True, True))
     one["crab"]["asked"] = 5
     cell = report.row_recovered(data(recoveries=[one]))[-1]
-    assert "3 of 5" in cell and "2 crashes were not come to" in cell
+    assert "3 of 5" in cell and "2 faults were not come to" in cell
+
+
+def test_another_end_than_without_faults_falls_short():
+    one = recovery(1, 1, (True, True), (True, True))
+    one["crab"]["end"] = {"equal": True, "unequal": [], "paths": 9, "excluded": ["path /x"]}
+    cell = report.row_recovered(data(recoveries=[one]))[-1]
+    assert "without faults: 1 of 1" in cell and "falls short" not in cell
+    assert "equal: 9 paths but 1" in report.recovery_table(data(recoveries=[one]))
+    one["crab"]["end"] |= {"equal": False, "unequal": ["/a: 1 -> 2"]}
+    cell = report.row_recovered(data(recoveries=[one]))[-1]
+    assert "without faults: 0 of 1" in cell and "falls short**: another end: tb-tmux" in cell
 
 
 def test_a_report_of_nothing_claims_nothing():
