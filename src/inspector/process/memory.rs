@@ -101,7 +101,7 @@ fn compare(
     let live = File::from(dir.open_file("mem")?);
     let mut image = pages.file(images)?;
     let mut offset = 0;
-    for run in &pages.runs {
+    for run in pages.runs() {
         if let Some(address) = differs(&live, run.address, run.pages, |buffer| {
             image.read_exact_at(buffer, offset)?;
             offset += buffer.len() as u64;

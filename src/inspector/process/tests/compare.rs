@@ -3,9 +3,9 @@
 use std::os::unix::fs::FileExt as _;
 
 use super::*;
-use crate::inspector::process::{
-    ImageDir,
-    image::{PAGE, testing::pagemap},
+use crate::{
+    inspector::process::{ImageDir, image::PAGE},
+    page_map::testing::page_map,
 };
 
 /// Registers that never change, for threads that do not run.
@@ -34,16 +34,15 @@ fn dump(pid: i32, inner_pid: i32, to: &std::path::Path, keep: impl Fn(u64) -> bo
                 let mut page = vec![0; 4096];
                 memory.read_exact_at(&mut page, address).unwrap();
                 if page.iter().any(|&byte| byte != 0) {
-                    entries.push([(1, address), (2, 1), (4, 4)]);
+                    entries.push((address, 1, true));
                     pages.extend(page);
                 }
             }
         }
     }
-    let rows: Vec<&[(u32, u64)]> = entries.iter().map(|row| &row[..]).collect();
     fs::write(
         to.join(format!("pagemap-{inner_pid}.img")),
-        pagemap(9, &rows),
+        page_map(9, &entries),
     )
     .unwrap();
     fs::write(to.join("pages-9.img"), pages).unwrap();
