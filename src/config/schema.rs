@@ -4,7 +4,9 @@ use std::{fmt, num::NonZeroU64, ops::RangeInclusive, path::PathBuf, time::Durati
 
 use toml::{Table, Value};
 
-use super::{Config, Gate, Incremental, OrphanOutput, Pattern, Recover, Tcp, options::is_zero, units};
+use super::{
+    Config, Gate, Incremental, OrphanOutput, Pattern, Recover, Tcp, options::is_zero, units,
+};
 
 /// The prefix of crab's annotations.
 pub(super) const ANNOTATION: &str = "dev.crab.";

@@ -27,7 +27,8 @@ use crate::{
 };
 
 /// Why a dump has everything.
-const CLEARED: &str = "somebody cleared the kernel's marks of written pages, so the dump has all of them";
+const CLEARED: &str =
+    "somebody cleared the kernel's marks of written pages, so the dump has all of them";
 
 /// What the next dump can build upon.
 pub(super) struct Chain {
@@ -121,6 +122,7 @@ impl Worker {
     ) {
         match staging.leave_as_parent() {
             Ok(()) => {
+                self.doors.mark_since(number);
                 self.chain = Some(Chain {
                     image: checkpoint.manifest.contents.image.clone(),
                     init,

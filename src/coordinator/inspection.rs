@@ -40,6 +40,8 @@ pub(super) struct Scene<'a> {
     pub(super) cgroup: &'a dyn Freezable,
     /// See [`Subject::input_marks`](super::subject::Subject::input_marks).
     pub(super) marks: Vec<Option<Instant>>,
+    /// Whether the kernel's marks of written pages are those since the last dump.
+    pub(super) is_marked: &'a dyn Fn() -> bool,
     /// Whether to give up.
     pub(super) stop: &'a dyn Fn() -> bool,
 }

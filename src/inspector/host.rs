@@ -295,7 +295,9 @@ impl Host {
     /// How many times it was missed that marks were cleared; None if nobody sees that here.
     pub(super) fn marks_missed(&self) -> io::Result<Option<u64>> {
         let marks = self.marks.as_ref();
-        marks.map(|program| sys::missed(program.as_fd())).transpose()
+        marks
+            .map(|program| sys::missed(program.as_fd()))
+            .transpose()
     }
 
     /// Leaves; the last one removes the programs. Nothing is left behind if this fails half-way that

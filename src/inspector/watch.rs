@@ -79,8 +79,8 @@ impl Watch {
     ) -> Result<Self, String> {
         let key = key_of(subject)?;
         let (host, slot) = Host::join(run, load)?;
-        let begun = Self::register(&host, &slot, &key)
-            .and_then(|now| Ok((now, host.marks_missed()?)));
+        let begun =
+            Self::register(&host, &slot, &key).and_then(|now| Ok((now, host.marks_missed()?)));
         match begun {
             Ok((now, marks_missed)) => Ok(Self {
                 host,
