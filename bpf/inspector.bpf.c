@@ -2,6 +2,7 @@
 /* What the kernel tells of all sandboxes: see docs/inspector.md. */
 #include "functions.h"
 #include "mappings.h"
+#include "marks.h"
 #include "registers.h"
 #include "tasks.h"
 #include "timestamps.h"

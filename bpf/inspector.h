@@ -45,7 +45,7 @@ enum epoch_bits {
 	EPOCH_OVERFLOW = 1 << 0, /* an inode could not be recorded: everything may have changed */
 };
 
-/* What happened besides changes of files. Set by the sandbox's own tasks alone. */
+/* What happened besides changes of files. Set by the sandbox's own tasks, but for the last one. */
 enum happened_bits {
 	HAPPENED_FORK = 1 << 0,
 	HAPPENED_EXEC = 1 << 1,
@@ -56,12 +56,14 @@ enum happened_bits {
 	HAPPENED_QUEUE = 1 << 6,  /* a POSIX message queue, by anybody */
 	HAPPENED_WATCHED = 1 << 7, /* a watched process did something, or had it done to it */
 	HAPPENED_REACH = 1 << 8, /* somebody looked up a /proc/PID/mem for the first time */
+	HAPPENED_CLEARED = 1 << 9, /* marks of written pages were cleared by somebody who does not dump */
 };
 
 /* What a watched process did, or had done to it, since it is watched. */
 struct watched {
 	__u32 slot;
 	__u32 did;
+	__u64 keeper; /* the cgroup of the shim, and of those whom it has dump the sandbox */
 };
 
 enum did_bits {
@@ -111,6 +113,7 @@ struct registers {
 	__u32 tid;
 	__u32 unused;
 	__u64 hash;
+	__u64 reader; /* the cgroup of whoever asks */
 };
 
 enum mapping_kind {

@@ -160,13 +160,31 @@ struct thread_struct {
 	unsigned long gsbase;
 };
 
+struct hlist_node {
+	struct hlist_node *next;
+};
+
+struct hlist_head {
+	struct hlist_node *first;
+};
+
+struct pid {
+	struct hlist_head tasks[1];
+};
+
 struct task_struct {
 	unsigned int flags;
 	struct thread_struct thread;
 	int pid;
 	int tgid;
+	struct hlist_node pid_links[1];
 	struct mm_struct *mm;
 	struct css_set *cgroups;
+};
+
+struct proc_inode {
+	struct pid *pid;
+	struct inode vfs_inode;
 };
 
 struct ovl_inode {

@@ -86,6 +86,7 @@ int registers(struct bpf_iter__task *ctx)
 		line.hash = mix(line.hash, words, bytes);
 	}
 	line.tid = task->pid;
+	line.reader = bpf_get_current_cgroup_id();
 	bpf_seq_write(ctx->meta->seq, &line, sizeof(line));
 	return 0;
 }

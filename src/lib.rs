@@ -14,6 +14,7 @@ pub mod digest;
 pub mod engine;
 pub mod inspector;
 pub mod memory;
+mod page_map;
 pub mod rootfs;
 pub mod runtime;
 pub mod sandbox;

@@ -35,6 +35,9 @@ while True:
         verb, *numbers = client.recv(100).decode().split()
         if verb == "some":
             some(*map(int, numbers))
+        elif verb == "clear":
+            with open("/proc/self/clear_refs", "w") as marks:
+                marks.write("4")
         client.sendall(hashlib.sha256(heap).hexdigest().encode() if verb == "hash" else b"done")
 """
 ASK = """

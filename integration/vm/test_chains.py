@@ -65,7 +65,7 @@ def wrapped(tmp_path, config):
         log.write_text("")
         runtime.write_text(WRAPPER.replace("LOG", str(log)).replace("AFTER", after.strip().replace("\n", "; ")))
         runtime.chmod(0o755)
-        config(f'runtime = "{runtime}"\nincremental = true\n{more}\n')
+        config(f'runtime = "{runtime}"\n{more}\n')
         return lambda: log.read_text().split()
 
     return make
@@ -73,7 +73,7 @@ def wrapped(tmp_path, config):
 
 @pytest.mark.parametrize("after", [pytest.param(WRITES, id="as-it-is"), pytest.param(CLEARS, id="marks-cleared", marks=at_length)])
 def test_what_is_written_after_a_pre_dump_is_in_the_dump(after, tmp_path, wrapped):
-    calls = wrapped('pre_dumps = "1"', after)
+    calls = wrapped('incremental = true\npre_dumps = "1"', after)
     with Chained(tmp_path, SMALL) as sandbox:
         sandbox.serve()
         line = sandbox.some(1, 100)

@@ -81,9 +81,8 @@ pub struct Config {
     /// Whether processes that merely ran, and moved no data, count as unchanged (D6c). Default true.
     pub consistent_cut: bool,
     /// Whether a dump has only the pages that were written to since the one before, where the kernel
-    /// tells them; the sandbox has no transparent huge pages then. A process that clears its own marks is
-    /// not noticed: default false.
-    pub incremental: bool,
+    /// marks them; the sandbox has no transparent huge pages then.
+    pub incremental: Incremental,
     /// How many pre-dumps come before a dump, where dumps are incremental. Default as many as pay
     /// (`"auto"`); 0 to 3.
     pub pre_dumps: Option<u32>,
@@ -163,6 +162,17 @@ pub enum Gate {
     Off,
 }
 
+/// See [`Config::incremental`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Incremental {
+    /// Where it is seen, too, if anybody clears the marks. The default.
+    Auto,
+    /// Even where that would go unnoticed, and a restore would bring old memory back.
+    Always,
+    /// Each dump has everything.
+    Never,
+}
+
 /// See [`Config::recover`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Recover {
@@ -215,7 +225,7 @@ impl Default for Config {
             gate: Gate::Strict,
             skip_unchanged: true,
             consistent_cut: true,
-            incremental: false,
+            incremental: Incremental::Auto,
             pre_dumps: None,
             timer: None,
             view: false,

@@ -4,7 +4,9 @@ use std::{fmt, num::NonZeroU64, ops::RangeInclusive, path::PathBuf, time::Durati
 
 use toml::{Table, Value};
 
-use super::{Config, Gate, OrphanOutput, Pattern, Recover, Tcp, options::is_zero, units};
+use super::{
+    Config, Gate, Incremental, OrphanOutput, Pattern, Recover, Tcp, options::is_zero, units,
+};
 
 /// The prefix of crab's annotations.
 pub(super) const ANNOTATION: &str = "dev.crab.";
@@ -274,7 +276,7 @@ fn assign(config: &mut Config, key: &str, value: &Value) -> Result<(), String> {
         }
         "skip_unchanged" => config.skip_unchanged = boolean(value)?,
         "consistent_cut" => config.consistent_cut = boolean(value)?,
-        "incremental" => config.incremental = boolean(value)?,
+        "incremental" => config.incremental = incremental(value)?,
         "pre_dumps" => {
             let numbers = [
                 ("auto", None),
@@ -316,6 +318,16 @@ fn boolean(value: &Value) -> Result<bool, String> {
     value
         .as_bool()
         .ok_or_else(|| expected(value, "true or false"))
+}
+
+/// `"auto"`, or whether or not.
+fn incremental(value: &Value) -> Result<Incremental, String> {
+    match (value.as_bool(), value.as_str()) {
+        (Some(true), _) => Ok(Incremental::Always),
+        (Some(false), _) => Ok(Incremental::Never),
+        (None, Some("auto")) => Ok(Incremental::Auto),
+        _ => Err(expected(value, "\"auto\", true or false")),
+    }
 }
 
 fn number(value: &Value, range: RangeInclusive<u32>) -> Result<u32, String> {

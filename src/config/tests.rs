@@ -131,7 +131,7 @@ fn every_key_is_read() {
         gate: Gate::Async,
         skip_unchanged: false,
         consistent_cut: false,
-        incremental: true,
+        incremental: Incremental::Always,
         pre_dumps: Some(2),
         timer: Some(Duration::from_secs(24 * 60 * 60)),
         view: true,
@@ -199,6 +199,10 @@ fn a_bad_setting_is_named_with_what_would_be_right() {
         (
             "enabled = \"yes\"",
             "runtime options: enabled: found \"yes\", expected true or false",
+        ),
+        (
+            "incremental = \"yes\"",
+            "runtime options: incremental: found \"yes\", expected \"auto\", true or false",
         ),
         (
             "keep = 0",
@@ -299,6 +303,14 @@ fn an_annotation_is_read_as_its_key_wants_it() {
     );
     let linger = from_annotation("dev.crab.exec_linger", "2s").unwrap();
     assert_eq!(linger.exec_linger, Duration::from_secs(2));
+    for (value, want) in [
+        ("auto", Incremental::Auto),
+        ("true", Incremental::Always),
+        ("false", Incremental::Never),
+    ] {
+        let read = from_annotation("dev.crab.incremental", value).unwrap();
+        assert_eq!(read.incremental, want, "{value}");
+    }
     // Somebody else's.
     assert!(from_annotation("dev.crabs.x", "1").is_ok());
 

@@ -4,20 +4,31 @@
 //! That one must be the last *final* dump, or a pre-dump upon it; everything else loses pages. So the chain
 //! ends, and the next dump has everything, with whatever may have cleared the kernel's marks or replaced the
 //! processes: a dump that came to nothing, one of a client's, a rollback or a recovery, another shim.
+//!
+//! A process may clear the marks, too, its own or another one's. The inspector sees it. If that was before a
+//! dump begins, it has everything; if it was later, until the sandbox stood still, the dump is thrown away
+//! and made anew. What the inspector has seen is forgotten in the freeze of each dump, once CRIU has cleared the
+//! marks itself: from there on it counts for the next one.
 
 use std::time::{Duration, Instant};
 
 use super::{
     budget::bytes_in,
     cut::CutError,
+    inspection::{Inspection, Taken},
     subject::Subject,
     take::{Order, dump_args, remark},
     worker::Worker,
 };
 use crate::{
+    config::Incremental,
     memory,
     store::{Checkpoint, FileEntry, JournalLine, Pending, Staging},
 };
+
+/// Why a dump has everything.
+const CLEARED: &str =
+    "somebody cleared the kernel's marks of written pages, so the dump has all of them";
 
 /// What the next dump can build upon.
 pub(super) struct Chain {
@@ -34,6 +45,8 @@ pub(super) struct Chain {
 pub(super) struct Link {
     /// The dumps of this sandbox build upon each other.
     pub(super) is_tracking: bool,
+    /// Somebody has cleared marks since the last dump: a pre-dump would not tell that from a later time.
+    is_cleared: bool,
     /// Which of the sandbox's dumps the next one builds upon; none: it has everything.
     pub(super) upon: Option<u64>,
     /// For how long pre-dumps have frozen the sandbox.
@@ -54,20 +67,50 @@ impl Worker {
         pending: &mut Pending,
     ) -> Result<Link, String> {
         let parts = subject.parts()?;
+        let obstacle = self.obstacle();
+        if parts.runtime.is_incremental() && obstacle != self.obstacle {
+            if let Some(why) = &obstacle {
+                log::warn!("{}: each dump has everything: {why}", self.store.id());
+            }
+            self.obstacle.clone_from(&obstacle);
+        }
+        let inspection = self.inspection.as_ref();
         let mut link = Link {
-            is_tracking: parts.runtime.is_incremental(),
+            is_tracking: parts.runtime.is_incremental() && obstacle.is_none(),
+            is_cleared: inspection.is_some_and(Inspection::marks_cleared),
             ..Link::default()
         };
         let init = parts.scene.init_pid();
         if let Some(chain) = self.chain.take()
             && let Some(parent) = &order.parent
             && link.is_tracking
+            && !link.is_cleared
             && chain.fits(parent, init, self.doors.dumps())
         {
             pending.build_upon(parent);
             link.upon = Some(chain.number);
         }
         Ok(link)
+    }
+
+    /// Why dumps must not build upon each other though the kernel marks what is written to; None if they may.
+    fn obstacle(&self) -> Option<String> {
+        match (self.settings.incremental, &self.inspection) {
+            (Incremental::Always, _) => None,
+            (Incremental::Never, _) => Some("`incremental` is false".into()),
+            (Incremental::Auto, None) => Some("`skip_unchanged` is false".into()),
+            (Incremental::Auto, Some(inspection)) => inspection.sees_marks().err(),
+        }
+    }
+
+    /// Whether a dump may lack pages: it builds upon another one, and somebody has cleared marks in between.
+    pub(super) fn may_lack_pages(&self, link: &Link, seen: Option<&Taken>) -> bool {
+        let cleared = match seen {
+            Some(seen) => seen.marks_cleared,
+            // Nobody looked.
+            None => self.settings.incremental != Incremental::Always,
+        };
+        link.upon.is_some() && cleared
     }
 
     /// The next dump builds upon this one, which is in the store.
@@ -79,6 +122,7 @@ impl Worker {
     ) {
         match staging.leave_as_parent() {
             Ok(()) => {
+                self.doors.mark_since(number);
                 self.chain = Some(Chain {
                     image: checkpoint.manifest.contents.image.clone(),
                     init,
@@ -92,7 +136,7 @@ impl Worker {
     /// How much memory a dump would have, if pre-dumps of it are possible.
     pub(super) fn memory(&self, subject: &dyn Subject) -> Option<u64> {
         let parts = subject.parts().ok()?;
-        if !parts.runtime.is_incremental() {
+        if !parts.runtime.is_incremental() || self.obstacle().is_some() {
             return None;
         }
         let procs = parts.freeze.cgroup().procs().ok()?;
@@ -115,6 +159,10 @@ impl Worker {
         line: &mut JournalLine,
     ) -> Result<(), String> {
         let parts = subject.parts()?;
+        if link.is_tracking && link.is_cleared {
+            remark(line, Some(CLEARED.into()));
+            return Ok(());
+        }
         while line.pre_dumps < planned && link.is_tracking {
             if self.doors.is_awaited() {
                 remark(line, Some("no more pre-dumps: somebody waits".into()));
@@ -159,6 +207,14 @@ impl Worker {
         }
         Ok(())
     }
+}
+
+/// A dump is thrown away, since it may lack pages.
+pub(super) fn dumped_in_vain(line: &mut JournalLine, frozen: Duration) {
+    line.pre_dumps = 0;
+    let ms = frozen.as_millis();
+    let said = format!("a dump that froze the sandbox for {ms} ms was in vain: {CLEARED}");
+    remark(line, Some(said));
 }
 
 impl Chain {

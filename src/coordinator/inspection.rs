@@ -40,6 +40,8 @@ pub(super) struct Scene<'a> {
     pub(super) cgroup: &'a dyn Freezable,
     /// See [`Subject::input_marks`](super::subject::Subject::input_marks).
     pub(super) marks: Vec<Option<Instant>>,
+    /// Whether the kernel's marks of written pages are those since the last dump.
+    pub(super) is_marked: &'a dyn Fn() -> bool,
     /// Whether to give up.
     pub(super) stop: &'a dyn Fn() -> bool,
 }
@@ -94,6 +96,8 @@ pub(super) struct Taken {
     mounts: Mounts,
     processes: Result<Processes, String>,
     references: Result<References, String>,
+    /// Somebody who does not dump has cleared marks of written pages since the dump before.
+    pub(super) marks_cleared: bool,
 }
 
 impl Taken {
@@ -172,6 +176,20 @@ impl Inspection {
 
     pub(super) fn is_blind(&self) -> bool {
         self.watch.is_err()
+    }
+
+    /// Why it would not be seen if somebody cleared the marks of pages that were written to.
+    pub(super) fn sees_marks(&self) -> Result<(), String> {
+        match self.watch.as_ref()?.sees_marks() {
+            true => Ok(()),
+            false => Err("nobody sees here who clears the marks of written pages".into()),
+        }
+    }
+
+    /// Whether somebody may have cleared marks since the last dump, as far as it is seen.
+    pub(super) fn marks_cleared(&self) -> bool {
+        let watch = self.watch.as_ref().ok();
+        watch.is_some_and(|watch| watch.marks_cleared().unwrap_or(true))
     }
 
     /// What has changed since the checkpoint of `latest`. Freezes nothing.
@@ -508,6 +526,9 @@ fn taken(
             .forget(delta.outside.iter().filter(ours).map(inode))
             .map_err(|e| format!("cannot forget an inode: {e}"))?;
     }
+    let marks_cleared = watch
+        .marks_cleared()
+        .map_err(|e| format!("cannot read what happened: {e}"))?;
     watch
         .watch_processes(&pids)
         .map_err(|e| format!("cannot watch the processes: {e}"))?;
@@ -517,5 +538,6 @@ fn taken(
         mounts,
         processes,
         references,
+        marks_cleared,
     })
 }

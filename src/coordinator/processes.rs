@@ -123,7 +123,11 @@ impl Processes {
         let now = snapshot(scene, &|tid| watch.registers(tid))?;
         let dirty = watch.look().map_err(|e| e.to_string())?;
         let facts = self.facts(watch, &dirty, scene, false)?;
-        Ok(self.baseline.settle(now, &facts, &self.settings, cpu))
+        let marks = || marks_hold(watch, scene);
+        let settled = self
+            .baseline
+            .settle(now, &facts, &marks, &self.settings, cpu);
+        Ok(settled)
     }
 
     /// Adds what the processes did to `look`, or how each was acquitted. `orphans`: a file without a
@@ -237,7 +241,10 @@ impl Processes {
         }
         let facts = self.facts(watch, &dirty, scene, orphans)?;
         let settings = &self.settings;
-        let verdict = self.baseline.verdict(&now, &facts, registers, settings);
+        let marks = || marks_hold(watch, scene);
+        let verdict = self
+            .baseline
+            .verdict(&now, &facts, (registers, &marks), settings);
         let rest = self.baseline.at_rest(&now);
         Ok((verdict, rest.map(|rest| (rest, facts))))
     }
@@ -281,6 +288,12 @@ impl Processes {
             client_bytes: u64::from(scene.marks != self.marks),
         })
     }
+}
+
+/// Whether the kernel's marks of written pages are those since the last dump, and nobody has cleared any.
+fn marks_hold(watch: &Watch, scene: &Scene<'_>) -> bool {
+    let cleared = || watch.marks_cleared().unwrap_or(true);
+    (scene.is_marked)() && watch.sees_marks() && !cleared()
 }
 
 fn snapshot(scene: &Scene<'_>, registers: Registers<'_>) -> Result<Snapshot, String> {

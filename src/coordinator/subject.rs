@@ -56,6 +56,7 @@ pub(super) fn scene<T>(
         upper: &overlay.upperdir,
         cgroup: parts.freeze.cgroup(),
         marks: subject.input_marks(),
+        is_marked: &|| doors.is_marked(),
         stop: &|| doors.is_dying(),
     }))
 }

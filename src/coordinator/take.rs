@@ -11,7 +11,7 @@ use time::OffsetDateTime;
 
 use super::{
     budget::{Budget, Spending, bytes_in},
-    chain::Link,
+    chain::{self, Link},
     cut::{self, CutError},
     doors::Doors,
     inspection::{Inspection, Still, Taken as Found, ToRead},
@@ -158,7 +158,7 @@ impl Worker {
             }
         }
         let mut spending = budget.ask(&plan, urgent)?;
-        let taken = self.take_all(subject, order, &plan, gate, line, &mut spending);
+        let taken = self.take_all(subject, order, plan.pre_dumps(), gate, line, &mut spending);
         remark(line, spending.note());
         match &taken {
             Ok(Taken::Checkpoint(done)) => spending.durable(done.0.stored),
@@ -172,7 +172,7 @@ impl Worker {
         &mut self,
         subject: &dyn Subject,
         order: &Order,
-        plan: &engine::Plan,
+        pre_dumps: u32,
         gate: &mut ShutGate,
         line: &mut JournalLine,
         spending: &mut Spending<'_>,
@@ -180,7 +180,7 @@ impl Worker {
         let mut pending = self.begin_dump(subject, order.turn).map_err(text)?;
         pending.prepare().map_err(text)?;
         let mut link = self.link(subject, order, &mut pending)?;
-        self.pre_dump(subject, plan.pre_dumps(), &mut pending, &mut link, line)?;
+        self.pre_dump(subject, pre_dumps, &mut pending, &mut link, line)?;
         let mut args = dump_args(subject, &pending, &link, self.settings.dump_limit, "turn")?;
         args.parent_path = pending.parent_path();
         let base = self.base(order);
@@ -194,6 +194,12 @@ impl Worker {
         let held_before = subject.parts()?.freeze.held();
         let dumped = self.dump(subject, order, (&args, link.upon), &mut pending);
         let dumped = match dumped? {
+            Ok(dumped) if self.may_lack_pages(&link, dumped.seen.as_ref()) => {
+                drop(pending);
+                chain::dumped_in_vain(line, dumped.done.frozen);
+                // Builds upon nothing this time.
+                return self.take_all(subject, order, 0, gate, line, spending);
+            }
             Ok(dumped) => dumped,
             Err(e) if !e.spares_files() => return Err(text(e)),
             Err(e) if order.without_processes == WithoutProcesses::No => {

@@ -20,7 +20,7 @@ use super::{
     budget::HostBudget, doors::Doors, recovery, rollback, subject::Subject, worker::Worker,
 };
 use crate::{
-    config::Gate,
+    config::{Gate, Incremental},
     sandbox::TurnNo,
     store::{JournalLine, Retention, SandboxWriter, Trigger},
 };
@@ -59,6 +59,8 @@ pub struct Settings {
     pub skip_unchanged: bool,
     /// Whether processes that merely ran count as unchanged (D6c).
     pub consistent_cut: bool,
+    /// Whether dumps build upon each other, where the kernel marks what is written to.
+    pub incremental: Incremental,
     /// How many pre-dumps come before a dump, where they are possible; None: as many as pay.
     pub pre_dumps: Option<u32>,
     /// How long it may go on without a boundary.

@@ -50,6 +50,8 @@ pub(super) struct Worker {
     pub(super) inspection: Option<Inspection>,
     /// What the next dump can build upon.
     pub(super) chain: Option<Chain>,
+    /// Why dumps do not build upon each other, as it was told last.
+    pub(super) obstacle: Option<String>,
     /// What the last checkpoint has of the host's files.
     pub(super) artefacts: Option<BTreeMap<String, Vec<u8>>>,
 }
@@ -74,6 +76,7 @@ impl Worker {
             view: None,
             inspection: None,
             chain: None,
+            obstacle: None,
             artefacts: None,
         }
     }

@@ -30,6 +30,8 @@ pub(super) struct Seen {
 pub(super) struct Watched {
     pub(super) slot: u32,
     pub(super) did: u32,
+    /// The cgroup of the shim, and of those whom it has dump the sandbox.
+    pub(super) keeper: u64,
 }
 
 /// What user space tells the programs.
@@ -59,6 +61,8 @@ pub(super) struct Registers {
     pub(super) tid: u32,
     pub(super) unused: u32,
     pub(super) hash: u64,
+    /// The cgroup of whoever asks, by its id in cgroup v2's hierarchy.
+    pub(super) reader: u64,
 }
 
 /// [`Mapping::kind`] of a ring of asynchronous I/O.
@@ -140,10 +144,10 @@ plain!(
     u64 = 8,
     InodeKey = 16,
     Seen = 8,
-    Watched = 8,
+    Watched = 16,
     Control = 24,
     Mapping = 24,
-    Registers = 16
+    Registers = 24
 );
 
 /// A device number as `stat()` shows it, in the kernel's form.

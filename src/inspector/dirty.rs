@@ -84,6 +84,8 @@ happened! {
     /// Somebody may have reached into a process's memory by way of /proc/PID/mem. The kernel tells of
     /// the first time alone, so this is never forgotten.
     REACH = 8, "reach";
+    /// Somebody who does not dump the sandbox cleared the marks of pages that were written to.
+    CLEARED = 9, "cleared";
 }
 
 impl Happened {

@@ -18,7 +18,7 @@ use nix::{fcntl::Flock, mount::umount};
 use super::{
     abi::{Plain, SIDES},
     load::{self, LINK, failpoint},
-    probes::ProbeSet,
+    probes::{MARKS, ProbeSet},
     slots::Slots,
     sys::{self, ControlPage, EpochNumbers},
 };
@@ -77,6 +77,8 @@ pub(super) struct Host {
     /// The programs that may not miss an event.
     of_files: Vec<OwnedFd>,
     of_tasks: Vec<OwnedFd>,
+    /// The program that sees marks of written pages being cleared, if there is one.
+    marks: Option<OwnedFd>,
     /// Keep the programs attached, whatever becomes of the pins.
     _links: Vec<OwnedFd>,
 }
@@ -146,6 +148,10 @@ impl Host {
             registers: sys::open_pin(&pin("registers"))?,
             of_files: open(&probes.of_files(), "")?,
             of_tasks: open(&probes.of_tasks(), "")?,
+            marks: match pin(MARKS).exists() {
+                true => Some(sys::open_pin(&pin(MARKS))?),
+                false => None,
+            },
             _links: links(&place.pins)?,
             place: place.clone(),
         })
@@ -284,6 +290,14 @@ impl Host {
             sum += sys::missed(program.as_fd())?;
         }
         Ok(sum)
+    }
+
+    /// How many times it was missed that marks were cleared; None if nobody sees that here.
+    pub(super) fn marks_missed(&self) -> io::Result<Option<u64>> {
+        let marks = self.marks.as_ref();
+        marks
+            .map(|program| sys::missed(program.as_fd()))
+            .transpose()
     }
 
     /// Leaves; the last one removes the programs. Nothing is left behind if this fails half-way that

@@ -12,14 +12,19 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use libbpf_rs::{MapCore, MapFlags, ObjectBuilder, OpenObject};
+use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, OpenObject, ProgramMut};
 use nix::{
     mount::{MsFlags, mount},
     sys::{prctl, signal::Signal},
 };
 use sha2::{Digest, Sha256};
 
-use super::{host::Place, makers, probes::ProbeSet};
+use super::{
+    host::Place,
+    makers,
+    probes::{MARKS, ProbeSet},
+};
+use crate::memory;
 
 /// The compiled programs.
 static PROGRAMS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/inspector.bpf.o"));
@@ -56,10 +61,8 @@ pub fn load_without(run: &Path, without: &[String]) -> Result<(), String> {
         return Ok(());
     }
     let set = ProbeSet::choose()?;
-    if let Some(name) = without
-        .iter()
-        .find(|name| !set.probes().contains(&name.as_str()))
-    {
+    let is_known = |name: &str| name == MARKS || set.probes().contains(&name);
+    if let Some(name) = without.iter().find(|name| !is_known(name)) {
         return Err(format!("{name} is no probe of {}", set.name()));
     }
     let unfinished = unfinished(&place.bpffs);
@@ -74,19 +77,56 @@ pub fn load_without(run: &Path, without: &[String]) -> Result<(), String> {
 pub(super) fn try_out(set: ProbeSet) -> Result<(), String> {
     // It says on stderr what it tries.
     libbpf_rs::set_print(None);
-    let loaded = open(set).and_then(OpenObject::load);
+    let loaded = open(set, Marks::LeftOut).and_then(OpenObject::load);
     loaded.map(drop).map_err(|e| format!("{e:#}"))
 }
 
+/// Whether the program that sees marks of written pages being cleared is among those that are loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Marks {
+    Seen,
+    LeftOut,
+}
+
 /// The programs of a set, and those that belong to all sets.
-fn open(set: ProbeSet) -> libbpf_rs::Result<OpenObject> {
+fn open(set: ProbeSet, marks: Marks) -> libbpf_rs::Result<OpenObject> {
+    open_without(|name| match name == MARKS {
+        true => marks == Marks::LeftOut,
+        false => set.leaves_out(name),
+    })
+}
+
+fn open_without(is_left_out: impl Fn(&str) -> bool) -> libbpf_rs::Result<OpenObject> {
     let mut programs = ObjectBuilder::default().open_memory(PROGRAMS)?;
     for mut program in programs.progs_mut() {
-        if set.leaves_out(&program.name().to_string_lossy()) {
+        if is_left_out(&program.name().to_string_lossy()) {
             program.set_autoload(false);
         }
     }
     Ok(programs)
+}
+
+/// Loads the programs of a set; with the one about marks, if there are any, and the kernel lets it.
+fn load_all(set: ProbeSet, without: &[String]) -> libbpf_rs::Result<(Object, Marks)> {
+    if memory::is_tracked() && !without.iter().any(|name| name == MARKS) {
+        match open(set, Marks::Seen).and_then(OpenObject::load) {
+            Ok(loaded) => return Ok((loaded, Marks::Seen)),
+            Err(e) => log::info!("who clears marks of written pages is not seen: {e:#}"),
+        }
+    }
+    let loaded = open(set, Marks::LeftOut)?.load()?;
+    Ok((loaded, Marks::LeftOut))
+}
+
+/// Tries whether [`MARKS`] can be seen by attaching its program for an instant.
+pub(super) fn try_marks() -> Result<(), String> {
+    libbpf_rs::set_print(None);
+    let named = |e: libbpf_rs::Error| format!("{e:#}");
+    let programs = open_without(|name| name != MARKS).and_then(OpenObject::load);
+    let programs = programs.map_err(named)?;
+    let marks = programs.progs_mut().find(|program| program.name() == MARKS);
+    let marks = marks.ok_or_else(|| format!("no program {MARKS}"))?;
+    marks.attach().map(drop).map_err(named)
 }
 
 /// How names begin of what is not complete.
@@ -98,7 +138,7 @@ pub(super) fn unfinished(bpffs: &Path) -> PathBuf {
 }
 
 fn pin_all(set: ProbeSet, dir: &Path, without: &[String]) -> anyhow::Result<()> {
-    let mut programs = open(set)?.load()?;
+    let (mut programs, marks) = load_all(set, without)?;
     failpoint("loaded");
     fs::create_dir(dir)?;
     for mut map in programs.maps_mut() {
@@ -111,6 +151,12 @@ fn pin_all(set: ProbeSet, dir: &Path, without: &[String]) -> anyhow::Result<()> 
     failpoint("maps");
     for mut program in programs.progs_mut() {
         let name = program.name().to_string_lossy().into_owned();
+        if name == MARKS {
+            if marks == Marks::Seen {
+                pin_marks(&mut program, dir)?;
+            }
+            continue;
+        }
         if set.leaves_out(&name) {
             continue;
         }
@@ -121,6 +167,18 @@ fn pin_all(set: ProbeSet, dir: &Path, without: &[String]) -> anyhow::Result<()> 
             link.pin(dir.join(format!("{name}{LINK}")))?;
             failpoint("linked");
         }
+    }
+    Ok(())
+}
+
+/// Pins the program about marks once it is attached: where it is, it sees them being cleared.
+fn pin_marks(program: &mut ProgramMut<'_>, dir: &Path) -> anyhow::Result<()> {
+    match program.attach() {
+        Ok(mut link) => {
+            program.pin(dir.join(MARKS))?;
+            link.pin(dir.join(format!("{MARKS}{LINK}")))?;
+        }
+        Err(e) => log::info!("who clears marks of written pages is not seen: {e:#}"),
     }
     Ok(())
 }

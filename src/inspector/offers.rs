@@ -85,6 +85,12 @@ pub fn chosen() -> Result<ProbeSet, String> {
     Ok(set)
 }
 
+/// Whether it can be seen that somebody clears marks of written pages: dumps build upon each other only
+/// where it is.
+pub fn sees_marks() -> Result<(), String> {
+    load::try_marks()
+}
+
 /// Attaches for an instant.
 fn attach(how: bpf_attach_type, to: TypeId) -> io::Result<()> {
     let program = load_empty(BPF_PROG_TYPE_TRACING, how, Some(to))?;

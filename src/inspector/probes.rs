@@ -34,6 +34,10 @@ const TASKS: [&str; 6] = [
     "sock_recv_length",
 ];
 
+/// The function by which marks of written pages are cleared. It is no part of a set: where it cannot be had,
+/// everything but that is told.
+pub(super) const MARKS: &str = "clear_refs_write";
+
 /// A function of overlay's: of a module's types nothing is known here.
 const OF_OVERLAY: &str = "ovl_copyattr";
 

@@ -64,6 +64,8 @@ pub struct Watch {
     watched: HashMap<i32, u32>,
     /// What happened in epochs that are forgotten, since [`Watch::watch_processes`].
     happened: Happened,
+    /// How many times it had been missed then that marks were cleared; None if nobody sees that.
+    marks_missed: Option<u64>,
 }
 
 impl Watch {
@@ -77,8 +79,10 @@ impl Watch {
     ) -> Result<Self, String> {
         let key = key_of(subject)?;
         let (host, slot) = Host::join(run, load)?;
-        match Self::register(&host, &slot, &key) {
-            Ok(now) => Ok(Self {
+        let begun =
+            Self::register(&host, &slot, &key).and_then(|now| Ok((now, host.marks_missed()?)));
+        match begun {
+            Ok((now, marks_missed)) => Ok(Self {
                 host,
                 slot: Some(slot),
                 key,
@@ -90,6 +94,7 @@ impl Watch {
                 foreign: HashSet::new(),
                 watched: HashMap::new(),
                 happened: Happened::default(),
+                marks_missed,
             }),
             Err(e) => {
                 let undone = host
@@ -320,14 +325,15 @@ impl Watch {
     /// What the dump itself did in them is forgotten, too.
     pub fn watch_processes(&mut self, pids: &[i32]) -> io::Result<()> {
         self.host.unwatch(self.slot())?;
-        let fresh = Watched {
-            slot: self.slot(),
-            did: 0,
-        };
         self.watched.clear();
         for pid in pids {
             // The programs know the pid of the first namespace, and we may be in another.
             if let Some(its) = self.thread(*pid) {
+                let fresh = Watched {
+                    slot: self.slot(),
+                    did: 0,
+                    keeper: its.reader,
+                };
                 put(&self.host.watched, &its.tid, &fresh)?;
                 self.watched.insert(*pid, its.tid);
             }
@@ -339,7 +345,25 @@ impl Watch {
         }
         self.now.forget_events()?;
         self.happened.0 &= Happened::REACH.0;
+        self.marks_missed = self.host.marks_missed()?;
         Ok(())
+    }
+
+    /// Whether it is seen when marks of written pages (soft-dirty) are cleared.
+    pub fn sees_marks(&self) -> bool {
+        self.marks_missed.is_some()
+    }
+
+    /// Whether somebody who does not dump the sandbox may have cleared marks of its processes since
+    /// [`Watch::watch_processes`]. Never so where that is not [seen](Watch::sees_marks).
+    pub fn marks_cleared(&self) -> io::Result<bool> {
+        let mut happened = self.happened;
+        let ended = self.ended.iter().chain(&self.captured);
+        let ended = ended.map(|its| &its.epoch);
+        for epoch in ended.chain([&self.now]).chain(&self.next) {
+            happened.0 |= epoch.happened()?.0;
+        }
+        Ok(happened.has(Happened::CLEARED) || self.host.marks_missed()? != self.marks_missed)
     }
 
     /// What the watched processes did since [`Watch::watch_processes`], in bits of

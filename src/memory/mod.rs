@@ -9,7 +9,7 @@ mod soft_dirty;
 #[cfg(test)]
 mod tests;
 
-pub use scan::{dirty_bytes, scans};
+pub use scan::{Region, dirty_bytes, pages_in, scans};
 pub use soft_dirty::{is_tracked, tracks_writes};
 
 use std::{

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     cgroup::{self, Cgroup, CgroupError, OomWatch},
-    config::Config,
+    config::{Config, Incremental},
     coordinator::freeze::Freezable,
     inspector::{self, Watch},
     memory,
@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// How long the inspector's programs may take to be loaded: the kernel verifies them.
-const LOAD_LIMIT: Duration = Duration::from_secs(30);
+const LOAD_LIMIT: Duration = Duration::from_secs(60);
 
 /// A process that can be signalled without the danger of hitting another one.
 pub trait Target: Send + Sync {
@@ -185,7 +185,8 @@ impl Linux {
 
 /// Whether a sandbox's dumps may build on each other. Those of crun have not been tried.
 fn is_incremental(config: &Config) -> bool {
-    config.enabled && config.incremental && !is_crun(&config.runtime) && memory::is_tracked()
+    let is_wanted = config.enabled && config.incremental != Incremental::Never;
+    is_wanted && !is_crun(&config.runtime) && memory::is_tracked()
 }
 
 impl Host for Linux {

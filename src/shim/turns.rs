@@ -130,6 +130,7 @@ impl Container {
             dump_limit: self.config.dump_timeout,
             skip_unchanged: self.config.skip_unchanged,
             consistent_cut: self.config.consistent_cut,
+            incremental: self.config.incremental,
             pre_dumps: self.config.pre_dumps,
             view: self.config.view,
             started_from: self.source.as_ref().and_then(Source::turn),

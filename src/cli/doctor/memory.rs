@@ -1,10 +1,10 @@
 //! What the kernel tells of the pages of a process, tried on one of our own.
 
-use super::{Check, Verdict};
-use crate::memory;
+use super::{Check, Host, Verdict};
+use crate::{inspector::offers, memory};
 
-pub(super) fn checks() -> Vec<Check> {
-    vec![soft_dirty(), pagemap_scan()]
+pub(super) fn checks(host: &Host) -> Vec<Check> {
+    vec![soft_dirty(), clear_refs(host), pagemap_scan()]
 }
 
 fn soft_dirty() -> Check {
@@ -17,6 +17,19 @@ fn soft_dirty() -> Check {
         Ok(true) => check.is(Verdict::Ok, "yes"),
         Ok(false) => check.is(Verdict::Missing, "no CONFIG_MEM_SOFT_DIRTY"),
         Err(e) => check.is(Verdict::Missing, e.to_string()),
+    }
+}
+
+fn clear_refs(host: &Host) -> Check {
+    let check = Check::new(
+        "clear_refs",
+        "clearing of soft-dirty pages",
+        "as without soft-dirty pages, unless `incremental = true` is set",
+    );
+    match host.is_root {
+        false => check.cannot_tell(),
+        true if !memory::is_tracked() => check.is(Verdict::Missing, "no soft-dirty pages to clear"),
+        true => check.tried("is seen", offers::sees_marks()),
     }
 }
 

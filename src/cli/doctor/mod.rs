@@ -177,7 +177,7 @@ fn examine(host: &Host) -> Vec<Check> {
         kernel::checks(host),
         bpf::checks(host),
         cgroups::checks(host),
-        memory::checks(),
+        memory::checks(host),
         rights::checks(host),
         programs::checks(host),
         files::checks(host),

@@ -96,6 +96,8 @@ pub struct Doors {
     cut: Mutex<()>,
     /// How many dumps of its processes have begun.
     dumps: AtomicU64,
+    /// Since which of them the kernel marks what is written to; 0 if it does not.
+    marked: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -201,7 +203,18 @@ impl Doors {
 
     /// How many dumps of its processes have begun, whoever wanted them.
     pub fn dumps(&self) -> u64 {
-        self.dumps.load(Ordering::Relaxed)
+        self.dumps.load(Ordering::SeqCst)
+    }
+
+    /// The kernel marks what is written to since this dump.
+    pub fn mark_since(&self, dump: u64) {
+        self.marked.store(dump, Ordering::SeqCst);
+    }
+
+    /// Whether the kernel's marks are those since the last dump: no further one has begun, which clears them.
+    pub fn is_marked(&self) -> bool {
+        let dumps = self.dumps();
+        dumps != 0 && self.marked.load(Ordering::SeqCst) == dumps
     }
 
     /// Whether a turn waits to begin.
@@ -354,13 +367,13 @@ impl Alone<'_> {
     /// A dump begins: which of the sandbox's it is, counted from 1. `upon`: the one that it builds upon,
     /// which must be the last one.
     pub(super) fn begin_dump(&self, upon: Option<u64>) -> Result<u64, CutError> {
-        let before = self.dumps.load(Ordering::Relaxed);
+        let before = self.dumps.load(Ordering::SeqCst);
         if upon.is_some_and(|upon| upon != before) {
             return Err(CutError::Disturbed(
                 "another checkpoint came between this and the one that it builds upon".into(),
             ));
         }
-        self.dumps.store(before + 1, Ordering::Relaxed);
+        self.dumps.store(before + 1, Ordering::SeqCst);
         Ok(before + 1)
     }
 }

@@ -6,7 +6,8 @@ use super::{
     descriptors::Kind,
     facts::{KernelFacts, Reason, Settings, Verdict, What},
     image::{ImageDir, Images},
-    judge, memory,
+    judge,
+    memory::{self, Against, Marks},
     proc_fs::{Dir, ProcessError},
     snapshot::{Process, Registers, Snapshot},
     watches::Watches,
@@ -97,6 +98,7 @@ impl Baseline {
         &mut self,
         now: Snapshot,
         facts: &KernelFacts,
+        marks: Marks<'_>,
         settings: &Settings,
         cpu_ns: Option<u64>,
     ) -> Settled {
@@ -109,7 +111,7 @@ impl Baseline {
         }
         let pairs = self.snapshot.processes.iter().zip(&now.processes);
         let same_memory: Vec<_> = pairs
-            .map(|(old, new)| self.same_memory(old, new, settings))
+            .map(|(old, new)| self.same_memory(old, new, marks, settings))
             .collect();
         if facts.memory_reached && same_memory.iter().any(Result::is_err) {
             let processes = self.snapshot.processes.iter().zip(same_memory);
@@ -148,11 +150,26 @@ impl Baseline {
     }
 
     /// Whether a process has the memory of P's image now; the reason why that is not so, or not known.
-    fn same_memory(&self, old: &Process, new: &Process, settings: &Settings) -> Result<(), What> {
+    fn same_memory(
+        &self,
+        old: &Process,
+        new: &Process,
+        marks: Marks<'_>,
+        settings: &Settings,
+    ) -> Result<(), What> {
         if !settings.compare_memory {
             return Err(What::NotCompared("that is switched off".to_owned()));
         }
-        memory::equal_memory(old, new, &*self.images, settings.compared_bytes)
+        memory::equal_memory(old, new, &self.against(marks, settings))
+    }
+
+    /// What memory is held against.
+    pub(super) fn against<'a>(&'a self, marks: Marks<'a>, settings: &Settings) -> Against<'a> {
+        Against {
+            images: &*self.images,
+            marks,
+            limit: settings.compared_bytes,
+        }
     }
 
     /// Whether nothing at all has happened: no process of the cgroup ran (`cpu_ns`, its CPU time,
@@ -187,9 +204,9 @@ impl Baseline {
         &self,
         now: &Snapshot,
         facts: &KernelFacts,
-        registers: Registers<'_>,
+        of_kernel: (Registers<'_>, Marks<'_>),
         settings: &Settings,
     ) -> Verdict {
-        judge::verdict(self, now, facts, registers, settings)
+        judge::verdict(self, now, facts, of_kernel, settings)
     }
 }

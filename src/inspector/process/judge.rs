@@ -6,7 +6,7 @@ use super::{
     baseline::Baseline,
     descriptors::{Descriptor, Kind},
     facts::{Acquittal, KernelFacts, Others, Reason, Settings, Verdict, What},
-    memory,
+    memory::{self, Marks},
     snapshot::{Process, Registers, Snapshot},
     tasks::Progress,
 };
@@ -18,6 +18,7 @@ struct Look<'a> {
     facts: &'a KernelFacts,
     settings: &'a Settings,
     registers: Registers<'a>,
+    marks: Marks<'a>,
     connected: bool,
 }
 
@@ -25,10 +26,10 @@ pub(super) fn verdict(
     baseline: &Baseline,
     now: &Snapshot,
     facts: &KernelFacts,
-    registers: Registers<'_>,
+    (registers, marks): (Registers<'_>, Marks<'_>),
     settings: &Settings,
 ) -> Verdict {
-    let look = Look::new(baseline, now, facts, registers, settings);
+    let look = Look::new(baseline, now, facts, (registers, marks), settings);
     let mut why = look.set();
     let mut by = Vec::new();
     for (before, after) in look.pairs() {
@@ -52,7 +53,8 @@ pub(super) fn settle(
     facts: &KernelFacts,
     settings: &Settings,
 ) -> Vec<Reason> {
-    let look = Look::new(baseline, now, facts, &super::no_registers, settings);
+    let nothing: (Registers<'_>, Marks<'_>) = (&super::no_registers, &memory::no_marks);
+    let look = Look::new(baseline, now, facts, nothing, settings);
     let mut why = look.set();
     for (before, after) in look.pairs() {
         let mut whats = look.seen(before, after);
@@ -78,7 +80,7 @@ impl<'a> Look<'a> {
         baseline: &'a Baseline,
         now: &'a Snapshot,
         facts: &'a KernelFacts,
-        registers: Registers<'a>,
+        (registers, marks): (Registers<'a>, Marks<'a>),
         settings: &'a Settings,
     ) -> Self {
         Self {
@@ -87,6 +89,7 @@ impl<'a> Look<'a> {
             facts,
             settings,
             registers,
+            marks,
             connected: !baseline.snapshot.world.no_connection(&now.world),
         }
     }
@@ -163,8 +166,8 @@ impl<'a> Look<'a> {
             }
         }
         if self.settings.compare_memory {
-            let limit = self.settings.compared_bytes;
-            match memory::equal(before, after, &*self.baseline.images, self.registers, limit) {
+            let against = self.baseline.against(self.marks, self.settings);
+            match memory::equal(before, after, &against, self.registers) {
                 Ok(()) => return Ok(Acquittal::Equal),
                 Err(what) => why.push(what),
             }

@@ -1,6 +1,6 @@
 //! (b): comparing a live process with its image.
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
 use super::{
     facts::What,
@@ -9,6 +9,7 @@ use super::{
     proc_fs::{Dir, ProcessError},
     snapshot::{self, Process, Registers},
 };
+use crate::memory::{Region, pages_in};
 
 /// Pages read at once.
 const CHUNK: usize = 64;
@@ -20,14 +21,33 @@ const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
 /// A page of a file, or shared.
 const OF_FILE: u64 = 1 << 61;
 
+/// Runs of pages in as many states are not looked at: a sandbox can make one of each page.
+const MAX_REGIONS: usize = 1 << 16;
+
+/// Whether the kernel's marks of written pages (soft-dirty) are those since the dump that an image is of:
+/// nobody has cleared them since, up to now.
+pub type Marks<'a> = &'a dyn Fn() -> bool;
+
+/// Marks that are of no use.
+pub fn no_marks() -> bool {
+    false
+}
+
+/// What a process's memory is held against.
+pub(super) struct Against<'a> {
+    pub(super) images: &'a dyn Images,
+    pub(super) marks: Marks<'a>,
+    /// So many bytes are compared.
+    pub(super) limit: u64,
+}
+
 /// Whether memory and registers are those of the image. `after` is what the process is now; it
 /// must not run while this compares.
 pub(super) fn equal(
     before: &Process,
     after: &Process,
-    images: &dyn Images,
+    against: &Against<'_>,
     registers: Registers<'_>,
-    limit: u64,
 ) -> Result<(), What> {
     for task in &before.tasks {
         let place = || What::Memory(format!("registers of thread {}", task.tid));
@@ -45,7 +65,7 @@ pub(super) fn equal(
     if before.blocked != after.blocked {
         return Err(What::Attribute("blocked signals"));
     }
-    equal_memory(before, after, images, limit)?;
+    equal_memory(before, after, against)?;
     // If it had run, and slept again, this would differ.
     let same = |task: &super::tasks::Task| registers(task.tid) == task.registers;
     if before.tasks.iter().all(same) {
@@ -59,8 +79,7 @@ pub(super) fn equal(
 pub(super) fn equal_memory(
     before: &Process,
     after: &Process,
-    images: &dyn Images,
-    limit: u64,
+    against: &Against<'_>,
 ) -> Result<(), What> {
     let not_compared = |error: &dyn std::fmt::Display| What::NotCompared(error.to_string());
     if !after.stood_still() {
@@ -73,12 +92,9 @@ pub(super) fn equal_memory(
         return Err(What::NotCompared("it has shared memory".to_owned()));
     }
     let dir = Dir::open(after.pid).map_err(|error| not_compared(&error))?;
-    let pages = Pages::open(images, before.inner_pid).map_err(|error| not_compared(&error))?;
-    if pages.bytes() > limit {
-        let bytes = pages.bytes();
-        return Err(What::NotCompared(format!("its image has {bytes} bytes")));
-    }
-    let different = compare(&dir, &before.maps.digest, images, &pages, limit)
+    let pages = Pages::open(against.images, before.inner_pid);
+    let pages = pages.map_err(|error| not_compared(&error))?;
+    let different = compare(&dir, &before.maps.digest, &pages, against)
         .map_err(|error| not_compared(&error))?;
     if let Some(address) = different {
         return Err(What::Memory(format!("page {address:#x}")));
@@ -90,18 +106,143 @@ pub(super) fn equal_memory(
     Ok(())
 }
 
-/// The address of the first page that differs.
+/// The address of the first page that differs: by the kernel's marks, if they tell of the time since the
+/// dump, before they are read and after that.
 fn compare(
     dir: &Dir,
     digest: &super::proc_fs::Digest,
-    images: &dyn Images,
     pages: &Pages,
-    limit: u64,
+    against: &Against<'_>,
+) -> Result<Option<u64>, CompareError> {
+    let marked = match (against.marks)() {
+        true => marked(dir, digest).map(Some)?,
+        false => None,
+    };
+    match marked.filter(|_| (against.marks)()) {
+        Some(regions) => compare_written(dir, digest, pages, &regions, against),
+        None => compare_all(dir, digest, pages, against),
+    }
+}
+
+/// The pages of the process's private mappings that are there.
+fn marked(dir: &Dir, digest: &super::proc_fs::Digest) -> Result<Vec<Region>, CompareError> {
+    let pagemap = File::from(dir.open_file("pagemap")?);
+    let mut found = Vec::new();
+    for mapping in own_mappings(dir, digest)? {
+        pages_in(
+            &pagemap,
+            mapping.start..mapping.end,
+            &mut found,
+            MAX_REGIONS,
+        )?;
+    }
+    Ok(found)
+}
+
+/// Compares what was written to since the dump, or is gone: all other pages are those that were dumped.
+fn compare_written(
+    dir: &Dir,
+    digest: &super::proc_fs::Digest,
+    pages: &Pages,
+    regions: &[Region],
+    against: &Against<'_>,
 ) -> Result<Option<u64>, CompareError> {
     let live = File::from(dir.open_file("mem")?);
-    let mut image = pages.file(images)?;
+    let mut image = pages.file(against.images)?;
+    let mut left = against.limit / PAGE;
+    let mut take = |range: &Range<u64>| -> Result<u64, CompareError> {
+        let count = (range.end - range.start) / PAGE;
+        left = left
+            .checked_sub(count)
+            .ok_or(CompareError::Other("too much memory was written to"))?;
+        Ok(count)
+    };
+    let range = |region: &Region| region.start..region.end;
+    let unwritten: Vec<_> = regions
+        .iter()
+        .filter(|its| its.is_unwritten())
+        .map(range)
+        .collect();
+    for run in pages.runs() {
+        for part in without(run.address..run.end(), &unwritten) {
+            let count = take(&part)?;
+            let mut place =
+                (run.first.unwrap_or(0) * PAGE).saturating_add(part.start - run.address);
+            if let Some(address) = differs(&live, part.start, count, |buffer| {
+                image.read_exact_at(buffer, place)?;
+                place += buffer.len() as u64;
+                Ok(())
+            })? {
+                return Ok(Some(address));
+            }
+        }
+    }
+    let dumped: Vec<_> = pages
+        .runs()
+        .iter()
+        .map(|run| run.address..run.end())
+        .collect();
+    for region in regions.iter().filter(|its| its.is_own()) {
+        for part in without(range(region), &dumped) {
+            let count = take(&part)?;
+            if let Some(address) = differs(&live, part.start, count, zeros)? {
+                return Ok(Some(address));
+            }
+        }
+    }
+    own_mappings(dir, digest)?;
+    Ok(None)
+}
+
+/// What is left of a range without others, which are in order.
+fn without(range: Range<u64>, others: &[Range<u64>]) -> Vec<Range<u64>> {
+    let first = others.partition_point(|other| other.end <= range.start);
+    let mut left = Vec::new();
+    let mut from = range.start;
+    for other in others.get(first..).unwrap_or_default() {
+        if other.start >= range.end {
+            break;
+        }
+        if other.start > from {
+            left.push(from..other.start);
+        }
+        from = from.max(other.end);
+    }
+    if from < range.end {
+        left.push(from..range.end);
+    }
+    left
+}
+
+/// The private mappings, which must be those of the dump.
+fn own_mappings(dir: &Dir, digest: &super::proc_fs::Digest) -> Result<Vec<Mapping>, CompareError> {
+    let (mut mappings, now) = maps::list(dir)?;
+    if now != *digest {
+        return Err(CompareError::Other("its mappings change"));
+    }
+    mappings.retain(|mapping| !mapping.shared && !mapping.is_of_kernel());
+    Ok(mappings)
+}
+
+fn zeros(buffer: &mut [u8]) -> io::Result<()> {
+    buffer.fill(0);
+    Ok(())
+}
+
+/// Compares all of the image.
+fn compare_all(
+    dir: &Dir,
+    digest: &super::proc_fs::Digest,
+    pages: &Pages,
+    against: &Against<'_>,
+) -> Result<Option<u64>, CompareError> {
+    if pages.bytes() > against.limit {
+        return Err(CompareError::TooLarge(pages.bytes()));
+    }
+    let live = File::from(dir.open_file("mem")?);
+    let mut image = pages.file(against.images)?;
     let mut offset = 0;
-    for run in &pages.runs {
+    for run in pages.runs() {
         if let Some(address) = differs(&live, run.address, run.pages, |buffer| {
             image.read_exact_at(buffer, offset)?;
             offset += buffer.len() as u64;
@@ -110,11 +251,8 @@ fn compare(
             return Ok(Some(address));
         }
     }
-    let (mappings, now) = maps::list(dir)?;
-    if now != *digest {
-        return Err(CompareError::Other("its mappings change"));
-    }
-    beyond_image(dir, &live, &mappings, pages, limit)
+    let mappings = own_mappings(dir, digest)?;
+    beyond_image(dir, &live, &mappings, pages, against.limit)
 }
 
 /// The first of the process's own pages that the image lacks and that is not all zeros.
@@ -126,14 +264,13 @@ fn beyond_image(
     limit: u64,
 ) -> Result<Option<u64>, CompareError> {
     let pagemap = File::from(dir.open_file("pagemap")?);
-    let own = |mapping: &&Mapping| !mapping.shared && !mapping.is_of_kernel();
-    let space = mappings.iter().filter(own).map(Mapping::bytes);
+    let space = mappings.iter().map(Mapping::bytes);
     if space.fold(0, u64::saturating_add) > MAX_ADDRESS_SPACE {
         return Err(CompareError::Other("its address space is too large"));
     }
     let mut left = limit / PAGE;
     let mut bits = vec![0; 64 << 10];
-    for mapping in mappings.iter().filter(own) {
+    for mapping in mappings {
         let mut address = mapping.start;
         while address < mapping.end {
             let count = ((mapping.end - address) / PAGE).min(bits.len() as u64 / 8);
@@ -146,10 +283,7 @@ fn beyond_image(
                     left = left
                         .checked_sub(1)
                         .ok_or(CompareError::Other("too much memory is not in the image"))?;
-                    if let Some(address) = differs(live, address, 1, |zeros| {
-                        zeros.fill(0);
-                        Ok(())
-                    })? {
+                    if let Some(address) = differs(live, address, 1, zeros)? {
                         return Ok(Some(address));
                     }
                 }
@@ -197,6 +331,32 @@ enum CompareError {
     Process(#[from] ProcessError),
     #[error("{0}")]
     Io(#[from] io::Error),
+    #[error("its image has {0} bytes")]
+    TooLarge(u64),
     #[error("{0}")]
     Other(&'static str),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_without_others_is_what_lies_between_them() {
+        let others = [0..2, 4..6, 6..7, 9..20];
+        let ends = |(start, end): (u64, u64)| -> Vec<_> {
+            let left = without(start..end, &others);
+            left.iter().map(|part| (part.start, part.end)).collect()
+        };
+        for (range, want) in [
+            ((0, 2), vec![]),
+            ((0, 4), vec![(2, 4)]),
+            ((3, 10), vec![(3, 4), (7, 9)]),
+            ((5, 7), vec![]),
+            ((20, 22), vec![(20, 22)]),
+            ((1, 30), vec![(2, 4), (7, 9), (20, 30)]),
+        ] {
+            assert_eq!(ends(range), want, "{range:?}");
+        }
+    }
 }

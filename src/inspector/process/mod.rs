@@ -79,6 +79,7 @@ pub use facts::{
 };
 pub use image::{ImageDir, ImageFile, Images};
 pub use maps::shared_memory;
+pub use memory::{Marks, no_marks};
 pub use proc_fs::ProcessError;
 pub use references::references;
 pub use rest::Rest;

@@ -4,8 +4,13 @@ use super::{plan::Verb, *};
 use crate::{coordinator::turns::Asked, runtime::Checkpoint, store::JournalLine};
 
 impl Bed {
-    /// A protected container on a kernel that tells which pages change.
+    /// A protected container on a kernel that tells which pages change, and nobody who clears marks.
     fn tracked(config: &str) -> Self {
+        Self::marked(&format!("incremental = true\n{config}"))
+    }
+
+    /// A protected container on a kernel that tells which pages change.
+    fn marked(config: &str) -> Self {
         let bed = Self::protected(&format!("checkpoint_stops = false\n{config}"));
         bed.machine.make_mortal();
         bed.machine.track_memory();
@@ -55,6 +60,17 @@ fn where_nobody_tells_which_pages_change_each_dump_has_everything() {
     bed.keep();
     assert_eq!(bed.upon(), [(None, false), (None, false)]);
     assert!(!bed.path("store/test/c/tmp/parent").exists());
+}
+
+#[test]
+fn where_nobody_sees_who_clears_marks_each_dump_has_everything_unless_asked_for() {
+    for config in ["", "incremental = \"auto\"\n", "incremental = false\n"] {
+        let bed = Bed::marked(&format!("pre_dumps = \"2\"\n{config}"));
+        bed.keep();
+        bed.keep();
+        let whole = (None, false);
+        assert_eq!(bed.upon(), [whole.clone(), whole], "{config}");
+    }
 }
 
 #[test]

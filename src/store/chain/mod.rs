@@ -5,7 +5,6 @@
 //! dump would have been. Pages of the turn's own dumps are read from their files. Those of the last
 //! checkpoint's are not read at all: they have a digest there, and that is what a checkpoint is made of.
 
-mod page_map;
 mod stack;
 
 use std::path::{Path, PathBuf};
@@ -17,10 +16,10 @@ use super::{
     ingest::{Ingest, Parts},
     keep::{chunk_of, cut_of, entry},
 };
-use crate::content::Building;
-#[cfg(test)]
-pub(super) use page_map::testing;
-use page_map::{PAGE, PageMap};
+use crate::{
+    content::Building,
+    page_map::{PAGE, PageMap},
+};
 use stack::{Layer, Piece, Source};
 
 /// CRIU's link to the dump that one builds upon.

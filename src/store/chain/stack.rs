@@ -6,13 +6,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{MAX_MAP, PAGE, PageMap};
-use crate::store::{
-    FileEntry, StoreError,
-    content::{Cut, Lookup, read_chunk},
-    files,
-    keep::cut_of,
-    objects::Objects,
+use super::MAX_MAP;
+use crate::{
+    page_map::{PAGE, PageMap},
+    store::{
+        FileEntry, StoreError,
+        content::{Cut, Lookup, read_chunk},
+        files,
+        keep::cut_of,
+        objects::Objects,
+    },
 };
 
 /// Pages that are read at once.

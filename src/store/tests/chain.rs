@@ -1,6 +1,7 @@
 //! Dumps that build upon each other, and what is kept of them.
 
-use super::{super::chain::testing::page_map, fixture::noise, *};
+use super::{fixture::noise, *};
+use crate::page_map::testing::page_map;
 
 const PAGE: u64 = 4096;
 const BASE: u64 = 0x10_0000;

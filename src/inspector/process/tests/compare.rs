@@ -3,18 +3,19 @@
 use std::os::unix::fs::FileExt as _;
 
 use super::*;
-use crate::inspector::process::{
-    ImageDir,
-    image::{PAGE, testing::pagemap},
+use crate::{
+    inspector::process::{ImageDir, image::PAGE},
+    page_map::testing::page_map,
 };
 
 /// Registers that never change, for threads that do not run.
-fn registers(tid: i32) -> Option<u64> {
+pub(super) fn registers(tid: i32) -> Option<u64> {
     Some(u64::from(tid.unsigned_abs()))
 }
 
 /// Every page of its own, as CRIU would write it; `keep` chooses.
-fn dump(pid: i32, inner_pid: i32, to: &std::path::Path, keep: impl Fn(u64) -> bool) {
+/// `ghost`: a page that is not there, and has something in the image.
+fn dump(pid: i32, to: &std::path::Path, keep: impl Fn(u64) -> bool, ghost: Option<u64>) {
     let dir = proc_fs::Dir::open(pid).unwrap();
     let (memory, map) = (
         dir.open_file("mem").unwrap(),
@@ -28,44 +29,47 @@ fn dump(pid: i32, inner_pid: i32, to: &std::path::Path, keep: impl Fn(u64) -> bo
         }
         for address in (mapping.start..mapping.end).step_by(4096) {
             let mut entry = [0; 8];
+            if ghost == Some(address) {
+                entries.push((address, 1, true));
+                pages.extend([b'x'; 4096]);
+            }
             map.read_exact_at(&mut entry, address / PAGE * 8).unwrap();
             let entry = u64::from_le_bytes(entry);
             if entry >> 62 != 0 && entry >> 61 & 1 == 0 && keep(address) {
                 let mut page = vec![0; 4096];
                 memory.read_exact_at(&mut page, address).unwrap();
                 if page.iter().any(|&byte| byte != 0) {
-                    entries.push([(1, address), (2, 1), (4, 4)]);
+                    entries.push((address, 1, true));
                     pages.extend(page);
                 }
             }
         }
     }
-    let rows: Vec<&[(u32, u64)]> = entries.iter().map(|row| &row[..]).collect();
-    fs::write(
-        to.join(format!("pagemap-{inner_pid}.img")),
-        pagemap(9, &rows),
-    )
-    .unwrap();
+    fs::write(to.join(format!("pagemap-{pid}.img")), page_map(9, &entries)).unwrap();
     fs::write(to.join("pages-9.img"), pages).unwrap();
 }
 
-fn comparing() -> Settings {
+pub(super) fn comparing() -> Settings {
     Settings {
         compare_memory: true,
         ..settings()
     }
 }
 
-struct Dumped {
-    actor: Actor,
-    images: tempfile::TempDir,
-    baseline: Baseline,
-    /// Of a page that holds "marker" at its start.
-    address: u64,
+pub(super) struct Dumped {
+    pub(super) actor: Actor,
+    pub(super) images: tempfile::TempDir,
+    pub(super) baseline: Baseline,
+    /// Of a page that holds "marker" at its start; the third one after it is not there.
+    pub(super) address: u64,
 }
 
 impl Dumped {
-    fn new(keep: impl Fn(u64, u64) -> bool) -> Self {
+    pub(super) fn new(keep: impl Fn(u64, u64) -> bool) -> Self {
+        Self::with(keep, false)
+    }
+
+    pub(super) fn with(keep: impl Fn(u64, u64) -> bool, ghost: bool) -> Self {
         let actor = Actor::asleep(
             "m = mmap.mmap(-1, 16 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); m[:6] = b'marker'; m[4096] = 0\n\
              open('at', 'w').write(str(ctypes.addressof(ctypes.c_char.from_buffer(m))) + '\\n')",
@@ -76,9 +80,9 @@ impl Dumped {
             .parse()
             .unwrap();
         let images = tempfile::tempdir().unwrap();
-        dump(actor.pid(), actor.pid(), images.path(), |page| {
-            keep(page, address)
-        });
+        let ghost = ghost.then_some(address + 3 * PAGE);
+        let keep = |page| keep(page, address);
+        dump(actor.pid(), images.path(), keep, ghost);
         let mut baseline = baseline(&[actor.pid()], registers);
         baseline.set_images(std::sync::Arc::new(ImageDir::new(images.path())));
         Self {
@@ -90,13 +94,21 @@ impl Dumped {
     }
 
     fn judge(&self, registers: Registers<'_>, settings: &Settings) -> Verdict {
-        let now = Snapshot::take(&[self.actor.pid()], registers).unwrap();
-        let mut facts = self.actor.facts();
-        facts.memory_reached = true;
-        self.baseline.verdict(&now, &facts, registers, settings)
+        self.judge_with((registers, &no_marks), settings)
     }
 
-    fn poke(&self, address: u64, bytes: &[u8]) {
+    pub(super) fn judge_with(
+        &self,
+        of_kernel: (Registers<'_>, Marks<'_>),
+        settings: &Settings,
+    ) -> Verdict {
+        let now = Snapshot::take(&[self.actor.pid()], of_kernel.0).unwrap();
+        let mut facts = self.actor.facts();
+        facts.memory_reached = true;
+        self.baseline.verdict(&now, &facts, of_kernel, settings)
+    }
+
+    pub(super) fn poke(&self, address: u64, bytes: &[u8]) {
         let path = format!("/proc/{}/mem", self.actor.pid());
         let file = fs::OpenOptions::new().write(true).open(path).unwrap();
         file.write_all_at(bytes, address).unwrap();
@@ -178,7 +190,7 @@ fn registers_must_be_known_and_equal() {
     let verdict = blind.verdict(
         &dumped.actor.snapshot(),
         &facts,
-        &no_registers,
+        (&no_registers, &no_marks),
         &comparing(),
     );
     assert!(matches!(&reasons(&verdict)[..], [_, What::NotCompared(_)]));
@@ -255,14 +267,14 @@ fn shared_memory_and_other_mappings_are_not_equal() {
     now.processes[0].maps.shares_memory = true;
     let verdict = dumped
         .baseline
-        .verdict(&now, &facts, &registers, &comparing());
+        .verdict(&now, &facts, (&registers, &no_marks), &comparing());
     assert!(
         matches!(&reasons(&verdict)[..], [_, What::NotCompared(why)] if why.contains("shared"))
     );
     now.processes[0].maps.digest = [0; 32];
     let verdict = dumped
         .baseline
-        .verdict(&now, &facts, &registers, &comparing());
+        .verdict(&now, &facts, (&registers, &no_marks), &comparing());
     assert!(matches!(&reasons(&verdict)[..], [_, What::Memory(what)] if what == "mappings"));
 }
 
@@ -276,9 +288,10 @@ fn settling_takes_new_registers_only_with_the_memory_of_the_image() {
             dumped.poke(dumped.address, b"M");
         }
         let now = Snapshot::take(&[dumped.actor.pid()], &later).unwrap();
-        let settled = dumped
-            .baseline
-            .settle(now, &dumped.actor.facts(), &comparing(), None);
+        let settled =
+            dumped
+                .baseline
+                .settle(now, &dumped.actor.facts(), &no_marks, &comparing(), None);
         assert_eq!(settled, Settled::Yes);
         if changed {
             dumped.poke(dumped.address, b"m");
@@ -299,7 +312,9 @@ fn whose_memory_was_reached_settles_with_that_of_the_image() {
         let now = Snapshot::take(&[dumped.actor.pid()], &later).unwrap();
         let mut facts = dumped.actor.facts();
         facts.memory_reached = true;
-        dumped.baseline.settle(now, &facts, settings, None)
+        dumped
+            .baseline
+            .settle(now, &facts, &no_marks, settings, None)
     };
     let mut dumped = Dumped::new(|_, _| true);
     let off = Settings {

@@ -5,6 +5,7 @@
 mod attacks;
 mod compare;
 mod limits;
+mod marks;
 mod queues;
 mod rest;
 mod rules;
@@ -132,7 +133,12 @@ impl Actor {
     }
 
     pub(super) fn judge(&self, baseline: &Baseline, facts: &KernelFacts) -> Verdict {
-        baseline.verdict(&self.snapshot(), facts, &no_registers, &settings())
+        baseline.verdict(
+            &self.snapshot(),
+            facts,
+            (&no_registers, &no_marks),
+            &settings(),
+        )
     }
 }
 

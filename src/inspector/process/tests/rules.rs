@@ -18,13 +18,13 @@ fn who_polls_and_reads_its_own_proc_is_a_consistent_cut() {
     let baseline = actor.baseline();
     actor.go();
     let (now, facts) = (actor.snapshot(), actor.facts());
-    let verdict = baseline.verdict(&now, &facts, &no_registers, &settings());
+    let verdict = baseline.verdict(&now, &facts, (&no_registers, &no_marks), &settings());
     assert_eq!(acquittals(&verdict), [Acquittal::ConsistentCut]);
     let strict = Settings {
         consistent_cut: false,
         ..settings()
     };
-    let verdict = baseline.verdict(&now, &facts, &no_registers, &strict);
+    let verdict = baseline.verdict(&now, &facts, (&no_registers, &no_marks), &strict);
     assert!(matches!(reasons(&verdict)[..], [What::Ran(time)] if !time.is_zero()));
 }
 
@@ -53,10 +53,10 @@ fn another_processes_flag_changes_the_sandbox() {
     let baseline = baseline(&pids, no_registers);
     let mut facts = facts(&pids);
     let now = Snapshot::take(&pids, &no_registers).unwrap();
-    let verdict = baseline.verdict(&now, &facts, &no_registers, &settings());
+    let verdict = baseline.verdict(&now, &facts, (&no_registers, &no_marks), &settings());
     assert_eq!(acquittals(&verdict), [Acquittal::NotRun; 2]);
     facts.did.insert(pids[1], Did::SEND);
-    let verdict = baseline.verdict(&now, &facts, &no_registers, &settings());
+    let verdict = baseline.verdict(&now, &facts, (&no_registers, &no_marks), &settings());
     let Verdict::Changed { why } = verdict else {
         panic!("{verdict:?}");
     };
@@ -79,7 +79,7 @@ fn processes_that_come_and_go_are_named() {
     let both = Snapshot::take(&[other.pid(), actor.pid()], &no_registers).unwrap();
     let facts = facts(&[actor.pid(), other.pid()]);
     let judge = |now: &Snapshot| {
-        let verdict = baseline.verdict(now, &facts, &no_registers, &settings());
+        let verdict = baseline.verdict(now, &facts, (&no_registers, &no_marks), &settings());
         let Verdict::Changed { why } = verdict else {
             panic!("{verdict:?}");
         };
@@ -106,11 +106,21 @@ fn another_process_with_the_same_number_is_not_the_same() {
     let baseline = actor.baseline();
     let mut now = actor.snapshot();
     now.processes[0].tasks[0].start += 1;
-    let why = reasons(&baseline.verdict(&now, &actor.facts(), &no_registers, &settings()));
+    let why = reasons(&baseline.verdict(
+        &now,
+        &actor.facts(),
+        (&no_registers, &no_marks),
+        &settings(),
+    ));
     assert_eq!(why, [What::Gone, What::Created]);
     let mut now = actor.snapshot();
     now.processes[0].inner_pid += 1;
-    let why = reasons(&baseline.verdict(&now, &actor.facts(), &no_registers, &settings()));
+    let why = reasons(&baseline.verdict(
+        &now,
+        &actor.facts(),
+        (&no_registers, &no_marks),
+        &settings(),
+    ));
     assert_eq!(why, [What::Gone, What::Created]);
 }
 
@@ -231,7 +241,7 @@ fn a_settled_baseline_takes_in_what_ran_after_the_thaw() {
     let facts = actor.facts();
     let mut sent = facts.clone();
     sent.did.insert(actor.pid(), Did::SEND);
-    let settled = baseline.settle(actor.snapshot(), &sent, &settings(), Some(7));
+    let settled = baseline.settle(actor.snapshot(), &sent, &no_marks, &settings(), Some(7));
     assert!(matches!(settled, Settled::No(_)), "{settled:?}");
     assert_eq!(
         acquittals(&actor.judge(&baseline, &facts)),
@@ -241,10 +251,10 @@ fn a_settled_baseline_takes_in_what_ran_after_the_thaw() {
     let mut running = actor.snapshot();
     running.processes[0].tasks[0].state = b'R';
     assert_eq!(
-        baseline.settle(running, &facts, &settings(), Some(7)),
+        baseline.settle(running, &facts, &no_marks, &settings(), Some(7)),
         Settled::NotYet
     );
-    let settled = baseline.settle(actor.snapshot(), &facts, &settings(), Some(7));
+    let settled = baseline.settle(actor.snapshot(), &facts, &no_marks, &settings(), Some(7));
     assert_eq!(settled, Settled::Yes);
     assert_eq!(
         acquittals(&actor.judge(&baseline, &facts)),
@@ -266,7 +276,13 @@ fn a_thaw_is_not_settled_by_who_moved_data() {
         let actor = Actor::ready(setup, action);
         let mut baseline = actor.baseline();
         actor.go();
-        let settled = baseline.settle(actor.snapshot(), &actor.facts(), &settings(), None);
+        let settled = baseline.settle(
+            actor.snapshot(),
+            &actor.facts(),
+            &no_marks,
+            &settings(),
+            None,
+        );
         assert!(matches!(settled, Settled::No(_)), "{action}: {settled:?}");
     }
 }
@@ -276,7 +292,7 @@ fn a_quick_look_needs_the_same_cpu_time_and_no_event() {
     let actor = Actor::asleep("");
     let mut baseline = actor.baseline();
     let facts = actor.facts();
-    let settled = baseline.settle(actor.snapshot(), &facts, &settings(), Some(1000));
+    let settled = baseline.settle(actor.snapshot(), &facts, &no_marks, &settings(), Some(1000));
     assert_eq!(settled, Settled::Yes);
     assert!(baseline.quick(1000, &facts, &settings()));
     assert!(!baseline.quick(1001, &facts, &settings()));

@@ -1,6 +1,6 @@
 //! CRIU's index of the pages of one memory: which there are, and in which dump.
 //!
-//! `pagemap-ID.img` is two 32-bit magic numbers, then messages, each behind its 32-bit length (all
+//! `pagemap-ID.img` (ID: of a process, its pid within the sandbox) is two 32-bit magic numbers, then messages, each behind its 32-bit length (all
 //! little-endian): one `pagemap_head`, then `pagemap_entry`s (CRIU's `images/pagemap.proto`). The pages of
 //! those entries that are present follow each other in `pages-N.img`; those of the others are in the dump
 //! that this one builds upon, at the same address of the index of the same name.
@@ -8,7 +8,7 @@
 use protobuf::{CodedInputStream, CodedOutputStream};
 
 /// 4 KiB on x86-64, which is all that crab supports.
-pub(super) const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 
 const COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
@@ -28,11 +28,11 @@ mod field {
 
 /// Pages that follow each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Entry {
-    pub(super) address: u64,
-    pub(super) pages: u64,
+pub(crate) struct Entry {
+    pub(crate) address: u64,
+    pub(crate) pages: u64,
     /// The first one's place in the file of pages; none if they are in the dump before.
-    pub(super) first: Option<u64>,
+    pub(crate) first: Option<u64>,
     /// As they were written.
     compatible_pages: Option<u64>,
     long_pages: Option<u64>,
@@ -40,23 +40,23 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    pub(super) fn end(&self) -> u64 {
+    pub(crate) fn end(&self) -> u64 {
         self.address.saturating_add(self.pages.saturating_mul(PAGE))
     }
 }
 
 /// The index.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct PageMap {
+pub(crate) struct PageMap {
     /// N of `pages-N.img`.
-    pub(super) file: u32,
+    pub(crate) file: u32,
     /// By address.
-    pub(super) entries: Vec<Entry>,
+    pub(crate) entries: Vec<Entry>,
 }
 
 impl PageMap {
     /// None if it is not understood.
-    pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn parse(bytes: &[u8]) -> Option<Self> {
         let mut rest = bytes;
         let mut word = || {
             let (head, tail) = rest.split_first_chunk::<4>()?;
@@ -97,29 +97,34 @@ impl PageMap {
     }
 
     /// The one that a page is in.
-    pub(super) fn at(&self, address: u64) -> Option<&Entry> {
+    pub(crate) fn at(&self, address: u64) -> Option<&Entry> {
         let after = self.entries.partition_point(|e| e.address <= address);
         let entry = self.entries.get(after.checked_sub(1)?)?;
         (address < entry.end()).then_some(entry)
     }
 
+    /// Whether a page is in this dump or in one before.
+    pub(crate) fn has(&self, address: u64) -> bool {
+        self.at(address).is_some()
+    }
+
     /// Whether all pages are in this dump.
-    pub(super) fn is_whole(&self) -> bool {
+    pub(crate) fn is_whole(&self) -> bool {
         self.entries.iter().all(|entry| entry.first.is_some())
     }
 
     /// How many pages there are, wherever.
-    pub(super) fn pages(&self) -> u64 {
+    pub(crate) fn pages(&self) -> u64 {
         let pages = self.entries.iter().map(|entry| entry.pages);
         pages.fold(0, u64::saturating_add)
     }
 
-    pub(super) fn pages_name(&self) -> String {
+    pub(crate) fn pages_name(&self) -> String {
         format!("pages-{}.img", self.file)
     }
 
     /// The index of the same pages if all of them are present.
-    pub(super) fn whole(&self) -> Option<Vec<u8>> {
+    pub(crate) fn whole(&self) -> Option<Vec<u8>> {
         let mut bytes = Vec::new();
         bytes.extend(COMMON_MAGIC.to_le_bytes());
         bytes.extend(PAGEMAP_MAGIC.to_le_bytes());
@@ -212,7 +217,7 @@ fn each_field(message: &[u8], mut f: impl FnMut(u32, u64)) -> Option<()> {
 }
 
 #[cfg(test)]
-pub(in super::super) mod testing {
+pub(crate) mod testing {
     use super::*;
 
     /// What CRIU 4.2 would write of runs of pages: address, how many, whether they are in this dump.
