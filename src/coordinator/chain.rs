@@ -94,7 +94,7 @@ impl Worker {
     }
 
     /// Why dumps must not build upon each other though the kernel marks what is written to; None if they may.
-    fn obstacle(&self) -> Option<String> {
+    pub(super) fn obstacle(&self) -> Option<String> {
         match (self.settings.incremental, &self.inspection) {
             (Incremental::Always, _) => None,
             (Incremental::Never, _) => Some("`incremental` is false".into()),

@@ -23,18 +23,19 @@ impl Worker {
         subject: &dyn Subject,
         turn: TurnNo,
     ) -> Result<Pending, StoreError> {
-        match in_memory(subject) {
+        let builds_up = self.obstacle().is_none();
+        match in_memory(subject, builds_up) {
             Some(place) => self.store.begin_in(turn, &place),
             None => self.store.begin(turn),
         }
     }
 }
 
-/// The directory in memory in which a dump has room for sure; None if there is none, or another dump may build
-/// upon this one.
-fn in_memory(subject: &dyn Subject) -> Option<PathBuf> {
+/// The directory in memory in which a dump has room for sure; None if there is none, or if dumps build upon each
+/// other where the runtime can do that (`builds_up`).
+fn in_memory(subject: &dyn Subject, builds_up: bool) -> Option<PathBuf> {
     let parts = subject.parts().ok()?;
-    if parts.runtime.is_incremental() {
+    if builds_up && parts.runtime.is_incremental() {
         return None;
     }
     let procs = parts.freeze.cgroup().procs().ok()?;
