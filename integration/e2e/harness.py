@@ -87,11 +87,14 @@ def until(condition, what, limit=LIMIT):
     end = time.monotonic() + limit
     pause = 0.002
     while True:
+        began = time.monotonic()
         value = condition()
         if value:
             return value
+        took = time.monotonic() - began
         assert time.monotonic() < end, f"in vain for {limit} s: {what}; last seen: {value!r}"
-        time.sleep(pause)
+        # Where each look takes long (emulation), looking must not take the processors from what is waited for.
+        time.sleep(pause if took < 0.1 else 3 * took)
         pause = min(pause * 1.5, 0.05)
 
 

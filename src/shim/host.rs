@@ -38,8 +38,9 @@ use crate::{
     sandbox::SandboxId,
 };
 
-/// How long the inspector's programs may take to be loaded: the kernel verifies them.
-const LOAD_LIMIT: Duration = Duration::from_secs(60);
+/// How long the inspector's programs may take to be loaded: the kernel verifies them. A second or two; in an
+/// emulated machine on a busy host a minute was seen.
+const LOAD_LIMIT: Duration = Duration::from_secs(90);
 
 /// A process that can be signalled without the danger of hitting another one.
 pub trait Target: Send + Sync {

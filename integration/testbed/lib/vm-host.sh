@@ -42,6 +42,29 @@ kvm_works() {
 # port NAME: the machine's serial port of that name, whose other end is the file or FIFO of that name in /io.
 port() { printf '%s\n' -chardev "file,id=$1,path=/io/$1" -device "virtserialport,name=crab.$1,chardev=$1"; }
 
+# machine QEMU…: the machine, from its start to its end; QEMU's code.
+machine() {
+  local files rc=0
+  rm -f "$ROOT/run/share"
+  chroot "$ROOT" /usr/libexec/virtiofsd --socket-path=/run/share --shared-dir=/share --sandbox=none --rlimit-nofile=0 \
+    --cache=always --announce-submounts </dev/null >"$IO/virtiofsd.log" 2>&1 {OUT}<&- {ERR}<&- &
+  files=$!
+  until [ -S "$ROOT/run/share" ]; do
+    kill -0 "$files" 2>/dev/null || { cat "$IO/virtiofsd.log" >&2; return 1; }
+    sleep 0.05
+  done
+  # Shared memory: virtiofsd reads and writes in it. snapshot=on: what is written goes to a file that QEMU has unlinked.
+  # A kept disk has what was written until the machine was killed: like one that loses power and has no cache of its own.
+  timeout --foreground --kill-after=10 "$LIMIT" "$@" -m 2G -object memory-backend-memfd,id=memory,size=2G,share=on \
+    -numa node,memdev=memory -serial file:/io/console \
+    -chardev socket,id=share,path=/run/share -device vhost-user-fs-pci,chardev=share,tag=root,queue-size=1024 \
+    -drive file=/disk.img,if=virtio,format=raw,snapshot="$SNAPSHOT" </dev/null >"$IO/qemu.log" 2>&1 {OUT}<&- {ERR}<&- &
+  wait $! || rc=$?
+  kill -KILL "$files" 2>/dev/null || true
+  wait "$files" 2>/dev/null || true
+  return "$rc"
+}
+
 # The end of a machine that did not say how CMD ended.
 lost() {
   local why=$1 rc=$2
@@ -51,23 +74,21 @@ lost() {
 }
 
 main() {
-  local run=$1 root=$1/qemu/root layer=$6 base=$7 disk=$8 snapshot=on rc=0 out err cats=() qemu arguments
-  IO=$run/io
-  [ -z "$9" ] || snapshot=off
+  local run=$1 root=$1/qemu/root layer=$6 base=$7 disk=$8 rc=0 cats=() qemu arguments
+  IO=$run/io ROOT=$root SNAPSHOT=on
+  [ -z "$9" ] || SNAPSHOT=off
   trap 'exit 130' INT; trap 'exit 143' TERM; trap 'exit 129' HUP
   guest_root "${@:1:5}" -- "${@:11}"
   qemu_root "$run" "$layer" "$base" "$disk"
 
-  # It holds a descriptor for every file that the machine knows.
+  # virtiofsd holds a descriptor for every file that the machine knows.
   ulimit -n "$(ulimit -Hn)"
-  chroot "$root" /usr/libexec/virtiofsd --socket-path=/run/share --shared-dir=/share --sandbox=none --rlimit-nofile=0 \
-    --cache=always --announce-submounts </dev/null >"$IO/virtiofsd.log" 2>&1 &
 
   # Both ends are open here, so that neither a cat nor QEMU waits for the other to come.
   mkfifo "$IO/out" "$IO/err"; : >"$IO/rc"
-  exec {out}<>"$IO/out" {err}<>"$IO/err"
-  cat <"$IO/out" {out}<&- {err}<&- & cats+=($!)
-  cat <"$IO/err" >&2 {out}<&- {err}<&- & cats+=($!)
+  exec {OUT}<>"$IO/out" {ERR}<>"$IO/err"
+  cat <"$IO/out" {OUT}<&- {ERR}<&- & cats+=($!)
+  cat <"$IO/err" >&2 {OUT}<&- {ERR}<&- & cats+=($!)
 
   # mitigations=off: guarding an emulated processor against its own speculation makes system calls twice as dear.
   qemu=(chroot "$root" qemu-system-x86_64 -nodefaults -no-user-config -display none -M q35 -smp 2 -no-reboot -kernel /vm/vmlinuz
@@ -75,14 +96,14 @@ main() {
   if kvm_works "${qemu[@]}"; then qemu+=(-accel kvm -cpu host)
   else qemu+=(-accel tcg,thread=multi -cpu Haswell-noTSX,-pcid,-invpcid,-tsc-deadline); fi
   mapfile -t arguments < <(port out; port err; port rc)
-  # Shared memory: virtiofsd reads and writes in it. snapshot=on: what is written goes to a file that QEMU has unlinked.
-  # A kept disk has what was written until the machine was killed: like one that loses power and has no cache of its own.
-  timeout --foreground --kill-after=10 "$LIMIT" "${qemu[@]}" -m 2G -object memory-backend-memfd,id=memory,size=2G,share=on \
-    -numa node,memdev=memory -serial file:/io/console -device virtio-serial-pci "${arguments[@]}" \
-    -chardev socket,id=share,path=/run/share -device vhost-user-fs-pci,chardev=share,tag=root,queue-size=1024 \
-    -drive file=/disk.img,if=virtio,format=raw,snapshot=$snapshot </dev/null >"$IO/qemu.log" 2>&1 {out}<&- {err}<&- &
-  wait $! || rc=$?
-  exec {out}<&- {err}<&-
+  # Seen once in a while: the emulation itself fails in the midst of a boot. Nothing has begun then.
+  for _ in 1 2 3; do
+    rc=0
+    machine "${qemu[@]}" -device virtio-serial-pci "${arguments[@]}" || rc=$?
+    if [ "$rc" -le 128 ] || [ "$rc" = 137 ] || grep -qs '^vm: .*: CMD' "$IO/console"; then break; fi
+    cat "$IO/qemu.log" >&2; say "QEMU has failed with $rc before CMD began: once more"
+  done
+  exec {OUT}<&- {ERR}<&-
   wait "${cats[@]}" || true # a reader that has gone away is no failure of ours
   if [ "$rc" = 124 ] || [ "$rc" = 137 ]; then lost "no end within $LIMIT s (VM_LIMIT)" 124; fi
   if [ "$rc" != 0 ]; then cat "$IO/qemu.log" >&2; say "QEMU failed with $rc"; exit 125; fi

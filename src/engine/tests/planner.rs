@@ -246,9 +246,10 @@ proptest! {
             }
         }
         let costs = estimator.costs();
-        for rate in [costs.dump_rate, costs.files_rate, costs.drain_rate, costs.change_rate] {
+        for rate in [costs.dump_rate, costs.files_rate, costs.drain_rate] {
             prop_assert!((1e6..=1e11).contains(&rate), "{}", rate);
         }
+        prop_assert!((0.0..=1e11).contains(&costs.change_rate), "{}", costs.change_rate);
         plan(&now, costs);
     }
 
@@ -297,4 +298,26 @@ fn the_first_dumps_of_a_slow_host_take_the_place_of_what_was_believed() {
         "{costs:?}"
     );
     assert!((70e6..90e6).contains(&costs.dump_rate), "{costs:?}");
+}
+
+#[test]
+fn a_slow_host_takes_pre_dumps_of_a_large_dump_too() {
+    let mut estimator = Estimator::default();
+    let of = |bytes: u64| Dump {
+        bytes,
+        took: Duration::from_secs(4) + Duration::from_secs_f64(bytes as f64 / 2e6),
+    };
+    estimator.dumped(of(MB / 2));
+    estimator.dumped(of(24 * MB));
+    estimator.drained(24 * MB, MB, Duration::from_secs(24));
+    let large = Situation {
+        memory: Some(24 * MB),
+        last_dump: Some(of(24 * MB)),
+        wait: Duration::from_secs(80),
+        tokens: None,
+        ..situation()
+    };
+    let plan = plan(&large, estimator.costs());
+    assert!(plan.pre_dumps() > 0, "{plan}");
+    assert!(plan.frozen < Duration::from_secs(8), "{plan}");
 }
