@@ -218,10 +218,24 @@ def constants() -> str:
 def doubts(data: Data) -> list[str]:
     """Why what was measured is a trial, and no result."""
     m = data["machine"]
-    reasons = (("debug binaries", m["profile"] != "release"), ("`--quick`", m["quick"]), (f"think times × {m['think']}", m["think"] is not None),
-               ("without " + ", ".join(data["missing"]), bool(data["missing"])),
+    reasons = (("debug binaries", m["profile"] != "release"), (f"think times × {m['think']}", m["think"] is not None),
                (f"failed: {'; '.join(data['failed'])}", bool(data["failed"])))
     return [name for name, is_so in reasons if is_so]
+
+
+def limits(data: Data) -> list[str]:
+    """In what it is less than the whole measurement."""
+    quick = f"`--quick`: one run of each mode, mostly with think times × {settings.QUICK_FACTOR}, {settings.QUICK_CRASHES} faults a trace"
+    reasons = ((quick, data["machine"]["quick"]), ("without " + ", ".join(data["missing"]), bool(data["missing"])))
+    return [name for name, is_so in reasons if is_so]
+
+
+def extent(data: Data) -> str:
+    """What a reader must know before any figure; nothing of the whole measurement."""
+    trial, short = doubts(data), limits(data)
+    if trial:
+        return f"**A trial run ({', '.join(trial + short)}): its figures are no results.**"
+    return f"**A short run ({'; '.join(short)}).**" if short else ""
 
 
 def machine(data: Data) -> str:
@@ -230,8 +244,7 @@ def machine(data: Data) -> str:
     loads = [run["load"] for run in data["runs"]]
     text = (f"{m['cpu']}, {m['cpus']} CPUs, {m['memory_kb'] / 1e6:.0f} GB, kernel {m['kernel']}; {versions}; {m['date']}; "
             f"load average at the runs' ends {min(loads, default=0):.1f} to {max(loads, default=0):.1f}.")
-    found = doubts(data)
-    return text + (f"\n\n**A trial run ({', '.join(found)}): its figures are no results.**" if found else "")
+    return "\n\n".join(filter(None, (text, extent(data))))
 
 
 def in_readme(readme: str, data: Data) -> str:
@@ -239,7 +252,9 @@ def in_readme(readme: str, data: Data) -> str:
     begin, end = readme.find(MARKS[0]), readme.find(MARKS[1])
     if doubts(data) or begin < 0 or end < begin:
         return readme
-    return readme[:begin] + MARKS[0] + main_table(data) + readme[end:]
+    text = (f"{extent(data)}\n\n" if extent(data) else "") + main_table(data)
+    # Links are relative to docs/ on the page itself.
+    return readme[:begin] + MARKS[0] + text.replace("](", "](docs/") + readme[end:]
 
 
 def page(data: Data) -> str:

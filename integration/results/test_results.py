@@ -135,7 +135,11 @@ def test_the_page_holds_every_constant_and_marks_a_trial():
     assert "A trial run" not in page
     trial = data(missing=["swe-django-16612"])
     trial["machine"] |= {"profile": "debug", "quick": True}
-    assert "A trial run (debug binaries, `--quick`, without swe-django-16612): its figures are no results." in report.page(trial)
+    page = report.page(trial)
+    assert "**A trial run (debug binaries, `--quick`: " in page and ", without swe-django-16612): its figures are no results.**" in page
+    trial["machine"]["profile"] = "release"
+    page = report.page(trial)
+    assert "**A short run (`--quick`: " in page and "; without swe-django-16612).**" in page and "trial" not in page
     assert "A trial run (failed: no disk)" in report.page(data(failed=["no disk"]))
 
 
@@ -155,8 +159,11 @@ def test_the_modes_take_turns():
 
 def test_the_readme_has_the_table_of_results_only():
     readme = "# crab\n" + "old\n".join(report.MARKS) + "more\n"
-    assert report.in_readme(readme, data()) == f"# crab\n{report.MARKS[0]}{report.main_table(data())}{report.MARKS[1]}more\n"
+    assert report.in_readme(readme, data()) == f"# crab\n{report.MARKS[0]}{report.main_table(data()).replace('](engine', '](docs/engine')}{report.MARKS[1]}more\n"
+    short = data()
+    short["machine"]["quick"] = True
+    assert f"{report.MARKS[0]}**A short run (" in report.in_readme(readme, short)
     trial = data()
-    trial["machine"]["quick"] = True
+    trial["machine"]["profile"] = "debug"
     assert report.in_readme(readme, trial) == readme
     assert report.in_readme("# no marks\n", data()) == "# no marks\n"
