@@ -21,6 +21,9 @@ from typing import Any
 IMAGE = "crab.test/agent:latest"
 RUNTIME = "io.containerd.crab.v2"
 MIB = 1 << 20
+#: Seconds that the agent thinks after each turn. Whoever asks for the journal at once, again and again, takes one of the
+#: machine's CPUs from what is measured.
+THINK_S = 0.3
 #: Wanted at most, in milliseconds or bytes.
 WANTED = {
     "ten files, boundary to durable": 10.0,
@@ -68,6 +71,7 @@ class Sandbox:
         before = self.last()
         self.execs += 1
         run("ctr", "task", "exec", "--exec-id", f"e{self.execs}", self.name, "sh", "-c", script)
+        time.sleep(THINK_S)
         return self.line_after(before)
 
     def lines(self) -> list[dict[str, Any]]:
