@@ -115,9 +115,19 @@ def stored_share(runs: Sequence[Run]) -> float | None:
     return sum(line["bytes_written"] for line in lines(of(runs, "crab"))) / total if total else None
 
 
-def durable_ms(runs: Sequence[Run], name: str) -> list[float]:
-    return [line["durable_us"] / 1000 for line in lines(of(runs, "crab"))
-            if kind(line) == name and line["durable_us"] is not None]
+def file_share(runs: Sequence[Run]) -> float | None:
+    """The share of what mode full keeps that the changed files are: whoever keeps a turn has to keep these."""
+    total = sum(sum(run["kept_bytes"]) for run in of(runs, "full"))
+    return sum(sum(run["kept_file_bytes"]) for run in of(runs, "full")) / total if total else None
+
+
+def durable_ms(runs: Sequence[Run], name: str, but_first: bool = False) -> list[float]:
+    """Until checkpoints of a kind were durable; `but_first`: without the first one of each sandbox."""
+    found = []
+    for run in of(runs, "crab"):
+        made = [line for line in run["journal"] if line["durable_us"] is not None]
+        found += [line["durable_us"] / 1000 for line in made[1 if but_first else 0:] if kind(line) == name]
+    return found
 
 
 def exposed_ms(runs: Sequence[Run], name: str | None = None, mode: str = "crab") -> list[float]:

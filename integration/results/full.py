@@ -61,6 +61,8 @@ class Keeper:
         self.client, self.store, self.number, self.newest = client, store, 0, 0
         self.took_ms: list[float] = []
         self.bytes: list[int] = []
+        #: How many of these are the changed files.
+        self.file_bytes: list[int] = []
 
     def __call__(self, _turn: object) -> None:
         begun = time.monotonic()
@@ -73,8 +75,10 @@ class Keeper:
             with open(self.store / f"turn-{self.number}", "wb") as out:
                 for path in sorted(image.iterdir()):
                     out.write(compress(path.read_bytes()))
+                image_bytes = out.tell()
                 for data in self._changed():
                     out.write(compress(data))
+                self.file_bytes.append(out.tell() - image_bytes)
                 out.flush()
                 os.fsync(out.fileno())
                 self.bytes.append(out.tell())

@@ -93,7 +93,7 @@ def one_run(trace: traces.Trace, mode: str, factor: float, number: int) -> dict[
             client.remove()
     run = {"trace": trace.name, "mode": mode, "factor": factor, "turns": turns, "journal": journal, "wall_s": wall_s,
            "device_bytes": bytes_written, "load": os.getloadavg()[0]}
-    return run | ({"kept_ms": keeper.took_ms, "kept_bytes": keeper.bytes} if keeper else {})
+    return run | ({"kept_ms": keeper.took_ms, "kept_bytes": keeper.bytes, "kept_file_bytes": keeper.file_bytes} if keeper else {})
 
 
 def machine() -> dict[str, Any]:

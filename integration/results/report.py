@@ -83,7 +83,7 @@ def row_nothing(data: Data) -> list[str]:
 def row_bytes(data: Data) -> list[str]:
     runs = data["runs"]
     value = f.down(f.traffic(runs).values())
-    reason = (f"of crab's bytes at the device {percent(f.stored_share(runs))} are what it stores, the rest is the file system's journal and "
+    reason = (f"of what full keeps {percent(f.file_share(runs))} are the changed files themselves; of crab's bytes at the device {percent(f.stored_share(runs))} are what it stores, the rest is the file system's journal and "
               f"metadata; {percent(f.first_share(runs))} of what it stores is the sandbox's first checkpoint, its whole memory and layer")
     return ["bytes against full-per-turn", "down by up to 87 %", "at least 95 % down",
             judged("not measured" if value is None else f"down by {percent(value, 1)}", least(value, settings.WANTED["bytes down"]), reason)]
@@ -107,11 +107,16 @@ def row_exec(data: Data) -> list[str]:
             judged(text, most(value, settings.WANTED["exec time"]), f"the median exec takes {slower or 0:.1f} ms longer")]
 
 
+#: Known from strace and perf of the shim's thread.
+LOOK_REASON = ("each look reads anew what /proc says of every process that is there, the mounts and the network: some 370 system "
+               "calls for one process, and no single one stands out")
+
+
 def row_look(data: Data) -> list[str]:
     looks = [line["look_us"] / 1000 for line in f.lines(f.of(data["runs"], "crab"))]
     value = f.quantile(looks, 0.5)
     return ["look at a turn, median", "31–72 ms", "under 1 ms",
-            judged(f"{ms(value)}, p95 {ms(f.quantile(looks, 0.95))}", most(value, settings.WANTED["look"]))]
+            judged(f"{ms(value)}, p95 {ms(f.quantile(looks, 0.95))}", most(value, settings.WANTED["look"]), LOOK_REASON)]
 
 
 def row_checkpoint(data: Data) -> list[str]:
@@ -123,8 +128,9 @@ def row_checkpoint(data: Data) -> list[str]:
             continue
         p50, p95 = f.quantile(times, 0.5), f.quantile(times, 0.95)
         holds = most(p50, settings.WANTED[f"{name} p50"]) and most(p95, settings.WANTED[f"{name} p95"])
-        longest = f.quantile(times, 1.0)
-        cells.append(judged(f"{name} {ms(p50)} / {ms(p95)} ({len(times)} turns)", holds, f"the longest took {ms(longest)}"))
+        later = f.quantile(f.durable_ms(data["runs"], name, but_first=True), 0.95)
+        reason = f"the longest took {ms(f.quantile(times, 1.0))}; p95 without the first of each sandbox, which loads the inspector: {ms(later)}"
+        cells.append(judged(f"{name} {ms(p50)} / {ms(p95)} ({len(times)} turns)", holds, reason))
     return ["checkpoint p50 / p95, until durable", "0.1 / 0.7 s", "files under 20 ms, processes under 250 ms", "; ".join(cells)]
 
 

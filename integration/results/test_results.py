@@ -21,7 +21,7 @@ def line(action: str, durable: int | None = None, exposed: int = 0, effects: tup
 def run(mode: str, times: list[float], trace: str = "tb-tmux", factor: float = 1.0, **more: Any) -> dict[str, Any]:
     turns = [{"turn": n, "code": 0, "expected": 0, "ms": time, "held_ms": 0.0} for n, time in enumerate(times, 1)]
     return {"mode": mode, "trace": trace, "factor": factor, "turns": turns, "journal": [], "device_bytes": 0, "wall_s": 100.0,
-            "load": 0.0} | more
+            "load": 0.0, "kept_bytes": [400, 600], "kept_file_bytes": [0, 300]} | more
 
 
 def recovery(equal: int, asked: int, chat: tuple[bool, bool], files: tuple[bool, bool]) -> dict[str, Any]:
@@ -104,6 +104,8 @@ def test_what_falls_short_is_written_as_such():
 def test_of_crabs_bytes_the_packs_and_the_first_checkpoint_are_told_apart():
     runs = [run("crab", [], device_bytes=800, journal=[line("full", 5, bytes_written=300), line("files", 5), line("skip", bytes_written=0)])]
     assert (f.stored_share(runs), f.first_share(runs)) == (0.5, 0.75)
+    assert f.file_share([run("full", [])]) == 0.3 and f.file_share(runs) is None
+    assert f.durable_ms(runs, "processes") == [0.005] and f.durable_ms(runs, "processes", but_first=True) == []
 
 
 def test_a_crash_that_was_not_come_to_is_no_success():
