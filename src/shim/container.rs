@@ -342,6 +342,7 @@ impl Container {
         let turn_ended = self.doors.leave(&process.exec_id);
         if let Some(io) = process.io() {
             io.leader_exited();
+            io.deliver();
         }
         {
             // One step for every client: whoever sees it stopped acts after its end was told.
@@ -392,6 +393,10 @@ impl Container {
             && let Err(e) = self.runtime.kill_all(self.sandbox.id(), libc::SIGKILL)
         {
             log::warn!("{}: cannot end what init has left: {e}", self.sandbox);
+        }
+        if let Some(io) = self.init.io() {
+            io.leader_exited();
+            io.deliver();
         }
         let mut inner = self.inner.lock();
         inner.init_exit = Some(exit);

@@ -87,6 +87,12 @@ impl Core {
         self.ready.len()
     }
 
+    /// Whether a flow has something to move, or to end.
+    pub(super) fn has_more(&self, id: FlowId) -> bool {
+        let flow = self.flows.get(&id).filter(|flow| flow.active);
+        flow.is_some_and(|flow| flow.quiet_since().is_none())
+    }
+
     /// A flow's source has something, or has ended.
     pub(super) fn source_event(&mut self, id: FlowId) {
         if let Some(flow) = self.flows.get_mut(&id) {

@@ -26,6 +26,7 @@
 //! io.start()?; // bytes flow (terminal: attach_console instead)
 //! // … the process exits:
 //! io.leader_exited();
+//! io.deliver(); // then the client is told
 //! // … Delete:
 //! io.finish(Duration::from_secs(2));
 //! while io.is_live() { // a background process still holds a pipe: keep `io` for checkpoints

@@ -22,6 +22,10 @@ use super::{
 /// before they ask for the process; on a busy machine a short-lived process may end before that is done.
 const READER_GRACE: Duration = Duration::from_secs(1);
 
+/// How long the report of an exit waits for what the process has written to be where the client reads it. Longer
+/// only if the client does not read, or a background process never stops writing.
+const DELIVERY: Duration = Duration::from_millis(50);
+
 /// The stdio of one process: init or an exec. All methods may be called from any thread.
 ///
 /// Dropping it is `finish` without any patience; streams of background processes live on.
@@ -166,6 +170,18 @@ impl ProcessIo {
         Self::mark_exited(&state, &mut core);
         drop(core);
         self.pump.wake();
+    }
+
+    /// After [`Self::leader_exited`], before the client is told: what the process has written is handed on to where
+    /// the client reads it. containerd's client closes its end as soon as it hears of the exit, and on a busy
+    /// machine that was before the pump had come to the last lines.
+    pub fn deliver(&self) {
+        let outputs = self.state.lock().outputs;
+        let deadline = Instant::now() + DELIVERY;
+        let mut core = self.pump.lock();
+        while outputs.iter().flatten().any(|id| core.has_more(*id)) && Instant::now() < deadline {
+            self.pump.wait(&mut core, deadline);
+        }
     }
 
     fn mark_exited(state: &State, core: &mut Core) {

@@ -264,3 +264,37 @@ fn descriptors_do_not_leak() {
     }
     assert_eq!(count(), before);
 }
+
+#[test]
+fn what_a_process_has_written_is_with_the_client_before_its_end_is_told() {
+    let bed = Bed::new();
+    for round in 0..200 {
+        let path = bed.fifo(&format!("out-{round}"));
+        let client = client_reader(&path);
+        let io = bed.open("", &path, "");
+        let process = start(&io);
+        let bytes = noise(40_000, round);
+        (&process.stdout).write_all(&bytes).unwrap();
+        drop(process);
+        io.leader_exited();
+        io.deliver();
+        let there = pipes::queued(client.as_fd()).unwrap();
+        assert_eq!(there, bytes.len(), "round {round}");
+    }
+}
+
+#[test]
+fn an_end_is_told_though_a_client_does_not_read_or_somebody_goes_on_writing() {
+    let bed = Bed::new();
+    let path = bed.fifo("out");
+    let client = client_reader(&path);
+    let io = bed.open("", &path, "");
+    let process = start(&io);
+    let writer = write_all(process.stdout, noise(1 << 20, 1));
+    io.leader_exited();
+    io.deliver();
+    let reader = thread::spawn(move || read_to_end(&client).len());
+    writer.join().unwrap();
+    assert_eq!(reader.join().unwrap(), 1 << 20);
+    io.finish(LIMIT);
+}
