@@ -12,9 +12,16 @@ use std::{
         },
     },
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use super::{IoError, Stream, sink::Sink};
+
+/// How long a client is given to open its end of a FIFO. containerd's does it in the background while it asks for
+/// the process, and gives it up if the process has ended by then, with all that it wrote. Go's shim waits for it
+/// without end; a client that never reads is none of crab's business.
+const READER_LIMIT: Duration = Duration::from_secs(1);
 
 /// A parsed target.
 #[derive(Debug, PartialEq, Eq)]
@@ -149,8 +156,12 @@ fn open_fifo_or_file(stream: Stream, path: &Path) -> io::Result<Option<Sink>> {
     let handle = look(path)?;
     let kind = handle.metadata()?;
     if kind.file_type().is_fifo() {
+        // A reader of our own would hide that there is none of the client's: it comes after the writer. The writer
+        // stays, since a client whose FIFO has no writer left takes that for the end.
+        let writer = once_read(&handle)?;
         let keepalive = reopen(&handle, libc::O_RDONLY | libc::O_NONBLOCK)?;
-        let writer = reopen(&handle, libc::O_WRONLY | libc::O_NONBLOCK)?;
+        let writer =
+            writer.map_or_else(|| reopen(&handle, libc::O_WRONLY | libc::O_NONBLOCK), Ok)?;
         return Ok(Some(Sink::fifo(keepalive, writer, label(stream, path))));
     }
     if kind.file_type().is_file() {
@@ -161,6 +172,23 @@ fn open_fifo_or_file(stream: Stream, path: &Path) -> io::Result<Option<Sink>> {
         return Ok(None);
     }
     Err(io::Error::other("neither a FIFO nor a regular file"))
+}
+
+/// Opens a FIFO to write to once somebody has opened it to read; None: nobody has for [`READER_LIMIT`].
+fn once_read(fifo: &File) -> io::Result<Option<OwnedFd>> {
+    let deadline = Instant::now() + READER_LIMIT;
+    let mut pause = Duration::from_micros(200);
+    loop {
+        match reopen(fifo, libc::O_WRONLY | libc::O_NONBLOCK) {
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => {}
+            opened => return opened.map(Some),
+        }
+        if Instant::now() >= deadline {
+            return Ok(None);
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(20));
+    }
 }
 
 /// The client's end of stdin.

@@ -1,5 +1,7 @@
 //! Plain pipes and FIFOs.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
 
 #[test]
@@ -224,6 +226,8 @@ fn descriptors_do_not_leak() {
     let bed = Bed::new();
     let (stdin, stdout, file) = (bed.fifo("in"), bed.fifo("out"), bed.path("log"));
     let file = format!("file://{}", file.display());
+    // Else its coming is waited for, in each round.
+    let _client = client_reader(&stdout);
     let mut before = 0;
     for round in 0..200 {
         if round == 10 {
@@ -297,4 +301,27 @@ fn an_end_is_told_though_a_client_does_not_read_or_somebody_goes_on_writing() {
     writer.join().unwrap();
     assert_eq!(reader.join().unwrap(), 1 << 20);
     io.finish(LIMIT);
+}
+
+#[test]
+fn a_client_that_opens_its_fifo_late_is_waited_for() {
+    let bed = Bed::new();
+    let path = bed.fifo("out");
+    let is_coming = Arc::new(AtomicBool::new(false));
+    let late = thread::spawn({
+        let (path, is_coming) = (path.clone(), Arc::clone(&is_coming));
+        move || {
+            thread::sleep(Duration::from_millis(50));
+            is_coming.store(true, Ordering::SeqCst);
+            client_reader(path)
+        }
+    });
+    let io = bed.open("", &path, "");
+    assert!(is_coming.load(Ordering::SeqCst), "it was not waited for");
+    // And has a writer: what is not there yet is no end.
+    let client = late.join().unwrap();
+    assert!(open_and_empty(&client));
+    let process = start(&io);
+    (&process.stdout).write_all(b"late").unwrap();
+    assert_eq!(read_exactly(&client, 4), b"late");
 }
