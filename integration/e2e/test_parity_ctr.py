@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from harness import IMAGE, LIMIT, Ctr, Events, Terminal, both, ctr, pair, run, unique, until
+from harness import CRAB, IMAGE, LIMIT, Ctr, Events, Terminal, both, ctr, pair, run, unique, until
 from taskapi import RESOURCES, Shim, any_of
 
 # For bash: CRIU cannot dump a process inside vfork(), which other shells use.
