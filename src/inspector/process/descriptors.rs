@@ -7,10 +7,7 @@
 
 use std::os::fd::OwnedFd;
 
-use rustix::{
-    fs::{AtFlags, FileType, StatxFlags, statx},
-    io::Errno,
-};
+use rustix::fs::{AtFlags, FileType, StatxFlags, statx};
 
 use super::{
     proc_fs::{Digest, Dir, ProcessError, digest, duplicate, pidfd},
@@ -104,25 +101,26 @@ pub(super) fn read(dir: &Dir, left: &mut usize) -> Result<Table, ProcessError> {
     let handle = pidfd(dir.pid)?;
     let mut mounts = None;
     for fd in numbers {
-        let descriptor = read_one(dir, &handle, fd, &mut mounts)?;
-        table.all.push(descriptor);
+        match read_one(dir, &handle, fd, &mut mounts) {
+            Ok(descriptor) => table.all.push(descriptor),
+            // Closed since it was listed, by a process that runs: as if it had been listed later.
+            // redis opens its /proc/self/stat ten times a second.
+            Err(ProcessError::Gone(_)) if dir.lives() => {}
+            Err(error) => return Err(error),
+        }
     }
     Ok(table)
 }
 
+/// [`ProcessError::Gone`]: the process, or the descriptor.
 fn read_one(
     dir: &Dir,
     handle: &OwnedFd,
     fd: i32,
     mounts: &mut Option<String>,
 ) -> Result<Descriptor, ProcessError> {
-    // A table that changes while it is read belongs to a process that runs.
-    let closed = |error| match error {
-        ProcessError::Gone(_) => dir.unexpected(&format!("fd/{fd}")),
-        error => error,
-    };
-    let target = dir.link(&format!("fd/{fd}")).map_err(closed)?;
-    let text = dir.text(&format!("fdinfo/{fd}")).map_err(closed)?;
+    let target = dir.link(&format!("fd/{fd}"))?;
+    let text = dir.text(&format!("fdinfo/{fd}"))?;
     let mut info = format!("{target}\n{}", without_clocks(&text));
     let kind = match kind_by_name(&target) {
         Some(kind) => kind,
@@ -199,11 +197,7 @@ fn kind_by_inode(
     let file = format!("fd/{fd}");
     let flags = AtFlags::STATX_DONT_SYNC;
     let wanted = StatxFlags::TYPE;
-    let stat = match statx(dir.as_fd(), &file, flags, wanted) {
-        Ok(stat) => stat,
-        Err(Errno::NOENT) => return Err(dir.unexpected(&file)),
-        Err(errno) => return Err(dir.error(&file, errno)),
-    };
+    let stat = statx(dir.as_fd(), &file, flags, wanted).map_err(|errno| dir.error(&file, errno))?;
     let kind = match FileType::from_raw_mode(u32::from(stat.stx_mode)) {
         FileType::Fifo => Kind::Fifo,
         FileType::CharacterDevice => device(stat.stx_rdev_major, stat.stx_rdev_minor),

@@ -130,7 +130,7 @@ impl Dir {
         }
     }
 
-    fn lives(&self) -> bool {
+    pub(super) fn lives(&self) -> bool {
         self.open_file("stat").is_ok()
     }
 
@@ -216,11 +216,8 @@ pub(super) fn duplicate(pid: i32, pidfd: &OwnedFd, fd: i32) -> Result<OwnedFd, P
     // SAFETY: pidfd_getfd takes three integers; both descriptors are looked up by the kernel.
     let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
     owned(copy).map_err(|errno| match errno {
-        // Closed since it was listed: the table has changed under us.
-        Errno::BADF => ProcessError::Unexpected {
-            pid,
-            file: format!("fd/{fd}"),
-        },
+        // Closed since it was listed.
+        Errno::BADF => ProcessError::Gone(pid),
         errno => failed(pid, "pidfd_getfd", errno),
     })
 }

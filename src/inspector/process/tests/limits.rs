@@ -1,5 +1,7 @@
 //! Bounds, refusals, and what a look costs.
 
+use std::collections::BTreeSet;
+
 use super::*;
 
 #[test]
@@ -42,6 +44,35 @@ fn more_than_the_limits_is_an_error() {
             what: "descriptors",
             ..
         }
+    ));
+}
+
+/// As redis does with /proc/self/stat, ten times a second.
+#[test]
+fn a_descriptor_that_is_closed_meanwhile_is_no_error() {
+    let actor = Actor::ready(
+        r#"os.closerange(3, 1000); null, pipe = os.open("/dev/null", 0), os.pipe()"#,
+        "while True: os.dup2(null, 40); os.dup2(pipe[0], 41); os.close(40); os.close(41)",
+    );
+    let dir = proc_fs::Dir::open(actor.pid()).unwrap();
+    let read = || {
+        let table = descriptors::read(&dir, &mut 100).unwrap();
+        table.all.iter().map(|one| one.fd).collect::<Vec<_>>()
+    };
+    let always = read();
+    fs::write(actor.path("go"), "").unwrap();
+    eventually(|| read() != always);
+    let seen: BTreeSet<Vec<i32>> = (0..2000).map(|_| read()).collect();
+    for table in &seen {
+        let (kept, copies) = table.split_at(always.len());
+        assert_eq!(kept, always);
+        assert!(copies.iter().all(|fd| [40, 41].contains(fd)), "{table:?}");
+    }
+    assert!(seen.len() > 1, "{seen:?}");
+    drop(actor);
+    assert!(matches!(
+        descriptors::read(&dir, &mut 100),
+        Err(ProcessError::Gone(_))
     ));
 }
 
