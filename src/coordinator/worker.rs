@@ -236,6 +236,7 @@ impl Worker {
         if let Err(e) = self.store.retain(&self.settings.retention) {
             log::warn!("{}: old checkpoints take space: {e}", self.store.id());
         }
+        self.store.make_ready();
         Ok(line)
     }
 

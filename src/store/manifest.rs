@@ -6,6 +6,7 @@ use std::{
     io::Read,
     os::unix::ffi::{OsStrExt, OsStringExt},
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
@@ -151,8 +152,14 @@ pub struct Host {
 }
 
 impl Host {
-    /// This host's kernel, architecture and boot; the rest is the caller's to say.
+    /// This host's kernel, architecture and boot; the rest is the caller's to say. Read once: none of it
+    /// changes while a process lives, and /proc/cpuinfo asks each CPU how fast it is just now.
     pub fn detect() -> Self {
+        static HOST: OnceLock<Host> = OnceLock::new();
+        HOST.get_or_init(Self::read).clone()
+    }
+
+    fn read() -> Self {
         let uname = nix::sys::utsname::uname();
         let text = |value: Option<&std::ffi::OsStr>| {
             value.map_or_else(String::new, |v| v.to_string_lossy().into_owned())

@@ -49,6 +49,7 @@ mod pending;
 mod reuse;
 mod sandbox;
 mod shelf;
+mod spare;
 mod staging;
 mod stored_file;
 mod tree_view;

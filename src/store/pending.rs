@@ -23,6 +23,7 @@ use super::{
     objects::Objects,
     pack::PackWriter,
     sandbox::Lock,
+    spare,
     staging::{PARENT, Staging},
 };
 use crate::{sandbox::TurnNo, tree::remove_tree};
@@ -189,11 +190,15 @@ impl Pending {
 
     fn begin(&self) -> Result<Filling, StoreError> {
         let packs = self.lock.packs.lock_arc();
-        let name = format!("{}{}.pack", files::TEMPORARY, self.turn);
-        let temporary = self.store.packs_dir().join(name);
+        let temporary = spare::path(&self.store);
         let objects = Objects::open_from(&self.store.packs_dir(), &self.lock.shelf)?;
-        files::remove(&temporary)?;
-        let writer = PackWriter::create(&temporary)?;
+        let writer = match self.lock.spare.take() {
+            Some(file) => PackWriter::into(&temporary, file)?,
+            None => {
+                files::remove(&temporary)?;
+                PackWriter::create(&temporary)?
+            }
+        };
         Ok(Filling {
             file: Temporary(temporary),
             ingest: Ingest::new(objects, writer),

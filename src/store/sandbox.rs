@@ -21,6 +21,7 @@ use super::{
     objects::{self, PackName},
     pack::{Pack, Stamp},
     shelf::Shelf,
+    spare::Spare,
 };
 use crate::sandbox::{SandboxId, TurnNo, check};
 
@@ -197,12 +198,16 @@ pub(super) struct Lock {
     pub(super) with_processes: Mutex<Option<TurnNo>>,
     /// What need not be read again.
     pub(super) shelf: Arc<Shelf>,
+    /// For the next pack.
+    pub(super) spare: Spare,
 }
 
 impl Drop for Lock {
     /// Closing alone would not unlock: a child that another thread is just starting has a copy of
     /// every descriptor from its fork until its exec, and a flock goes with the last copy.
     fn drop(&mut self) {
+        // The next writer has one of the same name.
+        self.spare.remove();
         let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
     }
 }
@@ -278,11 +283,18 @@ impl SandboxWriter {
             head: Mutex::new(head.map(|checkpoint| checkpoint.turn())),
             with_processes: Mutex::new(with_processes.map(|checkpoint| checkpoint.turn())),
             shelf: Arc::default(),
+            spare: Spare::new(&store),
         };
         Ok(Self {
             store,
             lock: Arc::new(lock),
         })
+    }
+
+    /// Makes the file of the next pack, while nobody waits for it.
+    pub fn make_ready(&self) {
+        let _packs = self.lock.packs.lock();
+        self.lock.spare.make();
     }
 
     /// [`SandboxStore::get`], which does not read the checkpoint again that was written last.

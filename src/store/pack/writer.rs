@@ -57,8 +57,13 @@ impl PackWriter {
     /// Makes the file.
     pub fn create(path: &Path) -> Result<Self, StoreError> {
         failpoint("make a pack");
+        Self::into(path, files::write_new(path, b"")?)
+    }
+
+    /// Into an empty file that was made before.
+    pub fn into(path: &Path, file: File) -> Result<Self, StoreError> {
         let header = format::header();
-        let mut out = BufWriter::with_capacity(BUFFER, files::write_new(path, b"")?);
+        let mut out = BufWriter::with_capacity(BUFFER, file);
         out.write_all(&header).map_err(files::io("write", path))?;
         Ok(Self {
             out,

@@ -97,6 +97,37 @@ fn an_abandoned_checkpoint_leaves_nothing_and_a_crash_leaves_nothing_for_long() 
 }
 
 #[test]
+fn a_checkpoint_is_written_into_the_file_that_was_made_for_it_if_that_is_there() {
+    use std::os::unix::fs::MetadataExt;
+    let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+    let bed = bed();
+    let writer = bed.writer();
+    let spare = writer.packs_dir().join(".tmp-pack");
+    writer.make_ready();
+    let made = inode(&spare);
+    writer.make_ready();
+    assert_eq!(inode(&spare), made);
+    bed.checkpoint(&writer, 1);
+    assert_eq!(inode(&writer.pack_path(TurnNo(1))), made);
+    // There was none, or somebody has removed it.
+    bed.checkpoint(&writer, 2);
+    writer.make_ready();
+    fs::remove_file(&spare).unwrap();
+    bed.checkpoint(&writer, 3);
+    // A checkpoint that is given up takes it with it; a writer leaves none.
+    writer.make_ready();
+    writer.begin(TurnNo(4)).unwrap().prepare().unwrap();
+    assert!(!spare.exists());
+    writer.make_ready();
+    assert_eq!(fs::metadata(&spare).unwrap().len(), 0);
+    let dir = writer.packs_dir();
+    drop(writer);
+    let mut names = files::all_names(&dir).unwrap();
+    names.sort();
+    assert_eq!(names, ["1.pack", "2.pack", "3.pack"]);
+}
+
+#[test]
 fn the_next_writer_leaves_what_is_laid_out_alone_while_it_is_used() {
     let bed = bed();
     let writer = bed.writer();
