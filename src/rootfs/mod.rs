@@ -7,6 +7,7 @@
 pub mod layer;
 pub mod merged;
 mod mount;
+mod mounted;
 mod mountinfo;
 mod overlay;
 mod put_back;
@@ -15,6 +16,7 @@ mod put_back;
 mod tests;
 
 pub use mount::{MountError, MountSpec, mount_all, unmount, unmount_below, unmount_busy_is_error};
+pub use mounted::Mounted;
 pub(crate) use mountinfo::{MountEntry, parse_mountinfo};
 pub use overlay::{NoOverlay, Overlay};
 pub use put_back::{PutBackError, Replaced, put_back, remount_with};

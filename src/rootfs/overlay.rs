@@ -3,7 +3,8 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    io,
+    fs::File,
+    io::{self, Read},
     os::unix::ffi::{OsStrExt, OsStringExt},
     path::{Path, PathBuf},
 };
@@ -17,6 +18,8 @@ use super::{
 
 /// Longest mountinfo that is read: a host with 100,000 mounts has about 30 MB of it.
 const MAX_MOUNTINFO: u64 = 256 << 20;
+/// The thread's, which need not be the process's.
+const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
 
 /// An overlay with a writable layer. All three kinds of directories are absolute.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +77,15 @@ pub enum NoOverlay {
     },
 }
 
+fn io(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> NoOverlay {
+    let path = path.to_owned();
+    move |source| NoOverlay::Io { step, path, source }
+}
+
+pub(super) fn open_mountinfo() -> Result<File, NoOverlay> {
+    File::open(MOUNTINFO).map_err(io("open", Path::new(MOUNTINFO)))
+}
+
 impl Overlay {
     /// Reads the rootfs mounts of containerd's Create request.
     pub fn from_mounts(mounts: &[MountSpec]) -> Result<Self, NoOverlay> {
@@ -104,18 +116,17 @@ impl Overlay {
 
     /// Finds the overlay that is mounted on top at `rootfs`, which may lead through links.
     pub fn from_mountinfo(rootfs: &Path) -> Result<Self, NoOverlay> {
-        let io = |step, path: &Path| {
-            let path = path.to_owned();
-            move |source| NoOverlay::Io { step, path, source }
-        };
+        Self::find(&open_mountinfo()?, rootfs)
+    }
+
+    /// The same in a list that has just been opened.
+    pub(super) fn find(list: &File, rootfs: &Path) -> Result<Self, NoOverlay> {
         let mountpoint = rootfs.canonicalize().map_err(io("resolve", rootfs))?;
-        // The thread's, which need not be the process's.
-        let list = Path::new("/proc/thread-self/mountinfo");
         // A host with sandboxes has a hundred mounts or more.
         let mut text = Vec::with_capacity(32 << 10);
-        let file = std::fs::File::open(list).map_err(io("open", list))?;
-        io::Read::read_to_end(&mut io::Read::take(file, MAX_MOUNTINFO), &mut text)
-            .map_err(io("read", list))?;
+        list.take(MAX_MOUNTINFO)
+            .read_to_end(&mut text)
+            .map_err(io("read", Path::new(MOUNTINFO)))?;
         // The last one is the one on top: mounts are listed in the order in which they were made.
         let mount = parse_mountinfo(&text)
             .filter(|m| m.mountpoint == mountpoint)

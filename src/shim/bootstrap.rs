@@ -38,6 +38,7 @@ use crate::{
     config,
     control::{ControlSocket, SHIMS},
     inspector,
+    rootfs::Mounted,
     runtime::{criu_version, empty_tar, start_line},
     sandbox::SandboxId,
 };
@@ -276,6 +277,7 @@ fn linux() -> anyhow::Result<Linux> {
         reaper: Reaper::start().context("reaper")?,
         pump: Pump::new().context("stdio")?,
         config_file: config::FILE.into(),
+        mounted: Mounted::default(),
     })
 }
 

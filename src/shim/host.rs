@@ -30,7 +30,7 @@ use crate::{
     coordinator::freeze::Freezable,
     inspector::{self, Watch},
     memory,
-    rootfs::{self, MountSpec, Overlay},
+    rootfs::{self, MountSpec, Mounted, Overlay},
     runtime::{
         Ended, OciRuntime, Spawner,
         runc::{Runc, is_crun},
@@ -125,6 +125,8 @@ pub struct Linux {
     pub pump: Arc<Pump>,
     /// Where the host's configuration is.
     pub config_file: PathBuf,
+    /// Where the sandbox's files are.
+    pub mounted: Mounted,
 }
 
 struct PidFd(std::os::fd::OwnedFd);
@@ -243,7 +245,7 @@ impl Host for Linux {
     }
 
     fn overlay(&self, rootfs: &Path) -> Result<Overlay, String> {
-        Overlay::from_mountinfo(rootfs).map_err(|e| e.to_string())
+        self.mounted.overlay(rootfs).map_err(|e| e.to_string())
     }
 
     fn unmount(&self, target: &Path) -> Result<(), String> {

@@ -311,6 +311,46 @@ fn root_layers_mounted_relative_to_a_directory_are_found() {
 }
 
 #[test]
+fn root_what_was_found_once_holds_until_a_mount_changes() {
+    if !root() {
+        return;
+    }
+    with_own_mounts(|| {
+        let (bed, other) = (bed(1), bed(2));
+        let mounted = Mounted::default();
+        let found = || mounted.overlay(&bed.target);
+        assert!(matches!(found(), Err(NoOverlay::NotAMountPoint(_))));
+        bed.mount();
+        let first = found().unwrap();
+        assert_eq!(first.upperdir, bed.overlay.upperdir);
+        assert!(mounted.is_current(&bed.target));
+        assert!(!mounted.is_current(&other.target));
+        assert_eq!(found().unwrap(), first);
+
+        // The same one, mounted otherwise.
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NOSUID;
+        mount(None::<&str>, &bed.target, None::<&str>, flags, None::<&str>).unwrap();
+        assert!(found().unwrap().options.contains(&"nosuid".into()));
+
+        // On top of it, and both gone.
+        mount_all(&[other.overlay.mount_spec()], &bed.target).unwrap();
+        assert!(!mounted.is_current(&bed.target));
+        assert_eq!(found().unwrap().upperdir, other.overlay.upperdir);
+        unmount(&bed.target).unwrap();
+        assert!(matches!(found(), Err(NoOverlay::NotAMountPoint(_))));
+        bed.mount();
+        // Two places, told apart though no mount has changed.
+        other.mount();
+        let elsewhere = mounted.overlay(&other.target).unwrap();
+        assert_eq!(elsewhere.upperdir, other.overlay.upperdir);
+        assert_eq!(found().unwrap().upperdir, first.upperdir);
+        unmount(&other.target).unwrap();
+        unmount(&bed.target).unwrap();
+        assert!(matches!(found(), Err(NoOverlay::NotAMountPoint(_))));
+    });
+}
+
+#[test]
 fn root_a_busy_overlay_stays_as_it_is_and_the_error_says_who_uses_it() {
     if !root() {
         return;
