@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import process  # noqa: E402  (integration/digest)
 import shell  # noqa: E402
-from constants import LIMIT_S, TIMED_OUT  # noqa: E402
+from constants import LIMIT_S, NO_STDIN, TIMED_OUT  # noqa: E402
 
 #: The sandbox's init: costs no CPU, reaps orphans (bash does), ends on SIGTERM.
 INIT = ["bash", "-c", "trap 'exit 0' TERM; while :; do sleep infinity & wait; done"]
@@ -211,7 +211,8 @@ class Ctr(Client):
         return ["ctr", "task", "start", *([] if self.is_shell else ["-d"]), self.sandbox]
 
     def exec_command(self, turn: str, cwd: str, command: str) -> list[str]:
-        return ["ctr", "task", "exec", "--exec-id", f"turn-{turn}", "--cwd", cwd, self.sandbox, "bash", "-c", command]
+        return ["ctr", "task", "exec", "--exec-id", f"turn-{turn}", "--cwd", cwd, self.sandbox, "bash", "-c",
+                NO_STDIN + command]
 
     def _task(self) -> tuple[int, str] | None:
         """Its pid and status."""

@@ -1,12 +1,18 @@
 """Every factor, limit and exclusion of a replay, by name. A replay's summary holds them all."""
 from __future__ import annotations
 
+import os
 from typing import Any
 
 #: Seconds that a command may take where the trace does not say.
 DEFAULT_TIMEOUT_S = 120
-#: Seconds to wait for what should take milliseconds.
-LIMIT_S = 60.0
+#: Before each command through ctr. It tells the shim of its stdin's end when it sees it, which may be before the exec runs:
+#: then containerd's own shim never ends that stdin, and a command that reads it (turn 8 of swe-requests-5414) hangs.
+NO_STDIN = "exec </dev/null\n"
+#: Seconds to wait for what should take milliseconds. An emulated machine gets more.
+LIMIT_S = float(os.environ.get("CRAB_E2E_LIMIT", 60))
+#: A command may take so many times what the trace says.
+PATIENCE = max(1.0, LIMIT_S / 60)
 #: No recorded think time counts for more seconds, unless --think-cap says so.
 THINK_CAP_S = 60.0
 #: Exit code of a command that was killed by its time-out, as timeout(1) has it.

@@ -15,7 +15,7 @@ import final
 import plan as plans
 import trace as traces
 from clients import Client, ClientError, Outcome
-from constants import EXEC_KILL_UNKNOWN_MS
+from constants import EXEC_KILL_UNKNOWN_MS, PATIENCE
 from faults import Boundary, Faults, boundary
 from hooks import Hooks
 from judge import Fault
@@ -52,7 +52,7 @@ class Replay:
 
     def run(self) -> None:
         if first := FIRST.get(self.trace.name):
-            self.client.run("first", "/", first, timeout_s=60)
+            self.client.run("first", "/", first, timeout_s=60 * PATIENCE)
             if self.crab:
                 self.crab.line_after(0)
         followers = [turn.number for turn in self.trace.turns[1:]] + [None]
@@ -106,7 +106,7 @@ class Replay:
         return outcome, self.crab.turn() if self.client.is_shell else self.crab.line_after(known)
 
     def execute(self, turn: traces.Turn) -> Outcome:
-        return self.client.run(str(turn.number), self.trace.cwd, turn.command, turn.timeout_s)
+        return self.client.run(str(turn.number), self.trace.cwd, turn.command, turn.timeout_s * PATIENCE)
 
     def report(self, turn: traces.Turn, outcome: Outcome, line: crabs.Line | None) -> None:
         self.turns.append({

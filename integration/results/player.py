@@ -43,7 +43,7 @@ def play(client: Client, trace: traces.Trace, turns: Iterable[traces.Turn], fact
         think = turn.think_s(factor, settings.THINK_CAP_S)
         kept_ms = (time.monotonic() - ended) * 1000 if played else 0.0
         time.sleep(max(0.0, ended + think - time.monotonic()))
-        outcome = client.run(str(turn.number), trace.cwd, settings.BEFORE_EACH + turn.command, turn.timeout_s)
+        outcome = client.run(str(turn.number), trace.cwd, turn.command, turn.timeout_s)
         ended = time.monotonic()
         played.append({"turn": turn.number, "code": outcome.code, "expected": turn.expected, "ms": outcome.ms,
                        "think_ms": think * 1000, "held_ms": max(0.0, kept_ms - think * 1000)})

@@ -62,10 +62,6 @@ RESAMPLINGS, CONFIDENCE = 4000, 0.95
 #: last session and makes a new one in the same breath, and the server is about to end then.
 FIRST = {"tb-tmux": "echo 'set -s exit-empty off' >~/.tmux.conf"}
 
-#: Before each command. ctr tells the shim of its stdin's end when it sees it, which may be before the exec runs: then
-#: containerd's own shim never ends that stdin, and a command that reads it (turn 8 of swe-requests-5414) hangs.
-BEFORE_EACH = "exec </dev/null\n"
-
 #: What is wanted, as the table judges it. Shares and ratios, times in milliseconds.
 WANTED = {
     "recovered": 1.0, "bytes down": 0.95, "client time": 1.01, "exec time": 1.03, "look": 1.0,

@@ -78,12 +78,12 @@ class Chained(Sandbox):
         self.exec("sh", "-c", START, "sh", SERVER, str(len(self.model.pages)))
         return self.last()
 
-    def say(self, words):
-        return self.exec("python3", "-c", ASK, words).out.strip()
+    def say(self, words, first=":"):
+        return self.exec("sh", "-c", f'{first}; exec python3 -c "$1" "$2"', "sh", ASK, words).out.strip()
 
-    def some(self, seed, count):
-        """Writes to so many pages in a turn of its own; returns its line in the journal."""
-        assert self.say(f"some {seed} {count}") == "done"
+    def some(self, seed, count, first=":"):
+        """Writes to so many pages in a turn of its own, after a command; returns its line in the journal."""
+        assert self.say(f"some {seed} {count}", first) == "done"
         self.model.some(seed, count)
         return self.last()
 

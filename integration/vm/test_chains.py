@@ -1,7 +1,8 @@
-"""Dumps that build upon each other: what they have, what comes back, and what a pre-dump leaves. With CRAB_TURNS=10
-(`make soak`) the chain has ten turns, the heap 64 MiB, and what takes minutes is tried, too."""
+"""Dumps that build upon each other: what they have, what comes back, what a pre-dump leaves, and when there are any. With
+CRAB_TURNS=10 (`make soak`) the chain has ten turns, the heap 64 MiB, and what takes minutes is tried, too."""
 
 import os
+import time
 
 import pytest
 
@@ -9,9 +10,12 @@ from heap import PAGE, Chained
 
 TURNS = int(os.environ.get("CRAB_TURNS", 3))
 LARGE = ((64 if TURNS >= 10 else 16) << 20) // PAGE
+MIDDLE = (24 << 20) // PAGE
 SMALL = (4 << 20) // PAGE
 TWO_PERCENT = LARGE * 2 // 100
 REST = 1 << 20
+ROUNDS = 5
+"""In so many a choice must have been seen. What things cost is learnt from the first ones, and on a busy machine wrongly."""
 at_length = pytest.mark.skipif(TURNS < 10, reason="takes minutes: CRAB_TURNS=10")
 
 
@@ -86,3 +90,47 @@ def test_what_is_written_after_a_pre_dump_is_in_the_dump(after, tmp_path, wrappe
         came_back = sandbox.say("hash") == sandbox.model.hash()
         # Somebody else who clears marks is what a chain cannot bear: so this would see a page that is lost.
         assert came_back == (after == WRITES)
+
+
+class Chosen:
+    """A sandbox's small change, large ones until the plan of one says what is looked for, and a small one again; its agent is
+    always away for longer than any pre-dumps take."""
+
+    def __init__(self, sandbox, said, first=":"):
+        self.sandbox, self.first, self.lines = sandbox, first, [sandbox.serve()]
+        self.small, self.large = [self.turn(10)], []
+        while len(self.large) < ROUNDS and not (self.large and said in self.large[-1]["plan"]):
+            self.large.append(self.turn(MIDDLE, self.first))
+        self.small.append(self.turn(10))
+
+    def turn(self, pages, first=":"):
+        # Twice as long as the longest checkpoint: what a pre-dump adds is less than another one.
+        time.sleep(2 * max(line["durable_us"] for line in self.lines) / 1e6)
+        self.lines.append(self.sandbox.some(len(self.lines), pages, first))
+        return self.lines[-1]
+
+    @property
+    def calls(self):
+        """What the runtime must have been called for."""
+        return [call for line in self.lines for call in (*["pre-dump"] * line["pre_dumps"], "dump")]
+
+
+@at_length
+def test_pre_dumps_come_before_a_large_dump_and_no_small_one(tmp_path, wrapped):
+    calls = wrapped("incremental = true")
+    with Chained(tmp_path, MIDDLE) as sandbox:
+        turns = Chosen(sandbox, "full after")
+        assert all(line["pre_dumps"] == 0 and "freeze it for longer" in line["plan"] for line in turns.small), turns.small
+        assert turns.large[-1]["pre_dumps"] > 0, [line["plan"] for line in turns.large]
+        assert calls() == turns.calls
+        sandbox.check()
+
+
+@at_length
+def test_no_pre_dump_comes_before_a_large_dump_that_the_budget_has_too_little_for(tmp_path, wrapped):
+    # The bucket never has as much as the files of a large turn alone take, which do not become smaller.
+    calls = wrapped('incremental = true\nengine.rate = "2MiB/s"\nengine.burst = "1MiB"')
+    with Chained(tmp_path, MIDDLE) as sandbox:
+        turns = Chosen(sandbox, "too little for pre-dumps", "head -c 8388608 /dev/urandom >/noise")
+        assert "too little for pre-dumps" in turns.large[-1]["plan"], [line["plan"] for line in turns.large]
+        assert calls() == turns.calls == ["dump"] * len(turns.lines)

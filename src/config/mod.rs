@@ -100,7 +100,7 @@ pub struct Config {
     /// How long an exec's streams are kept open for processes that outlive it. Default 10 s; at
     /// most 60 s.
     pub exec_linger: Duration,
-    /// How long CRIU's dump may take. Default 60 s; 1 s to 10 min.
+    /// How long CRIU's dump may take, and the host owner's hook in a cut. Default 60 s; 1 s to 10 min.
     pub dump_timeout: Duration,
     /// What the checkpoints of all sandboxes may cost the host. *Host only.*
     pub engine: Engine,

@@ -3,16 +3,16 @@
 //! `/etc/crab/hooks/frozen` runs inside every cut, after the dump and before the thaw, for
 //! example to take a snapshot of a volume that belongs to the same moment. `restored` runs after
 //! a restore, before the first instruction of any process. Arguments: namespace, container id,
-//! host pid of init. A hook that fails fails its cut or restore.
+//! host pid of init. A hook that fails, or takes longer than a dump may (`dump_timeout`), fails its cut
+//! or restore.
 
-use std::{path::Path, process::Command, time::Duration};
+use std::{path::Path, process::Command};
 
 use super::container::Container;
 use crate::runtime::{Ended, Spawner};
 
 const FROZEN: &str = "/etc/crab/hooks/frozen";
 const RESTORED: &str = "/etc/crab/hooks/restored";
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// Whether a restore must stop before the first instruction.
 pub fn restored_exists() -> bool {
@@ -56,7 +56,7 @@ fn run(container: &Container, hook: &str) -> Result<(), String> {
     command.stdin(std::process::Stdio::null());
     command.stdout(std::process::Stdio::null());
     command.stderr(std::process::Stdio::null());
-    match container.host.reaper().run(command, LIMIT) {
+    match container.host.reaper().run(command, container.config.dump_timeout) {
         Ok(Ended::Exited(0)) => Ok(()),
         Ok(ended) => Err(format!("hook {hook}: {ended:?}")),
         Err(e) => Err(format!("hook {hook}: {e}")),
