@@ -56,7 +56,11 @@ fn run(container: &Container, hook: &str) -> Result<(), String> {
     command.stdin(std::process::Stdio::null());
     command.stdout(std::process::Stdio::null());
     command.stderr(std::process::Stdio::null());
-    match container.host.reaper().run(command, container.config.dump_timeout) {
+    match container
+        .host
+        .reaper()
+        .run(command, container.config.dump_timeout)
+    {
         Ok(Ended::Exited(0)) => Ok(()),
         Ok(ended) => Err(format!("hook {hook}: {ended:?}")),
         Err(e) => Err(format!("hook {hook}: {e}")),
