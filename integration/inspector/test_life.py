@@ -99,6 +99,12 @@ def test_a_death_at_any_moment(company, bed, builds):
         watcher.send(*orders)
         return watcher
 
+    def goes_on_after(sandbox):
+        following = bed.watcher(build, sandbox).ready()
+        following.sees()
+        bed.note()
+        assert following.leave() == 0
+
     bystander = None
     if company != "alone":
         bystander = bed.watcher(build, bed.sandbox()).ready()
@@ -123,11 +129,10 @@ def test_a_death_at_any_moment(company, bed, builds):
         if bystander and turn % 5 == 0:
             bystander.sees()
         if turn % 10 == 0:
-            following = bed.watcher(build, sandbox).ready()
-            following.sees()
-            bed.note()
-            assert following.leave() == 0
+            goes_on_after(sandbox)
     assert killed >= DEATHS, "the moments are spread over its life"
+    # Whatever the last one has left, if it was killed.
+    goes_on_after(sandbox)
     if bystander:
         bystander.sees()
         assert bystander.leave() == 0
