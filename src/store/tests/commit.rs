@@ -104,11 +104,14 @@ fn a_checkpoint_is_written_into_the_file_that_was_made_for_it_if_that_is_there()
     let writer = bed.writer();
     let spare = writer.packs_dir().join(".tmp-pack");
     writer.make_ready();
-    let made = inode(&spare);
+    // Held open: nobody else gets its inode.
+    let held = fs::File::open(&spare).unwrap();
+    let made = held.metadata().unwrap().ino();
     writer.make_ready();
     assert_eq!(inode(&spare), made);
     bed.checkpoint(&writer, 1);
     assert_eq!(inode(&writer.pack_path(TurnNo(1))), made);
+    drop(held);
     // There was none, or somebody has removed it.
     bed.checkpoint(&writer, 2);
     writer.make_ready();
