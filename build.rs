@@ -24,11 +24,13 @@ fn programs(out: &str) -> Result<(), Box<dyn Error>> {
     args.push(format!("-D__TARGET_ARCH_{arch}"));
     // Where Debian and Ubuntu have asm/types.h.
     args.push(format!("-I/usr/include/{gnu}"));
-    SkeletonBuilder::new()
-        .source("bpf/inspector.bpf.c")
-        .obj(Path::new(out).join("inspector.bpf.o"))
-        .clang_args(args)
-        .build()?;
+    for name in ["inspector", "packet_lock"] {
+        SkeletonBuilder::new()
+            .source(format!("bpf/{name}.bpf.c"))
+            .obj(Path::new(out).join(format!("{name}.bpf.o")))
+            .clang_args(&args)
+            .build()?;
+    }
     Ok(())
 }
 

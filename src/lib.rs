@@ -14,6 +14,7 @@ pub mod digest;
 pub mod engine;
 pub mod inspector;
 pub mod memory;
+pub mod packet_lock;
 mod page_map;
 pub mod rootfs;
 pub mod runtime;

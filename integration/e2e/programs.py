@@ -297,5 +297,4 @@ PROGRAMS = {
     "docker": [(counter, IMAGE), (repl, IMAGE), (sqlite, IMAGE)],
 }
 if os.environ.get("CRAB_SOAK"):
-    # Once, on a busy machine, a connection stood still after the restore: docs/state.md, "Limits".
     PROGRAMS["docker"].append((nginx, SERVERS))

@@ -19,6 +19,7 @@ MACHINES = {
         "tp_btf": ("ok", {"missing": []}),
         "fentry": ("missing", {}),
         "inspector": ("ok", {"probes": "tp_btf"}),
+        "packet_lock": ("ok", {}),
         "soft_dirty": ("missing", {}),
         "clear_refs": ("missing", {}),
         "pagemap_scan": ("ok", {}),
@@ -36,6 +37,7 @@ MACHINES = {
         "tp_btf": ("missing", {}),
         "fentry": ("ok", {}),
         "inspector": ("ok", {"probes": "fentry"}),
+        "packet_lock": ("ok", {}),
         "soft_dirty": ("ok", {}),
         "clear_refs": ("ok", {}),
         "pagemap_scan": ("ok", {}),
@@ -181,7 +183,7 @@ def test_who_is_not_root_learns_what_can_be_known():
     assert (seen["root"], seen["can_run"]) == (False, None), seen
     checks = seen["checks"]
     assert checks["cgroups"]["verdict"] != "unknown" and checks["runc"]["verdict"] == "ok", checks
-    assert all(checks[name]["verdict"] == "unknown" for name in ("tp_btf", "inspector", "criu_check")), checks
+    assert all(checks[name]["verdict"] == "unknown" for name in ("tp_btf", "inspector", "packet_lock", "criu_check")), checks
     assert checks["tp_btf"]["found"] == "only root can tell", checks
     text = run("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", CRAB, "doctor").out
     assert "sudo crab doctor" in text, text

@@ -13,12 +13,15 @@ use super::{
     doors::Doors,
     early::{Early, Runner, Started},
     freeze::{Freeze, FreezeError, Held},
-    poison::{self, Snapshot, Verdict},
+    poison::{self, Reasons, Snapshot, Verdict},
 };
-use crate::runtime::{
-    self, OciRuntime, RuntimeError,
-    criu_conf::CriuConf,
-    descriptors::{self, Stream},
+use crate::{
+    packet_lock::PacketLock,
+    runtime::{
+        self, OciRuntime, RuntimeError,
+        criu_conf::CriuConf,
+        descriptors::{self, Stream},
+    },
 };
 
 pub use super::cut_error::CutError;
@@ -29,7 +32,7 @@ pub(super) const LATCH_LIMIT: Duration = Duration::from_secs(30);
 /// ends a little longer to theirs.
 const UNREST_PAUSE: Duration = Duration::from_millis(3);
 const UNREST_TRIES: u32 = 100;
-/// How long a server that has time is given to accept a connection.
+/// How long a server that has time is given to accept a connection, or a client to read the rest of one.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(5);
 const ACCEPT_TRIES: u32 = 20;
 
@@ -43,6 +46,8 @@ pub trait Scene: Send + Sync {
     fn streams(&self) -> Result<Vec<Stream>, String>;
     /// The directories of its overlay, the writable one first; none if it has no overlay.
     fn layers(&self) -> Vec<PathBuf>;
+    /// Its network namespace, which a restore finds, too; or why there is none.
+    fn network(&self) -> Result<PathBuf, String>;
 }
 
 /// The parts of a sandbox that take part in a cut.
@@ -137,6 +142,7 @@ impl Sandbox<'_> {
         self.scene.drain();
         let streams = self.scene.streams().map_err(CutError::Capture)?;
         let criu = self.renew(scope, args, early, criu, &snapshot)?;
+        let locked = self.hold_packets(args, &snapshot)?;
         let dumped = match criu {
             Some(criu) => criu.go(),
             None => self.run_criu(args),
@@ -151,6 +157,8 @@ impl Sandbox<'_> {
         if args.leave_running && self.freeze.is_dying() {
             return Err(FreezeError::Dying.into());
         }
+        // Until here nothing arrives: what the caller sees is what has been dumped.
+        drop(locked);
         drop(held);
         Ok(Done {
             frozen: begin.elapsed(),
@@ -159,6 +167,30 @@ impl Sandbox<'_> {
             streams,
             captured,
         })
+    }
+
+    /// In the freeze: what the sandbox's connections are about to carry waits until they are dumped.
+    fn hold_packets(
+        &self,
+        args: &runtime::Checkpoint,
+        snapshot: &Snapshot,
+    ) -> Result<Option<PacketLock>, CutError> {
+        if !args.tcp_established || !snapshot.has_data_under_way() {
+            return Ok(None);
+        }
+        let locked = self.scene.network().and_then(|path| PacketLock::of(&path));
+        locked.map(Some).map_err(|why| {
+            CutError::Poison(Verdict::FilesOnly(Reasons::new(format!(
+                "data is under way in TCP connections between its processes and cannot be held back, since \
+                 {why}, so that CRIU could not dump both ends as they are at one moment"
+            ))))
+        })
+    }
+
+    /// Whether [`Self::hold_packets`] would have to and cannot.
+    fn cannot_hold_packets(&self, snapshot: &Snapshot) -> bool {
+        snapshot.has_data_under_way()
+            && (self.scene.network().is_err() || PacketLock::prepare().is_err())
     }
 
     /// Processes on which CRIU would hang.
@@ -181,6 +213,10 @@ impl Sandbox<'_> {
         let Ok(snapshot) = Snapshot::read(&procs, init) else {
             return Ok(None);
         };
+        if snapshot.has_data_under_way() {
+            // What is done once is done before the freeze.
+            let _ = PacketLock::prepare();
+        }
         let is_fine = matches!(poison::judge(&snapshot), Verdict::Fine);
         match is_fine && strangers(&procs, init).is_empty() {
             true => Early::of(args, snapshot.watched_paths(|| self.scene.layers())),
@@ -230,8 +266,8 @@ impl Sandbox<'_> {
         }
     }
 
-    /// Freezes at a moment when no connection waits to be accepted, as far as there is one, and
-    /// lists the processes.
+    /// Freezes at a moment when no connection waits to be accepted or for what a closed end has still to
+    /// send, as far as there is one, and lists the processes.
     fn hold_at_a_good_moment(&self) -> Result<Moment, CutError> {
         let mut tries = 0;
         loop {
@@ -246,7 +282,10 @@ impl Sandbox<'_> {
                 });
             }
             let snapshot = Snapshot::read(&procs, self.scene.init_pid())?;
-            if tries == ACCEPT_TRIES || !snapshot.has_waiting_connection() {
+            let is_bad = snapshot.has_waiting_connection()
+                || snapshot.has_lone_end()
+                || self.cannot_hold_packets(&snapshot);
+            if tries == ACCEPT_TRIES || !is_bad {
                 return Ok(Moment {
                     held,
                     begin,

@@ -462,6 +462,18 @@ impl Container {
 }
 
 impl Scene for Container {
+    fn network(&self) -> std::result::Result<PathBuf, String> {
+        if let Some(path) = self.spec.network_path() {
+            Ok(path.to_owned())
+        } else if self.spec.wants_private_network() {
+            Ok(self.run_dir.netns())
+        } else if self.spec.has_network_namespace() {
+            Err("its network belongs to its user namespace, and the runtime makes it".into())
+        } else {
+            Err("it shares the host's network".into())
+        }
+    }
+
     /// Without an overlay CRIU finds watched files by itself, or says that it cannot.
     fn layers(&self) -> Vec<PathBuf> {
         let overlay = self.host.overlay(&self.rootfs()).ok();

@@ -28,6 +28,7 @@ use crate::{
     cgroup::{Cgroup, Mounts},
     config::Tcp,
     coordinator::freeze::Freezable,
+    packet_lock::PacketLock,
     rootfs::{Overlay, parse_mountinfo},
     runtime::{
         self, OciRuntime, Stdio,
@@ -200,7 +201,7 @@ fn write_bundle(container: &Container, place: &Place) -> Result<(), String> {
     fs::write(&to, bytes).map_err(|e| of(&e))?;
     // The shim may have given it one since the container's own was read.
     let spec = Spec::load(&place.0).map_err(|e| of(&e))?;
-    if spec.has_network_path() {
+    if spec.network_path().is_some() {
         container
             .host
             .create_netns(&place.netns())
@@ -261,6 +262,7 @@ fn restore(
     let (stdio, _kept) = stdio(container, place)?;
     let watch = container.host.reaper().watch();
     let extra_fds = linked.take_fds();
+    let locked = keep_tcp.then(|| PacketLock::for_restore(image, &Ok(place.netns())));
     let restored = container.runtime.restore(runtime::Restore {
         id: &id,
         bundle: &place.0,
@@ -275,6 +277,7 @@ fn restore(
         no_pivot_root: container.config.no_pivot_root,
         home: Some(home),
     });
+    drop(locked);
     restored.map_err(|e| {
         let log = criu_conf::log_tail(&place.work().join("restore.log"));
         format!("{e}; CRIU's log says:\n{log}")

@@ -23,6 +23,8 @@ use super::{
 };
 use crate::{
     config::{OrphanOutput, Tcp},
+    coordinator::cut::Scene,
+    packet_lock::PacketLock,
     runtime::{
         self,
         criu_conf::{self, CriuConf},
@@ -145,6 +147,7 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
     let pid_file = pid_file(container);
     let watch = container.host.reaper().watch();
     let extra_fds = image.take_fds();
+    let locked = keep_tcp.then(|| PacketLock::for_restore(&images, &container.network()));
     let restored = container.runtime.restore(runtime::Restore {
         id: container.sandbox.id(),
         bundle: &container.bundle,
@@ -181,6 +184,8 @@ pub fn restore(container: &Arc<Container>, source: &Source) -> Result<()> {
                 false => Ok(()),
             }
         });
+    // Only now, so that what the hook sees is what was in the images.
+    drop(locked);
     begun.inspect_err(|_| discard(container))?;
     *container.leftovers.lock() = taken.leftovers;
     fs::remove_dir_all(&work).context(&step)

@@ -168,10 +168,9 @@ impl Spec {
         self.namespace(LinuxNamespaceType::Network).is_some()
     }
 
-    /// Whether `config.json` says where its network namespace is.
-    pub fn has_network_path(&self) -> bool {
-        self.namespace(LinuxNamespaceType::Network)
-            .is_some_and(|n| n.path.is_some())
+    /// Where its network namespace is, if `config.json` says so.
+    pub fn network_path(&self) -> Option<&Path> {
+        self.namespace(LinuxNamespaceType::Network)?.path.as_deref()
     }
 
     /// Whether the runtime would make a network namespace that the shim may make in its stead.

@@ -3,7 +3,10 @@
 use rustix::mount::{FsOpenFlags, fsopen};
 
 use super::{Check, EVERY_TURN, Host, Verdict};
-use crate::inspector::offers::{self, Offers};
+use crate::{
+    inspector::offers::{self, Offers},
+    packet_lock::PacketLock,
+};
 
 /// Where a host usually has it. crab mounts one of its own.
 const USUAL: &str = "/sys/fs/bpf";
@@ -21,6 +24,7 @@ pub(super) fn checks(host: &Host) -> Vec<Check> {
         compiler(host),
         file_system(host),
         inspector(chosen),
+        packet_lock(host),
     ]
 }
 
@@ -103,6 +107,16 @@ fn file_system(host: &Host) -> Check {
         None => check.cannot_tell(),
         Some(Ok(_)) => check.is(Verdict::Ok, found),
         Some(Err(e)) => check.is(Verdict::Missing, e.to_string()),
+    }
+}
+
+/// Apart from the rest: it needs no more than kernel 6.4.
+fn packet_lock(host: &Host) -> Check {
+    let without = "no processes are kept while data is under way in TCP connections between them";
+    let check = Check::new("packet_lock", "packets held back (netfilter)", without);
+    match host.is_root.then(PacketLock::prepare) {
+        None => check.cannot_tell(),
+        Some(result) => check.tried("yes", result),
     }
 }
 

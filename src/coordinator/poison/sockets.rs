@@ -22,12 +22,16 @@ pub struct Socket {
     pub peer: Option<Address>,
     /// How many connections wait to be accepted, if it is a listening TCP socket.
     pub waiting: u32,
+    /// Bytes that it has sent or will send, and whose arrival is not confirmed, if it is a TCP connection.
+    pub unconfirmed: u32,
+    /// Whether it is a TCP connection whose other end has not closed it.
+    pub is_open: bool,
     /// Whether it is connected through an `lo` that is down.
     pub is_cut_off: bool,
 }
 
 /// An internet address and port. An IPv4 address in IPv6's clothes is an IPv4 address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Address {
     /// The address.
     pub ip: IpAddr,
@@ -77,8 +81,12 @@ pub(super) fn look_at(socket: &OwnedFd) -> Socket {
         found.peer = address(socket, libc::getpeername);
         let through_lo = found.peer.is_some_and(|peer| peer.is_loopback());
         found.is_cut_off = through_lo && is_down(socket, c"lo");
-        if found.kind == libc::SOCK_STREAM && number(libc::SO_ACCEPTCONN) != 0 {
-            found.waiting = waiting(socket);
+        if found.is_connected_tcp() {
+            found.unconfirmed = unconfirmed(socket);
+            found.is_open = OPEN.contains(&tcp_info(socket).tcpi_state);
+        } else if found.kind == libc::SOCK_STREAM && number(libc::SO_ACCEPTCONN) != 0 {
+            // The kernel counts those in this field (`tcp_get_info`).
+            found.waiting = tcp_info(socket).tcpi_unacked;
         }
     }
     found
@@ -104,23 +112,32 @@ fn is_down(socket: &OwnedFd, interface: &CStr) -> bool {
     done == 0 && libc::c_int::from(flags) & libc::IFF_UP == 0
 }
 
-/// Of a listening socket, the kernel counts those in `tcpi_unacked` (`tcp_get_info`).
-fn waiting(socket: &OwnedFd) -> u32 {
+/// `TCP_ESTABLISHED`, `TCP_FIN_WAIT1` and `TCP_FIN_WAIT2` of linux/tcp_states.h: the peer's FIN has not come.
+const OPEN: [u8; 3] = [1, 4, 5];
+
+fn unconfirmed(socket: &OwnedFd) -> u32 {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: this request (SIOCOUTQ) writes one int.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if done == 0 { bytes as u32 } else { 0 }
+}
+
+/// All zeroes if the kernel does not say.
+fn tcp_info(socket: &OwnedFd) -> libc::tcp_info {
     let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
     let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes into the structure.
-    let done = unsafe {
+    // SAFETY: the kernel writes at most `length` bytes into the structure, and none if it fails.
+    unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
             libc::IPPROTO_TCP,
             libc::TCP_INFO,
             info.as_mut_ptr().cast(),
             &raw mut length,
-        )
-    };
+        );
+    }
     // SAFETY: zeroed, then perhaps written; plain numbers all.
-    let info = unsafe { info.assume_init() };
-    if done == 0 { info.tcpi_unacked } else { 0 }
+    unsafe { info.assume_init() }
 }
 
 fn option_of(socket: &OwnedFd, option: i32) -> Option<i32> {

@@ -3,7 +3,11 @@ use std::{
     net::{TcpListener, TcpStream},
 };
 
-use super::{snapshot::has_posix_locks, sockets::local_addresses, *};
+use super::{
+    snapshot::has_posix_locks,
+    sockets::{local_addresses, look_at},
+    *,
+};
 
 fn process(pid: i32, kinds: &[Kind]) -> Process {
     let kinds = (0..).zip(kinds.iter().cloned());
@@ -190,6 +194,57 @@ fn a_connection_that_waits_is_named_with_its_port() {
     let snapshot = sandbox(vec![process(1, &[Kind::Socket(socket)])]);
     assert!(snapshot.has_waiting_connection());
     assert!(said(&snapshot).contains("port 80"));
+}
+
+#[test]
+fn an_end_whose_other_nobody_has_leads_outside_until_it_is_closed() {
+    let end = |local: &str, peer: &str, is_open, unconfirmed| {
+        let Kind::Socket(mut socket) = inet(local, Some(peer)) else {
+            panic!()
+        };
+        socket.is_open = is_open;
+        socket.unconfirmed = unconfirmed;
+        Kind::Socket(socket)
+    };
+    let here = || end("127.0.0.1:80", "127.0.0.1:90", true, 7);
+    let there = end("127.0.0.1:90", "127.0.0.1:80", true, 0);
+    let both = sandbox(vec![process(1, &[here()]), process(2, &[there])]);
+    assert!(!both.has_lone_end() && !both.has_outside_tcp() && both.has_data_under_way());
+    let one = sandbox(vec![process(1, &[here()])]);
+    assert!(one.has_lone_end() && one.has_outside_tcp());
+    // The other has sent all and closed it: nothing is lost with it.
+    let left = end("127.0.0.1:80", "127.0.0.1:90", false, 0);
+    let closed = sandbox(vec![process(1, &[left])]);
+    assert!(!closed.has_lone_end() && !closed.has_outside_tcp() && !closed.has_data_under_way());
+    // What is on its way to somewhere else is not waited for.
+    let away = sandbox(vec![process(
+        1,
+        &[end("10.9.9.2:80", "10.9.9.3:90", true, 7)],
+    )]);
+    assert!(away.has_outside_tcp() && !away.has_lone_end() && !away.has_data_under_way());
+}
+
+#[test]
+fn a_socket_tells_what_it_has_not_been_confirmed() {
+    use std::io::Write;
+
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (server, _) = listener.accept().unwrap();
+    let look = |socket: &TcpStream| look_at(&socket.try_clone().unwrap().into());
+    assert_eq!(
+        (look(&client).unconfirmed, look(&client).is_open),
+        (0, true)
+    );
+    client.set_nonblocking(true).unwrap();
+    // More than both sides' buffers take.
+    let bytes = vec![0; 64 << 20];
+    assert!(client.write(&bytes).unwrap() < bytes.len());
+    assert!(look(&client).unconfirmed > 0);
+    assert_eq!(look(&server).unconfirmed, 0);
+    drop(server);
+    // What was not read when it was closed resets the connection.
+    assert!(!look(&client).is_open);
 }
 
 #[test]
