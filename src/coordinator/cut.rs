@@ -32,9 +32,11 @@ pub(super) const LATCH_LIMIT: Duration = Duration::from_secs(30);
 /// ends a little longer to theirs.
 const UNREST_PAUSE: Duration = Duration::from_millis(3);
 const UNREST_TRIES: u32 = 100;
-/// How long a server that has time is given to accept a connection, or a client to read the rest of one.
+/// How long a server that has time is given to accept a connection, and data to arrive.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(5);
 const ACCEPT_TRIES: u32 = 20;
+/// The same for the rest of a connection that was closed: what looks like it may be another container's.
+const CLOSED_TRIES: u32 = 4;
 
 /// What a cut must know of the sandbox's processes.
 pub trait Scene: Send + Sync {
@@ -282,10 +284,7 @@ impl Sandbox<'_> {
                 });
             }
             let snapshot = Snapshot::read(&procs, self.scene.init_pid())?;
-            let is_bad = snapshot.has_waiting_connection()
-                || snapshot.has_lone_end()
-                || self.cannot_hold_packets(&snapshot);
-            if tries == ACCEPT_TRIES || !is_bad {
+            if tries >= self.worthwhile_tries(&snapshot) {
                 return Ok(Moment {
                     held,
                     begin,
@@ -296,6 +295,17 @@ impl Sandbox<'_> {
             tries += 1;
             drop(held);
             thread::sleep(ACCEPT_PAUSE);
+        }
+    }
+
+    /// How often another moment is worth trying for.
+    fn worthwhile_tries(&self, snapshot: &Snapshot) -> u32 {
+        if snapshot.has_waiting_connection() || self.cannot_hold_packets(snapshot) {
+            ACCEPT_TRIES
+        } else if snapshot.has_lone_end() {
+            CLOSED_TRIES
+        } else {
+            0
         }
     }
 

@@ -31,6 +31,7 @@ mod recover;
 pub mod restore;
 pub mod rollback;
 pub mod run_dir;
+mod scene;
 pub mod service;
 pub mod spec;
 pub mod start;

@@ -4,6 +4,7 @@
 //! [`Snapshot::read`] takes the facts from `/proc` while the sandbox stands still, [`judge`] knows
 //! the rules and touches nothing. What only CRIU finds out is put into words by [`explain`].
 
+mod connections;
 mod explain;
 mod rules;
 mod snapshot;
