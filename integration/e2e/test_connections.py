@@ -118,7 +118,7 @@ try:
     while data := connection.recv(1000):
         got += len(data)
         open("/got", "w").write(str(got))
-        time.sleep(0.05)
+        time.sleep(0.1)
 except OSError as error:
     got = error
 open("/end", "w").write(str(got))

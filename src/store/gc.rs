@@ -137,6 +137,7 @@ fn size(path: &std::path::Path) -> u64 {
 /// memory page by page from the kernel otherwise.
 fn give_back_memory() {
     /// So many bytes may stay.
+    #[cfg(target_env = "gnu")]
     const SPARE: usize = 1 << 20;
     #[cfg(target_env = "gnu")]
     // SAFETY: the first call only counts, the second only returns free pages to the kernel.
