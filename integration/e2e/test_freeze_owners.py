@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 
 from equality import HOOKS
 from harness import BUNDLES, crab, run, until
@@ -16,6 +17,11 @@ HOOK = """#!/bin/sh
 : >{dir}/frozen
 until [ -e {dir}/go ]; do sleep 0.01; done
 """
+
+
+BUSY = "memory = bytearray(b'x' * (256 << 20))\nwhile True: memory[0] = memory[0] + 1 & 255"
+"""Never the same twice, and CRIU needs a while for it."""
+MOMENTS = 12
 
 
 class Checkpoint:
@@ -93,3 +99,29 @@ def test_a_pause_during_a_checkpoint_stays(kind, tmp_path):
         run(*client, "unpause" if kind == "docker" else "resume", name)
         assert freezer.read_text() == "THAWED\n"
         assert sandbox.sh("echo alive") == "alive\n"
+
+
+@both_clients
+def test_a_pause_while_criu_dumps_holds_nobody_up(kind, tmp_path):
+    """CRIU thaws what it dumps, and hangs on a process that somebody freezes meanwhile."""
+    with Sandbox(kind, tmp_path, "python3", "-c", BUSY) as sandbox:
+        docker = kind == "docker"
+        client, name = (["docker"], sandbox.container.name) if docker else (["ctr", "task"], sandbox.container.id)
+        freezer = sandbox.container.cgroup("freezer") / "freezer.state"
+        # Twice: the first one of a sandbox takes longer.
+        for _ in range(2):
+            begin = time.monotonic()
+            sandbox.turn()
+            takes = time.monotonic() - begin
+        for moment in range(MOMENTS):
+            before = len(sandbox.turns())
+            checkpoint = threading.Thread(target=sandbox.turn)
+            checkpoint.start()
+            time.sleep(takes * moment / MOMENTS)
+            run(*client, "pause", name)
+            assert freezer.read_text() == "FROZEN\n"
+            run(*client, "unpause" if docker else "resume", name)
+            checkpoint.join()
+            assert freezer.read_text() == "THAWED\n"
+            lines = sandbox.turns()
+            assert len(lines) == before + 1 and lines[-1]["action"] == "full", lines[-1]

@@ -145,10 +145,12 @@ impl Sandbox<'_> {
         let streams = self.scene.streams().map_err(CutError::Capture)?;
         let criu = self.renew(scope, args, early, criu, &snapshot)?;
         let locked = self.hold_packets(args, &snapshot)?;
+        let lent = held.lend();
         let dumped = match criu {
             Some(criu) => criu.go(),
             None => self.run_criu(args),
         };
+        drop(lent);
         dumped.map_err(|source| CutError::dump(args, Some(&snapshot), source))?;
         if args.leave_running {
             self.check_stillness(&before)?;

@@ -207,6 +207,12 @@ pub struct Held {
 }
 
 impl Held {
+    /// The freezer is CRIU's until the returned value is dropped: CRIU thaws the sandbox while it works on
+    /// its processes, and hangs on one that somebody freezes meanwhile. A Pause and a Resume wait.
+    pub fn lend(&self) -> MutexGuard<'_, ()> {
+        self.freeze.freezing.lock()
+    }
+
     /// Everything in it has been killed: lets it die, also what the client has paused. A v1 freezer
     /// keeps even SIGKILL waiting.
     pub fn let_die(self) -> Result<(), FreezeError> {
@@ -304,6 +310,30 @@ mod tests {
         assert!(*cgroup.frozen.lock());
         drop(held);
         assert!(!*cgroup.frozen.lock());
+    }
+
+    #[test]
+    fn a_pause_waits_while_criu_has_the_freezer() {
+        const SOON: Duration = Duration::from_secs(20);
+        let (cgroup, freeze) = freeze();
+        let held = freeze.hold().unwrap();
+        let lent = held.lend();
+        // As CRIU does.
+        cgroup.thaw().unwrap();
+        std::thread::scope(|scope| {
+            let pause = scope.spawn(|| freeze.pause());
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!pause.is_finished() && !*cgroup.frozen.lock());
+            drop(lent);
+            let end = Instant::now() + SOON;
+            while !pause.is_finished() {
+                assert!(Instant::now() < end);
+                std::thread::yield_now();
+            }
+            pause.join().unwrap().unwrap();
+        });
+        drop(held);
+        assert!(*cgroup.frozen.lock(), "paused");
     }
 
     #[test]
