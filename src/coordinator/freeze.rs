@@ -126,8 +126,26 @@ impl Freeze {
         self.freeze(|owners| owners.client = true)
     }
 
+    /// Somebody may have thawed it who asks nobody: freezes it again if the client has paused it.
+    pub fn keep_paused(&self) -> Result<(), FreezeError> {
+        let _freezing = self.freezing.lock();
+        let paused = {
+            let owners = self.owners.lock();
+            owners.client && !owners.dying
+        };
+        match paused {
+            true => self.freeze_alone(|_| ()),
+            false => Ok(()),
+        }
+    }
+
     fn freeze(&self, own: impl FnOnce(&mut Owners)) -> Result<(), FreezeError> {
         let _freezing = self.freezing.lock();
+        self.freeze_alone(own)
+    }
+
+    /// With `freezing` locked.
+    fn freeze_alone(&self, own: impl FnOnce(&mut Owners)) -> Result<(), FreezeError> {
         if self.is_dying() {
             return Err(FreezeError::Dying);
         }

@@ -9,6 +9,7 @@ use super::{
     reaper::Exit,
     state::{Phase, Request},
 };
+use crate::coordinator::doors::GATE_LIMIT;
 
 impl Container {
     /// Signals init, an exec, or (`all`) every process.
@@ -33,12 +34,10 @@ impl Container {
             self.doors.give_up();
         }
         let sent = if all && exec_id.is_empty() && self.init.step() == Step::Running {
-            let killed = self.runtime.kill_all(self.sandbox.id(), signal);
-            killed.map_err(|e| {
-                let gone = e.is_unknown_container() || e.to_string().contains("not running");
-                let kind = if gone { Kind::NotFound } else { Kind::Failed };
-                ShimError::new(kind, format!("{}: {e}", self.sandbox))
-            })
+            match deadly {
+                true => self.signal_all(signal),
+                false => self.signal_all_between_cuts(signal),
+            }
         } else {
             process.signal(signal)
         };
@@ -46,6 +45,30 @@ impl Container {
             Ok(()) if deadly => self.release(),
             Err(e) if deadly && e.kind != Kind::NotFound => self.doors.take_heart(),
             _ => {}
+        }
+        sent
+    }
+
+    fn signal_all(&self, signal: i32) -> Result<()> {
+        let sent = self.runtime.kill_all(self.sandbox.id(), signal);
+        sent.map_err(|e| {
+            let gone = e.is_unknown_container() || e.to_string().contains("not running");
+            let kind = if gone { Kind::NotFound } else { Kind::Failed };
+            ShimError::new(kind, format!("{}: {e}", self.sandbox))
+        })
+    }
+
+    /// The runtime freezes those whom it signals, and thaws them, whoever else wants them frozen: not while a
+    /// cut does, and the client still does afterwards.
+    fn signal_all_between_cuts(&self, signal: i32) -> Result<()> {
+        let Some(_no_cut) = self.doors.cut_alone(GATE_LIMIT) else {
+            let text = format!("{}: kill: a checkpoint does not end", self.sandbox);
+            return Err(ShimError::new(Kind::Failed, text));
+        };
+        let sent = self.signal_all(signal);
+        let kept = self.place().map(|place| place.freeze.keep_paused());
+        if let Ok(Err(e)) = kept {
+            log::warn!("{}: paused, and signalled: {e}", self.sandbox);
         }
         sent
     }

@@ -89,6 +89,29 @@ fn sigkill_thaws_a_paused_container_for_good() {
 }
 
 #[test]
+fn a_signal_to_all_thaws_neither_a_dump_nor_a_paused_container() {
+    let bed = Bed::with("checkpoint_stops = false");
+    bed.run("c");
+    let group = bed.machine.group("c");
+    let blocked = bed.machine.block(Verb::Checkpoint);
+    let dump = bed.go(|bed| bed.checkpoint("c"));
+    blocked.wait();
+    let kill = bed.go(|bed| bed.kill_all("c", libc::SIGUSR1));
+    assert!(kill.waits());
+    assert!(group.is_frozen());
+    assert_eq!(bed.machine.count("kill --all"), 0);
+    blocked.release();
+    dump.get().unwrap();
+    kill.get().unwrap();
+    assert_eq!(bed.machine.count("kill --all c 10"), 1);
+    assert!(!group.is_frozen());
+
+    bed.pause("c").unwrap();
+    bed.kill_all("c", libc::SIGUSR1).unwrap();
+    assert!(group.is_frozen());
+}
+
+#[test]
 fn a_kill_during_a_dump_thaws_at_once_and_fails_the_dump() {
     let bed = Bed::with("checkpoint_stops = false");
     bed.run("c");

@@ -46,6 +46,8 @@ impl OciRuntime for FakeRuntime {
     fn kill_all(&self, id: &str, signal: i32) -> Answer {
         self.0.record(format!("kill --all {id} {signal}"));
         let done = self.0.plan(Verb::KillAll);
+        // As runc does, whoever else has frozen it.
+        *self.0.group(id).cgroup.frozen.lock() = false;
         done.map_err(|e| refused("kill", e))
     }
 
