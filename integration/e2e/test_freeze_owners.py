@@ -6,7 +6,7 @@ import threading
 import time
 
 from equality import HOOKS
-from harness import BUNDLES, crab, run, until
+from harness import BUNDLES, LIMIT, crab, run, until
 from taskapi import Shim
 from test_armed_restore import Sandbox, both_clients
 
@@ -19,9 +19,9 @@ until [ -e {dir}/go ]; do sleep 0.01; done
 """
 
 
-BUSY = "memory = bytearray(b'x' * (256 << 20))\nwhile True: memory[0] = memory[0] + 1 & 255"
+BUSY = "memory = bytearray(b'x' * (128 << 20))\nwhile True: memory[0] = memory[0] + 1 & 255"
 """Never the same twice, and CRIU needs a while for it."""
-MOMENTS = 12
+MOMENTS = 8
 
 
 class Checkpoint:
@@ -119,9 +119,48 @@ def test_a_pause_while_criu_dumps_holds_nobody_up(kind, tmp_path):
             checkpoint.start()
             time.sleep(takes * moment / MOMENTS)
             run(*client, "pause", name)
-            assert freezer.read_text() == "FROZEN\n"
+            # If it came before the freeze, CRIU has thawed it for a while.
+            until(lambda: freezer.read_text() == "FROZEN\n", "paused")
             run(*client, "unpause" if docker else "resume", name)
             checkpoint.join()
             assert freezer.read_text() == "THAWED\n"
             lines = sandbox.turns()
             assert len(lines) == before + 1 and lines[-1]["action"] == "full", lines[-1]
+
+
+def checkpointed_or_stopped(sandbox):
+    """Takes a checkpoint at once: whether it was of processes, too, or one of them was found stopped."""
+    begin = time.monotonic()
+    done = crab("checkpoint", "--json", sandbox.name, check=False)
+    took = time.monotonic() - begin
+    assert took < LIMIT, f"{took} s: {done}"
+    assert done.rc == 0 and json.loads(done.out)["checkpoint"] or "has stopped processes" in done.err, done
+    return done.rc == 0
+
+
+@both_clients
+def test_a_stop_while_criu_dumps_holds_nobody_up(kind, tmp_path):
+    """CRIU hangs on whoever is stopped, too."""
+    with Sandbox(kind, tmp_path, "python3", "-c", BUSY) as sandbox:
+        client = ["docker", "kill"] if kind == "docker" else ["ctr", "task", "kill"]
+        for _ in range(2):
+            begin = time.monotonic()
+            sandbox.turn()
+            takes = time.monotonic() - begin
+        done = []
+        for moment in range(MOMENTS):
+            checkpoint = threading.Thread(target=lambda: done.append(checkpointed_or_stopped(sandbox)))
+            checkpoint.start()
+            time.sleep(takes * moment / MOMENTS)
+            run(*client, "-s", "STOP", sandbox.container.name if kind == "docker" else sandbox.name)
+            checkpoint.join()
+            run(*client, "-s", "CONT", sandbox.container.name if kind == "docker" else sandbox.name)
+        assert len(done) == MOMENTS and sum(done) >= MOMENTS // 3, done
+        assert sandbox.turns()[-1]["action"] == "full", "stopped after that one"
+
+
+def test_whoever_is_stopped_again_and_again_is_dumped_in_between_or_named(tmp_path):
+    script = "while :; do :; done & while :; do kill -STOP $!; sleep 0.005; kill -CONT $!; sleep 0.005; done"
+    with Sandbox("ctr", tmp_path, "sh", "-c", script) as sandbox:
+        done = [checkpointed_or_stopped(sandbox) for _ in range(3 * MOMENTS)]
+        assert any(done), done

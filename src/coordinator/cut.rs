@@ -2,8 +2,8 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
-    path::{Path, PathBuf},
+    io,
+    path::PathBuf,
     sync::Arc,
     thread::{self, Scope},
     time::{Duration, Instant},
@@ -14,6 +14,7 @@ use super::{
     early::{Early, Runner, Started},
     freeze::{Freeze, FreezeError, Held},
     poison::{self, Reasons, Snapshot, Verdict},
+    unrest::{Stat, Unrest, is_dying, is_stopped},
 };
 use crate::{
     packet_lock::PacketLock,
@@ -318,9 +319,14 @@ impl Sandbox<'_> {
         loop {
             let held = self.freeze.hold()?;
             let procs = self.freeze.cgroup().procs()?;
-            let unrest = procs.iter().find_map(|pid| Some((*pid, unrest(*pid)?)));
-            let Some((pid, state)) = unrest else {
-                return Ok(held);
+            let stops = self.freeze.cgroup().hangs_on_stopped();
+            let unrest = procs
+                .iter()
+                .find_map(|pid| Some((*pid, Unrest::of(*pid, stops)?)));
+            let (pid, state) = match unrest {
+                None => return Ok(held),
+                Some((pid, Unrest::Stopped)) => return Err(CutError::Stopped(vec![pid])),
+                Some((pid, Unrest::Passing(state))) => (pid, state),
             };
             tries += 1;
             if tries == UNREST_TRIES {
@@ -360,87 +366,8 @@ pub(super) fn strangers(procs: &BTreeSet<i32>, init: i32) -> Vec<i32> {
     procs
         .iter()
         .copied()
-        .filter(|pid| *pid != init && !stat(*pid).is_some_and(|s| procs.contains(&s.parent)))
+        .filter(|pid| *pid != init && !Stat::of(*pid).is_some_and(|s| procs.contains(&s.parent)))
         .collect()
-}
-
-/// Whether a process has been killed, be it that it has not noticed yet.
-fn is_dying(pid: i32) -> bool {
-    const PF_EXITING: u64 = 4;
-    const SIGKILL: u64 = 1 << (9 - 1);
-    let Some(stat) = stat(pid) else {
-        return true;
-    };
-    let status = fs::read_to_string(proc(pid).join("status")).unwrap_or_default();
-    let pending = status
-        .lines()
-        .filter(|line| line.starts_with("SigPnd:") || line.starts_with("ShdPnd:"))
-        .filter_map(|line| u64::from_str_radix(line.split_whitespace().nth(1)?, 16).ok());
-    matches!(stat.state, 'Z' | 'X')
-        || stat.flags & PF_EXITING != 0
-        || pending.into_iter().any(|mask| mask & SIGKILL != 0)
-}
-
-/// Why CRIU could not dump a process at this moment, if it could not: it waits uninterruptibly, and
-/// CRIU would give up after 10 s, or it has ended in part ("Zombies with threads are not supported").
-fn unrest(pid: i32) -> Option<&'static str> {
-    if waits_for_vfork(pid) {
-        return Some("waits for its vforked child");
-    }
-    let half_gone = stat(pid)?.state == 'Z' && tasks(pid).count() > 1;
-    half_gone.then_some("has ended, but not all of its threads,")
-}
-
-/// The directories of a process's threads. Those of a zombie are in /proc until they have ended.
-fn tasks(pid: i32) -> impl Iterator<Item = PathBuf> {
-    let tasks = fs::read_dir(proc(pid).join("task"));
-    tasks
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|task| task.path())
-}
-
-/// Whether one of a process's threads waits for its vforked child: in `wait_for_vfork_done`, or,
-/// where the compiler has inlined that (kernel 6.18), in `kernel_clone`, which waits for nothing
-/// else.
-fn waits_for_vfork(pid: i32) -> bool {
-    tasks(pid).any(|task| {
-        fs::read_to_string(task.join("wchan"))
-            .is_ok_and(|place| place == "wait_for_vfork_done" || place == "kernel_clone")
-    })
-}
-
-fn proc(pid: i32) -> PathBuf {
-    Path::new("/proc").join(pid.to_string())
-}
-
-/// Whether a signal has stopped this process. In a frozen cgroup its state is that of a frozen
-/// one, and only the place where it waits tells.
-fn is_stopped(pid: i32) -> bool {
-    let wchan = fs::read_to_string(proc(pid).join("wchan"));
-    stat(pid).is_some_and(|stat| stat.state == 'T')
-        || wchan.is_ok_and(|place| place == "do_signal_stop")
-}
-
-/// What `/proc/PID/stat` says first.
-struct Stat {
-    state: char,
-    parent: i32,
-    flags: u64,
-}
-
-/// Reads `/proc/PID/stat`, whose second field may contain anything.
-fn stat(pid: i32) -> Option<Stat> {
-    let stat = fs::read(proc(pid).join("stat")).ok()?;
-    let stat = String::from_utf8_lossy(&stat);
-    let (_, rest) = stat.rsplit_once(')')?;
-    let mut words = rest.split_whitespace();
-    Some(Stat {
-        state: words.next()?.chars().next()?,
-        parent: words.next()?.parse().ok()?,
-        flags: words.nth(4)?.parse().ok()?,
-    })
 }
 
 #[cfg(test)]
@@ -450,37 +377,10 @@ mod tests {
     #[test]
     fn a_process_whose_parent_is_outside_is_a_stranger() {
         let me = std::process::id() as i32;
-        let init = stat(me).unwrap().parent;
+        let init = Stat::of(me).unwrap().parent;
         // With the parent inside I am one of them.
         assert!(strangers(&BTreeSet::from([init, me]), init).is_empty());
         assert_eq!(strangers(&BTreeSet::from([me]), init), [me]);
         assert!(strangers(&BTreeSet::from([me]), me).is_empty());
-    }
-
-    /// The main thread has ended, and another goes on until it is told to end.
-    const HALF_GONE: &str = "import ctypes, sys, threading\n\
-        def wait():\n    sys.stdin.read()\n\
-        threading.Thread(target=wait).start()\n\
-        ctypes.CDLL(None).pthread_exit(None)\n";
-
-    #[test]
-    fn a_process_of_which_only_the_first_thread_has_ended_is_not_dumped() {
-        use std::process::{Command, Stdio};
-
-        let mut python = Command::new("python3")
-            .args(["-c", HALF_GONE])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        let pid = python.id() as i32;
-        let end = Instant::now() + Duration::from_secs(20);
-        while unrest(pid).is_none() {
-            assert!(Instant::now() < end, "{:?}", stat(pid).map(|s| s.state));
-            thread::yield_now();
-        }
-        drop(python.stdin.take());
-        python.wait().unwrap();
-        assert_eq!(unrest(pid), None);
     }
 }

@@ -26,6 +26,7 @@ mod stored_images;
 pub mod subject;
 mod take;
 pub mod turns;
+mod unrest;
 pub mod view;
 mod wanted;
 mod without_processes;

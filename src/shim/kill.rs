@@ -9,7 +9,10 @@ use super::{
     reaper::Exit,
     state::{Phase, Request},
 };
-use crate::coordinator::doors::GATE_LIMIT;
+use crate::coordinator::doors::{Alone, GATE_LIMIT};
+
+/// Signals that stop a process.
+const STOPS: [i32; 4] = [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
 
 impl Container {
     /// Signals init, an exec, or (`all`) every process.
@@ -39,6 +42,8 @@ impl Container {
                 false => self.signal_all_between_cuts(signal),
             }
         } else {
+            // CRIU waits for ever for a process that is stopped under its hands.
+            let _no_cut = STOPS.contains(&signal).then(|| self.no_cut()).transpose()?;
             process.signal(signal)
         };
         match &sent {
@@ -61,16 +66,21 @@ impl Container {
     /// The runtime freezes those whom it signals, and thaws them, whoever else wants them frozen: not while a
     /// cut does, and the client still does afterwards.
     fn signal_all_between_cuts(&self, signal: i32) -> Result<()> {
-        let Some(_no_cut) = self.doors.cut_alone(GATE_LIMIT) else {
-            let text = format!("{}: kill: a checkpoint does not end", self.sandbox);
-            return Err(ShimError::new(Kind::Failed, text));
-        };
+        let _no_cut = self.no_cut()?;
         let sent = self.signal_all(signal);
         let kept = self.place().map(|place| place.freeze.keep_paused());
         if let Ok(Err(e)) = kept {
             log::warn!("{}: paused, and signalled: {e}", self.sandbox);
         }
         sent
+    }
+
+    /// Waits until no cut is under way; none begins as long as this is held.
+    fn no_cut(&self) -> Result<Alone<'_>> {
+        self.doors.cut_alone(GATE_LIMIT).ok_or_else(|| {
+            let text = format!("{}: kill: a checkpoint does not end", self.sandbox);
+            ShimError::new(Kind::Failed, text)
+        })
     }
 
     /// Signals an init that no image has been read for yet; false if there is one.

@@ -112,6 +112,24 @@ fn a_signal_to_all_thaws_neither_a_dump_nor_a_paused_container() {
 }
 
 #[test]
+fn whoever_is_to_be_stopped_is_dumped_first() {
+    let bed = Bed::with("checkpoint_stops = false");
+    bed.run("c");
+    let blocked = bed.machine.block(Verb::Checkpoint);
+    let dump = bed.go(|bed| bed.checkpoint("c"));
+    blocked.wait();
+    let stop = bed.go(|bed| bed.kill("c", "", libc::SIGSTOP));
+    assert!(stop.waits());
+    // Any other does not.
+    bed.kill("c", "", libc::SIGTERM).unwrap();
+    assert_eq!(bed.machine.count("signal"), 1);
+    blocked.release();
+    dump.get().unwrap();
+    stop.get().unwrap();
+    assert_eq!(bed.machine.count("signal"), 2);
+}
+
+#[test]
 fn a_kill_during_a_dump_thaws_at_once_and_fails_the_dump() {
     let bed = Bed::with("checkpoint_stops = false");
     bed.run("c");
