@@ -6,7 +6,7 @@ import threading
 import time
 
 from equality import HOOKS
-from harness import BUNDLES, LIMIT, crab, run, until
+from harness import BUNDLES, LIMIT, alive, crab, run, until
 from taskapi import Shim
 from test_armed_restore import Sandbox, both_clients
 
@@ -126,6 +126,32 @@ def test_a_pause_while_criu_dumps_holds_nobody_up(kind, tmp_path):
             assert freezer.read_text() == "THAWED\n"
             lines = sandbox.turns()
             assert len(lines) == before + 1 and lines[-1]["action"] == "full", lines[-1]
+
+
+def test_whom_the_host_freezes_under_criu_lives_on(tmp_path):
+    """Somebody who asks nobody: CRIU hangs until its limit, and would take with it whom it works on."""
+    with Sandbox("ctr", tmp_path, "python3", "-c", BUSY, options=["--annotation", "dev.crab.dump_timeout=10s"]) as sandbox:
+        freezer = sandbox.container.cgroup("freezer") / "freezer.state"
+        init = sandbox.init
+        hung = 0
+        for _ in range(5):
+            checkpoint = threading.Thread(target=lambda: crab("checkpoint", sandbox.name, check=False))
+            checkpoint.start()
+            # First crab freezes, then CRIU thaws.
+            for state in ("FROZEN\n", "THAWED\n"):
+                while freezer.read_text() != state and checkpoint.is_alive():
+                    pass
+            freezer.write_text("FROZEN")
+            begin = time.monotonic()
+            checkpoint.join()
+            hung += time.monotonic() - begin > 5
+            freezer.write_text("THAWED")
+            assert sandbox.init == init and alive(init)
+            if hung:
+                break
+        assert hung, "CRIU was not met at work"
+        assert sandbox.sh("echo alive") == "alive\n"
+        sandbox.turn()
 
 
 def checkpointed_or_stopped(sandbox):

@@ -1,6 +1,7 @@
 //! One consistent cut: latch, start CRIU, freeze, let it dump, look whether it held, capture, thaw (D7).
 
 use std::{
+    cell::Cell,
     collections::BTreeSet,
     io,
     path::PathBuf,
@@ -38,6 +39,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(5);
 const ACCEPT_TRIES: u32 = 20;
 /// The same for the rest of a connection that was closed: what looks like it may be another container's.
 const CLOSED_TRIES: u32 = 4;
+/// After so many hundredths of its limit CRIU may be hanging because somebody on the host has frozen the
+/// sandbox under its hands. A thaw helps then; to be killed costs the process that CRIU works in its life.
+const LAST_CHANCE: u32 = 90;
 
 /// What a cut must know of the sandbox's processes.
 pub trait Scene: Send + Sync {
@@ -341,7 +345,17 @@ impl Sandbox<'_> {
         // CRIU and an init that dies under its hands wait for each other. With --exit it is CRIU
         // that kills.
         let init = self.scene.init_pid();
-        let stop = || args.leave_running && (self.freeze.is_dying() || is_dying(init));
+        let last_chance = Instant::now() + args.limit * LAST_CHANCE / 100;
+        let thawed = Cell::new(false);
+        let stop = || {
+            if args.leave_running && Instant::now() >= last_chance && !thawed.replace(true) {
+                log::warn!("{}: CRIU does not end: the sandbox is thawed", self.id);
+                if let Err(e) = self.freeze.cgroup().thaw() {
+                    log::warn!("{}: {e}", self.id);
+                }
+            }
+            args.leave_running && (self.freeze.is_dying() || is_dying(init))
+        };
         self.runtime.checkpoint(self.id, args, &stop)
     }
 

@@ -188,6 +188,7 @@ impl Freeze {
         Ok(Held {
             freeze: Arc::clone(self),
             begin,
+            killed: false,
         })
     }
 
@@ -222,6 +223,7 @@ impl Freeze {
 pub struct Held {
     freeze: Arc<Freeze>,
     begin: Instant,
+    killed: bool,
 }
 
 impl Held {
@@ -233,7 +235,8 @@ impl Held {
 
     /// Everything in it has been killed: lets it die, also what the client has paused. A v1 freezer
     /// keeps even SIGKILL waiting.
-    pub fn let_die(self) -> Result<(), FreezeError> {
+    pub fn let_die(mut self) -> Result<(), FreezeError> {
+        self.killed = true;
         let _freezing = self.freeze.freezing.lock();
         if_not_gone(self.freeze.cgroup.thaw()).map_err(Into::into)
     }
@@ -241,15 +244,23 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let _freezing = self.freeze.freezing.lock();
+        let freezing = self.freeze.freezing.lock();
         let mut owners = self.freeze.owners.lock();
         owners.crab = false;
-        if (!owners.client || owners.dying)
-            && let Err(e) = if_not_gone(self.freeze.cgroup.thaw())
-        {
+        owners.held += self.begin.elapsed();
+        let stays = owners.client && !owners.dying;
+        if !stays && let Err(e) = if_not_gone(self.freeze.cgroup.thaw()) {
             log::error!("cannot thaw the sandbox: {e}");
         }
-        owners.held += self.begin.elapsed();
+        drop(owners);
+        drop(freezing);
+        // A CRIU that has failed may have left it thawed.
+        if stays
+            && !self.killed
+            && let Err(e) = self.freeze.keep_paused()
+        {
+            log::error!("cannot keep the sandbox paused: {e}");
+        }
     }
 }
 
@@ -327,6 +338,18 @@ mod tests {
         freeze.resume().unwrap();
         assert!(*cgroup.frozen.lock());
         drop(held);
+        assert!(!*cgroup.frozen.lock());
+    }
+
+    #[test]
+    fn what_criu_has_left_thawed_is_paused_again_unless_it_was_killed() {
+        let (cgroup, freeze) = freeze();
+        freeze.pause().unwrap();
+        let held = freeze.hold().unwrap();
+        cgroup.thaw().unwrap();
+        drop(held);
+        assert!(*cgroup.frozen.lock());
+        freeze.hold().unwrap().let_die().unwrap();
         assert!(!*cgroup.frozen.lock());
     }
 
