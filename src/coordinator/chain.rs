@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use super::{
     budget::bytes_in,
     cut::CutError,
-    inspection::{Inspection, Taken},
+    inspection::Inspection,
+    known::Taken,
     subject::Subject,
     take::{Order, dump_args, remark},
     worker::Worker,

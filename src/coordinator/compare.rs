@@ -4,7 +4,8 @@ use std::path::Path;
 
 use super::{
     changed,
-    inspection::{Dump, Known, Outline, Scene, ToRead},
+    inspection::Scene,
+    known::{Dump, Known, Outline, ToRead},
     look::Look,
     memory_files::Mounts,
     processes::{Processes, Since},

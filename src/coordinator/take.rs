@@ -5,7 +5,7 @@
 //! dumped: the checkpoint has the image of an earlier one, which is what the processes still are (D7a). It
 //! is looked once more while nothing runs; if it is otherwise then, everything is taken.
 
-use std::{borrow::Cow, collections::BTreeMap, fs, path::Path, sync::Arc, time::Duration};
+use std::{borrow::Cow, collections::BTreeMap, fs, sync::Arc, time::Duration};
 
 use time::OffsetDateTime;
 
@@ -13,8 +13,8 @@ use super::{
     budget::{Budget, Spending, bytes_in},
     chain::{self, Link},
     cut::{self, CutError},
-    doors::Doors,
-    inspection::{Inspection, Still, Taken as Found, ToRead},
+    files::{add_artefacts, capture, distrust, read_ahead},
+    known::{Still, Taken as Found},
     look::Look,
     references::References,
     stand_still::stand_still,
@@ -27,13 +27,13 @@ use super::{
 use crate::{
     config::Gate,
     engine::{self, Reason},
-    inspector::{Inode, process::Stillness},
-    rootfs::{Overlay, layer::Comparison},
+    inspector::process::Stillness,
+    rootfs::Overlay,
     runtime::{self, criu_conf::CriuConf, descriptors::Stream},
     sandbox::TurnNo,
     store::{
-        Action, Captured, Checkpoint, Facts, Files, Host, Images, JournalLine, Kind, LayerChanges,
-        Part, Pending, Staging, StdioPipe, StoreError, Trigger,
+        Action, Captured, Checkpoint, Facts, Files, Host, Images, JournalLine, Kind, Pending,
+        Staging, StdioPipe, StoreError, Trigger,
     },
 };
 
@@ -471,57 +471,6 @@ pub(super) fn dump_args(
         limit,
         ..Default::default()
     })
-}
-
-/// Reads what is large, or everything if it is not known what has changed, before anything stands still.
-fn read_ahead(
-    of: (&dyn Subject, &Overlay, &Doors),
-    inspection: &Inspection,
-    pending: &mut Pending,
-    before: Option<&Checkpoint>,
-) -> Result<(), String> {
-    let read = scene(of, |scene| {
-        let Some(ToRead { which, unseen }) = inspection.ahead(scene) else {
-            return Ok(());
-        };
-        let is_written = |dev, ino| unseen.contains(&Inode { dev, ino });
-        pending.read_ahead(scene.upper, &which, before, &is_written, scene.stop)
-    })?;
-    read.map_err(text)
-}
-
-/// In the freeze: what was read ahead and may have been written since is read again.
-pub(super) fn distrust(inspection: &Inspection, pending: &mut Pending) {
-    if pending.ahead() > 0 {
-        let written = inspection.written();
-        pending.distrust(|dev, ino| written.has(dev, ino));
-    }
-}
-
-/// Captures a writable layer: what differs from a checkpoint, if that is known, or all of it.
-pub(super) fn capture(
-    pending: &mut Pending,
-    upper: &Path,
-    known: Option<(&Checkpoint, &Comparison)>,
-    doors: &Doors,
-) -> Result<Captured, String> {
-    let changes = known.map(|(_, comparison)| LayerChanges {
-        removed: comparison.removed(),
-        changed: comparison.changed(),
-    });
-    let part = match (known, &changes) {
-        (Some((base, _)), Some(changes)) => Part::Changes { base, changes },
-        _ => Part::Whole,
-    };
-    let captured = pending.capture(upper, part, &|| doors.is_dying());
-    captured.map_err(text)
-}
-
-/// Adds what is kept of the host's files.
-pub(super) fn add_artefacts(pending: &mut Pending, artefacts: &BTreeMap<String, Vec<u8>>) {
-    for (name, bytes) in artefacts {
-        pending.add_to_bundle(name, bytes.clone());
-    }
 }
 
 fn pipe(stream: &Stream) -> StdioPipe {

@@ -9,11 +9,12 @@ use time::OffsetDateTime;
 
 use super::{
     budget::Spending,
-    inspection::Outline,
+    files::{add_artefacts, capture, distrust},
+    known::Outline,
     memory_files::Mounts,
     stand_still::stand_still,
     subject::{Subject, scene},
-    take::{Order, Taken, WithoutProcesses, add_artefacts, capture, distrust},
+    take::{Order, Taken, WithoutProcesses},
     turns::ShutGate,
     worker::{Worker, micros, text},
 };
