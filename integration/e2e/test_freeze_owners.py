@@ -168,7 +168,7 @@ def checkpointed_or_stopped(sandbox):
 def test_a_stop_while_criu_dumps_holds_nobody_up(kind, tmp_path):
     """CRIU hangs on whoever is stopped, too."""
     with Sandbox(kind, tmp_path, "python3", "-c", BUSY) as sandbox:
-        client = ["docker", "kill"] if kind == "docker" else ["ctr", "task", "kill"]
+        client, name = (["docker"], sandbox.container.name) if kind == "docker" else (["ctr", "task"], sandbox.name)
         for _ in range(2):
             begin = time.monotonic()
             sandbox.turn()
@@ -178,9 +178,9 @@ def test_a_stop_while_criu_dumps_holds_nobody_up(kind, tmp_path):
             checkpoint = threading.Thread(target=lambda: done.append(checkpointed_or_stopped(sandbox)))
             checkpoint.start()
             time.sleep(takes * moment / MOMENTS)
-            run(*client, "-s", "STOP", sandbox.container.name if kind == "docker" else sandbox.name)
+            run(*client, "kill", "-s", "STOP", name)
             checkpoint.join()
-            run(*client, "-s", "CONT", sandbox.container.name if kind == "docker" else sandbox.name)
+            run(*client, "kill", "-s", "CONT", name)
         # On a slow machine each of them may have come before the freeze.
         assert len(done) == MOMENTS, done
         sandbox.turn()

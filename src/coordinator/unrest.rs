@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Signals that stop a process: SIGSTOP, whatever it does about it, and those of the terminal.
+/// The terminal's signals that stop a process, if it does nothing about them; SIGSTOP does whatever it does.
 const TERMINAL_STOPS: u64 = bit(libc::SIGTSTP) | bit(libc::SIGTTIN) | bit(libc::SIGTTOU);
 
 /// Why CRIU could not dump a process at this moment.
