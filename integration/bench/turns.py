@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """turns.py: what checkpoints and rollbacks cost, out of crab's own journal, each beside what is wanted.
 
-Run in a test bed (`make bench` does). Times are medians over --rounds turns; each line says what was done and how the
-figure is counted. Nothing here compares with another runtime: containerd's own shim has no turns.
+Run in a test bed (`make bench` does). Times are medians over --rounds turns (few_files: twice as many); each line says
+what was done and how the figure is counted. Nothing here compares with another runtime: containerd's own shim has no turns.
 """
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def main() -> int:
     parser.add_argument("--only", help="names of measures, with commas: few_files, append, tiny, python, rollback, rollback_files")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    print(f"kernel {os.uname().release}; {os.cpu_count()} cpus; load {os.getloadavg()[0]:.1f}; medians of {args.rounds}", flush=True)
+    print(f"kernel {os.uname().release}; {os.cpu_count()} cpus; load {os.getloadavg()[0]:.1f}; medians of {args.rounds}, of few_files twice as many", flush=True)
     measures = {measure.__name__: measure for measure in (few_files, append, tiny, python, rollback, rollback_files)}
     for name in args.only.split(",") if args.only else measures:
         measures[name](args.rounds)
