@@ -80,12 +80,16 @@ fn a_slow_exec_holds_up_neither_questions_nor_other_execs() {
     let blocked = bed.machine.block(Verb::Exec);
     let start = bed.go(|bed| bed.start("c", "slow"));
     blocked.wait();
-    drop(assert_answers(&bed, Status::RUNNING));
+    let waiter = assert_answers(&bed, Status::RUNNING);
     let fast = bed.go(|bed| bed.run_exec("c", "fast")).get();
     bed.end(fast, 0, "exit c/fast 0");
     assert_neighbour_lives(&bed, "d");
     blocked.release();
-    start.get().unwrap();
+    let slow = start.get().unwrap().pid as i32;
+    bed.end(slow, 0, "exit c/slow 0");
+    let init = bed.pids("c")[0];
+    bed.machine.end(init, 0);
+    waiter.get().unwrap();
 }
 
 #[test]

@@ -199,7 +199,9 @@ fn child() {
         return;
     };
     let point = std::env::var(POINT).unwrap().parse().unwrap();
-    let bed = opened(root.as_ref(), tempfile::tempdir().unwrap());
+    // Beside the store: whoever is killed removes nothing.
+    let beside = Path::new(&root).parent().unwrap();
+    let bed = opened(root.as_ref(), tempfile::tempdir_in(beside).unwrap());
     let deed = DEEDS.iter().find(|deed| deed.name == name).unwrap();
     die_at(point);
     (deed.run)(&bed);
