@@ -269,8 +269,9 @@ def test_metrics_have_the_same_keys_and_plausible_values():
         with Ctr(runtime, "python3", "-c", BUSY) as container:
             until(lambda: container.exec("test", "-e", "/ready", check=False).rc == 0, "memory is used")
             metrics = json.loads(ctr("task", "metrics", "--format", "json", container.id).out)
-            # A counter that is zero is not shown: these depend on what the disk, the kernel's reclaim and its huge pages did.
-            vague = re.compile("blkio|file|maj_fault|dirty|writeback|pg_out|active|throttling|huge")
+            # A counter that is zero is not shown: these depend on what the disk, the kernel's reclaim and its huge pages did,
+            # and on how long somebody had waited for them.
+            vague = re.compile("blkio|file|maj_fault|dirty|writeback|pg_out|active|throttling|huge|psi")
             memory, cpu = metrics["memory"], metrics["cpu"]
             if UNIFIED:
                 used, anonymous, cpu_ns = memory["usage"], memory["anon"], cpu["usage_usec"] * 1000
@@ -318,7 +319,7 @@ def test_limits_of_run_and_update_reach_the_cgroup():
     # How a runtime makes a weight of shares is its own affair, and the same with both shims.
     share = {"weight": after["weight"]} if UNIFIED else {"shares": 512}
     assert after == {"memory": 96 << 20, "pids": "33", "quota": 70000, "period": 100000} | share
-    assert not UNIFIED or before["weight"] == 100 != after["weight"]
+    assert not UNIFIED or before["weight"] != after["weight"]
     assert alive == "alive\n"
 
 

@@ -115,6 +115,27 @@ def stored_share(runs: Sequence[Run]) -> float | None:
     return sum(line["bytes_written"] for line in lines(of(runs, "crab"))) / total if total else None
 
 
+def unseen_share(runs: Sequence[Run]) -> float | None:
+    """The share of what mode full keeps that pages are which no earlier turn of the run had (full.unseen_bytes)."""
+    full = [run for run in of(runs, "full") if "unseen_bytes" in run]
+    total = sum(sum(run["kept_bytes"]) for run in full)
+    return sum(sum(run["unseen_bytes"]) for run in full) / total if total else None
+
+
+def unseen(runs: Sequence[Run], trace: str) -> float | None:
+    """Bytes of such pages, of one trace."""
+    found = [sum(run["unseen_bytes"]) for run in of(runs, "full", trace) if "unseen_bytes" in run]
+    return sum(found) / len(found) if found else None
+
+
+def saved_of_savable(runs: Sequence[Run]) -> float | None:
+    """The share of mode full's other bytes at the device that crab does not write: 1 if it wrote unseen pages and nothing else."""
+    found = [(full, crab, unseen(runs, trace)) for trace, (full, crab) in traffic(runs).items()]
+    known = [(full, crab, fresh) for full, crab, fresh in found if fresh is not None]
+    savable = sum(full - fresh for full, _, fresh in known)
+    return sum(full - crab for full, crab, _ in known) / savable if savable else None
+
+
 def file_share(runs: Sequence[Run]) -> float | None:
     """The share of what mode full keeps that the changed files are: whoever keeps a turn has to keep these."""
     total = sum(sum(run["kept_bytes"]) for run in of(runs, "full"))
@@ -128,6 +149,12 @@ def durable_ms(runs: Sequence[Run], name: str, but_first: bool = False) -> list[
         made = [line for line in run["journal"] if line["durable_us"] is not None]
         found += [line["durable_us"] / 1000 for line in made[1 if but_first else 0:] if kind(line) == name]
     return found
+
+
+def slow_files(runs: Sequence[Run], name: str, limit_ms: float) -> list[int]:
+    """How many files those checkpoints of a kind captured that took longer."""
+    return [line["changed_files"] for line in lines(of(runs, "crab"))
+            if line["durable_us"] is not None and kind(line) == name and line["durable_us"] > limit_ms * 1000]
 
 
 def exposed_ms(runs: Sequence[Run], name: str | None = None, mode: str = "crab") -> list[float]:

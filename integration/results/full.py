@@ -6,6 +6,7 @@ writable layer whose ctime is newer than the last time. Nothing is compared and 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import shutil
 import stat
@@ -13,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Sequence
 
 import settings
 from clients import Client, ClientError
@@ -63,6 +65,8 @@ class Keeper:
         self.bytes: list[int] = []
         #: How many of these are the changed files.
         self.file_bytes: list[int] = []
+        #: Of each turn all that it keeps, not compressed.
+        self.kept: list[list[bytes]] = []
 
     def __call__(self, _turn: object) -> None:
         begun = time.monotonic()
@@ -72,13 +76,15 @@ class Keeper:
             image.mkdir()
             self._dump(image, Path(scratch, "work"))
             newest = time.time_ns()
+            images, files = [path.read_bytes() for path in sorted(image.iterdir())], self._changed()
             with open(self.store / f"turn-{self.number}", "wb") as out:
-                for path in sorted(image.iterdir()):
-                    out.write(compress(path.read_bytes()))
+                for data in images:
+                    out.write(compress(data))
                 image_bytes = out.tell()
-                for data in self._changed():
+                for data in files:
                     out.write(compress(data))
                 self.file_bytes.append(out.tell() - image_bytes)
+                self.kept.append(images + files)
                 out.flush()
                 os.fsync(out.fileno())
                 self.bytes.append(out.tell())
@@ -110,6 +116,24 @@ class Keeper:
                     head += os.readlink(os.fsencode(path))
                 found.append(head)
         return found
+
+
+def unseen_bytes(kept: Sequence[Sequence[bytes]]) -> list[int]:
+    """For each turn the pages that none before it had, compressed together: what is left to keep for whoever stores each page
+    once, and knows of nothing smaller. Without whatever says where they belong."""
+    seen = {hashlib.blake2b(bytes(settings.PAGE)).digest()}
+    found = []
+    for turn in kept:
+        fresh = []
+        for data in turn:
+            for at in range(0, len(data), settings.PAGE):
+                page = data[at:at + settings.PAGE]
+                name = hashlib.blake2b(page).digest()
+                if name not in seen:
+                    seen.add(name)
+                    fresh.append(page)
+        found.append(len(compress(b"".join(fresh))))
+    return found
 
 
 def clear(directory: Path) -> None:

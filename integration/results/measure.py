@@ -18,15 +18,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import player
 import recover
 import settings
 import trace as traces
-from clients import ClientError, call
+from clients import Client, ClientError, call
 from crab import Crab
-from full import Keeper
+from full import Keeper, unseen_bytes
 from logged import mount_loop
 
 CONFIG = Path("/etc/crab/config.toml")
@@ -71,6 +71,16 @@ def configured(store: Path, mode: str) -> Iterator[None]:
         CONFIG.unlink()
 
 
+def boundary(client: Client) -> Callable[[traces.Turn], None]:
+    """The end of a shell's turn, as whoever runs the agent tells it."""
+    crab = Crab(client)
+
+    def after(_turn: traces.Turn) -> None:
+        crab.turn()
+
+    return after
+
+
 def one_run(trace: traces.Trace, mode: str, factor: float, number: int) -> dict[str, Any]:
     """One run of the whole trace."""
     protected = mode not in ("none", "full")
@@ -80,20 +90,26 @@ def one_run(trace: traces.Trace, mode: str, factor: float, number: int) -> dict[
         call("sync", "-f", str(store))
         before = written(stat)
         keeper = Keeper(client, store) if mode == "full" else None
+        after = boundary(client) if protected and client.is_shell else keeper
         try:
             client.create()
             execs = player.begin(client, trace)
             begun = time.monotonic()
-            turns = player.play(client, trace, trace.turns, factor, keeper)
+            turns = player.play(client, trace, trace.turns, factor, after)
             wall_s = time.monotonic() - begun
             journal = player.settled(Crab(client), execs + len(turns))[execs:] if protected else []
             call("sync", "-f", str(store))
             bytes_written = written(stat) - before
         finally:
             client.remove()
+    if client.is_shell:
+        # Nothing holds the next command but its framework, which waits for `crab turn`.
+        for line, after_it in zip(journal, turns[1:]):
+            line["exposed_us"] = round(after_it["held_ms"] * 1000)
     run = {"trace": trace.name, "mode": mode, "factor": factor, "turns": turns, "journal": journal, "wall_s": wall_s,
            "device_bytes": bytes_written, "load": os.getloadavg()[0]}
-    return run | ({"kept_ms": keeper.took_ms, "kept_bytes": keeper.bytes, "kept_file_bytes": keeper.file_bytes} if keeper else {})
+    return run | ({"kept_ms": keeper.took_ms, "kept_bytes": keeper.bytes, "kept_file_bytes": keeper.file_bytes,
+                   "unseen_bytes": unseen_bytes(keeper.kept)} if keeper else {})
 
 
 def machine() -> dict[str, Any]:
@@ -123,7 +139,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
-    trace = traces.load(args.trace)
+    trace = player.load(args.trace)
     for name in ("runs", "recover"):
         (args.out / name).mkdir(exist_ok=True)
     (args.out / "machine.json").write_text(json.dumps(machine() | {"quick": args.quick, "think": args.think}, indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any, Callable, Iterable
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -12,7 +13,7 @@ sys.path[:0] = [os.path.join(HERE, "..", name) for name in ("replay", "digest", 
 import settings  # noqa: E402
 import trace as traces  # noqa: E402  (integration/replay)
 from clients import CLIENTS, Client, ClientError, wait_for  # noqa: E402
-from crab import RUNTIME, Crab, Line  # noqa: E402
+from crab import BOUNDARIES, RUNTIME, Crab, Line  # noqa: E402
 
 STOCK_RUNTIME = "io.containerd.runc.v2"
 #: Seconds until the last checkpoint of a run is on the disk.
@@ -24,7 +25,15 @@ def sandbox(trace: traces.Trace, name: str, protected: bool, **annotations: str)
     marks = {f"dev.crab.{key}": value for key, value in annotations.items()}
     runtime = RUNTIME if protected else STOCK_RUNTIME
     return CLIENTS["ctr"](name, f"crab.test/{trace.name}:latest", runtime,
-                          ({"dev.crab.enabled": "true"} if protected else {}) | marks)
+                          ({"dev.crab.enabled": "true"} if protected else {}) | marks, trace.style, trace.cwd)
+
+
+def load(path: Path) -> traces.Trace:
+    """A session; one without recorded think times has some drawn from the others in its directory."""
+    trace = traces.load(path)
+    if all(turn.think_ms is None for turn in trace.turns):
+        return traces.with_drawn_thinking(trace, path, str(settings.SEED))
+    return trace
 
 
 def begin(client: Client, trace: traces.Trace) -> int:
@@ -52,17 +61,17 @@ def play(client: Client, trace: traces.Trace, turns: Iterable[traces.Turn], fact
     return played
 
 
-def settled(crab: Crab, execs: int) -> list[Line]:
+def settled(crab: Crab, boundaries: int) -> list[Line]:
     """The journal, when all its turns have their outcome."""
     lines: list[Line] = []
 
     def is_done() -> bool:
-        lines[:] = [line for line in crab.log() if line["trigger"] == "exec"]
-        return len(lines) >= execs and all(
+        lines[:] = [line for line in crab.log() if line["trigger"] in BOUNDARIES]
+        return len(lines) >= boundaries and all(
             line["action"] == "skip" or line.get("durable_us") is not None or line["checkpoint"] is None for line in lines)
 
     try:
-        wait_for(f"{execs} turns of {crab.client.id} in the journal", is_done, SETTLED_S)
+        wait_for(f"{boundaries} turns of {crab.client.id} in the journal", is_done, SETTLED_S)
     except ClientError as error:
         raise ClientError(f"{error}; it has {len(lines)}: {lines[-1:]}") from None
     return lines

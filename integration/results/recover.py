@@ -5,20 +5,22 @@ read (integration/digest) and its writable layer copied. From each such place: a
 that layer (files), whose state is compared with that at the boundary, and which then plays the remaining turns.
 
 Equal are the trees of root and tmpfs in every name, attribute and byte (but times in a tmpfs: /dev is made anew), and the
-command lines of all processes. This is less than is asked of crab, whose processes are compared in all that they are (a
+command lines and working directories of all processes. This is less than is asked of crab, whose processes are compared in all that they are (a
 fresh init differs in its addresses).
 """
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import player
 import settings
@@ -41,9 +43,9 @@ def crash_turns(trace: traces.Trace, quick: bool) -> list[int]:
 
 
 def state(client: Client) -> dict[str, Any]:
-    """The trees, and the processes' command lines."""
+    """The trees, and the processes' command lines and working directories."""
     seen = digest.sandbox(client.alive(), quick=True)["state"]
-    lines = sorted(p["cmdline"] for p in seen["processes"].values() if p.get("cmdline"))
+    lines = sorted([*p["cmdline"], p["cwd"]] for p in seen["processes"].values() if p.get("cmdline"))
     in_memory = {point: {path: {key: value for key, value in entry.items() if key != "mtime_ns"} for path, entry in tree.items()}
                  for point, tree in seen["tmpfs"].items()}
     return {"files": [seen["tree"], in_memory], "processes": lines}
@@ -79,8 +81,7 @@ def with_layer(client: Client, layer: Path) -> None:
     init = client.alive()
     own = upper(init)
     os.kill(init, signal.SIGKILL)
-    wait_for(f"{client.id} to be dead", lambda: client.init_pid() is None)
-    client.clear_dead()
+    client.died(init)
     clear(own)
     copy(layer, own)
     client.start_again()
@@ -134,10 +135,20 @@ def of_crab(trace: traces.Trace, path: Path, count: int, factor: float, scratch:
     for name in ("first", "second"):
         replay(trace, path, factor, scratch / f"{name}.json")
     found["end"] = at_the_end(*(scratch / f"{name}.final" for name in ("crashed", "first", "second")))
-    found["wrong_codes"] = result["summary"]["codes_not_as_expected"]
-    found["faults"] = [{key: fault.get(key) for key in ("turn", "kind", "equal", "mode", "restore_ms", "unequal")}
-                       for fault in result["faults"]]
-    return found
+    return found | told(result)
+
+
+def told(result: dict[str, Any]) -> dict[str, Any]:
+    """What recover/TRACE.json holds of a replay."""
+    return {"wrong_codes": result["summary"]["codes_not_as_expected"],
+            "faults": [{key: fault.get(key) for key in ("turn", "kind", "equal", "mode", "restore_ms", "unequal")}
+                       for fault in result["faults"]]}
+
+
+def in_vm(trace: str, result: dict[str, Any]) -> dict[str, Any]:
+    """The same of a replay in the virtual machine, where nothing but crab's recoveries is tried."""
+    crab = {"asked": len(result["summary"]["plan"]), "said": "", "end": None} | told(result)
+    return {"trace": trace, "turns": sorted(map(int, result["summary"]["plan"])), "crab": crab, "chat": [], "files": [], "vm": True}
 
 
 def recoveries(trace: traces.Trace, path: Path, factor: float, quick: bool) -> dict[str, Any]:
@@ -147,8 +158,22 @@ def recoveries(trace: traces.Trace, path: Path, factor: float, quick: bool) -> d
         scratch = Path(directory)
         crab = of_crab(trace, path, len(at), factor, scratch)
         before = boundaries(trace, at, factor, scratch)
-        result: dict[str, Any] = {"trace": trace.name, "turns": at, "crab": crab, "chat": [], "files": []}
-        for turn in at:
-            for kind in ("chat", "files"):
-                result[kind].append(go_on(trace, kind, turn, before[turn], factor, scratch / str(turn)))
-    return result
+        # Nobody looks at the time here: several at once, each in a process of its own.
+        with ProcessPoolExecutor(settings.AT_ONCE, multiprocessing.get_context("fork")) as pool:
+            jobs = {(kind, turn): pool.submit(go_on, trace, kind, turn, before[turn], factor, scratch / str(turn))
+                    for turn in at for kind in ("chat", "files")}
+        return {"trace": trace.name, "turns": at, "crab": crab,
+                **{kind: [jobs[kind, turn].result() for turn in at] for kind in ("chat", "files")}}
+
+
+def main(arguments: Sequence[str]) -> int:
+    if len(arguments) != 3:
+        print("recover.py NAME REPLAY.json OUT.json: what a replay in the virtual machine found, as the report reads it", file=sys.stderr)
+        return 2
+    name, replayed, out = arguments
+    Path(out).write_text(json.dumps(in_vm(name, json.loads(Path(replayed).read_text()))) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Sequence
 
 import figures as f
@@ -11,6 +12,15 @@ import settings
 import svg
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "integration" / "replay"))
+
+import constants as replaying  # noqa: E402
+
+#: Modules with constants, and what they are about.
+CONSTANTS = {
+    settings: "What is measured, and beside what: `integration/results/settings.py`.",
+    replaying: "How faults are made, and what is left out where states are compared: `integration/replay/constants.py`.",
+}
 #: What stands between these in the README is written by this program.
 MARKS = "<!-- results -->\n", "<!-- end of results -->\n"
 COMMAND = "make bench"
@@ -83,7 +93,8 @@ def row_nothing(data: Data) -> list[str]:
 def row_bytes(data: Data) -> list[str]:
     runs = data["runs"]
     value = f.down(f.traffic(runs).values())
-    reason = (f"of what full keeps {percent(f.file_share(runs))} are the changed files themselves; of crab's bytes at the device {percent(f.stored_share(runs))} are what it stores, the rest is the file system's journal and "
+    reason = (f"of what full keeps {percent(f.unseen_share(runs))} are pages of {settings.PAGE} bytes that no turn before had, which whoever stores each page "
+              f"once has to keep, too (the changed files alone are {percent(f.file_share(runs))}): of all else {percent(f.saved_of_savable(runs))} is saved; of crab's bytes at the device {percent(f.stored_share(runs))} are what it stores, the rest is the file system's journal and "
               f"metadata; {percent(f.first_share(runs))} of what it stores is the sandbox's first checkpoint, its whole memory and layer")
     return ["bytes against full-per-turn", "down by up to 87 %", "at least 95 % down",
             judged("not measured" if value is None else f"down by {percent(value, 1)}", least(value, settings.WANTED["bytes down"]), reason)]
@@ -107,9 +118,9 @@ def row_exec(data: Data) -> list[str]:
             judged(text, most(value, settings.WANTED["exec time"]), f"the median exec takes {slower or 0:.1f} ms longer")]
 
 
-#: Known from strace and perf of the shim's thread.
-LOOK_REASON = ("each look reads anew what /proc says of every process that is there, the mounts and the network: some 370 system "
-               "calls for one process, and no single one stands out")
+#: Known from perf of the shim's thread: of 2.2 ms of processor time a turn, a sixth reads /proc, an eighth asks BPF's maps.
+LOOK_REASON = ("each look reads anew what /proc says of every process that is there, the mounts and the network: some 240 system "
+               "calls for one process that has no socket, and no single one stands out")
 
 
 def row_look(data: Data) -> list[str]:
@@ -129,7 +140,9 @@ def row_checkpoint(data: Data) -> list[str]:
         p50, p95 = f.quantile(times, 0.5), f.quantile(times, 0.95)
         holds = most(p50, settings.WANTED[f"{name} p50"]) and most(p95, settings.WANTED[f"{name} p95"])
         later = f.quantile(f.durable_ms(data["runs"], name, but_first=True), 0.95)
-        reason = f"the longest took {ms(f.quantile(times, 1.0))}; p95 without the first of each sandbox, which loads the inspector: {ms(later)}"
+        slow = f.slow_files(data["runs"], name, settings.WANTED[f"{name} p95"])
+        reason = (f"the longest took {ms(f.quantile(times, 1.0))}; p95 without the first of each sandbox, which loads the inspector: {ms(later)}; "
+                  f"those that took longer than is wanted captured {f.quantile(slow, 0.5)} files at the median, {max(slow, default=0)} at the most")
         cells.append(judged(f"{name} {ms(p50)} / {ms(p95)} ({len(times)} turns)", holds, reason))
     return ["checkpoint p50 / p95, until durable", "0.1 / 0.7 s", "files under 20 ms, processes under 250 ms", "; ".join(cells)]
 
@@ -173,10 +186,10 @@ def trace_table(data: Data) -> str:
         wrong_none = sum(turn["expected"] not in (None, turn["code"]) for run in f.of(runs, "none", name) for turn in run["turns"])
         rows.append([name, str(f.of(runs, "none", name)[0]["factor"]) if f.of(runs, "none", name) else "—", counts,
                      f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})" if value and ends else "—",
-                     mb(bytes_[0]), mb(f.device_bytes(runs, name, "full in crab")), mb(bytes_[1]), percent(f.down([bytes_]) if bytes_[0] else None, 1),
+                     mb(bytes_[0]), mb(f.unseen(runs, name)), mb(f.device_bytes(runs, name, "full in crab")), mb(bytes_[1]), percent(f.down([bytes_]) if bytes_[0] else None, 1),
                      f"{wrong} / {wrong_none}"])
     return table(("trace", "think ×", "turns of crab: nothing / files / processes / unprotected", "exec times, crab / none (interval)", "MB: full",
-                  "full in crab", "crab", "down by", "unexpected exit codes: crab / none"), rows)
+                  "its unseen pages", "full in crab", "crab", "down by", "unexpected exit codes: crab / none"), rows)
 
 
 def mode_table(data: Data) -> str:
@@ -209,16 +222,20 @@ def recovery_table(data: Data) -> str:
         cells = [one["trace"], ", ".join(map(str, one["turns"])), share(*f.recovered([one])), end_in_words(end)]
         for name in ("chat", "files"):
             found = f.baseline([one], name)
-            cells.append(f"{found['equal']} / {found['files']} / {found['codes']} of {found['crashes']}")
+            cells.append(f"{found['equal']} / {found['files']} / {found['codes']} of {found['crashes']}" if found["crashes"] else "—")
         times = [fault["restore_ms"] for fault in one["crab"]["faults"]]
-        rows.append([*cells, ms(f.quantile(times, 0.5))])
+        rows.append([*cells, "emulated" if one.get("vm") else ms(f.quantile(times, 0.5))])
     return table(("trace", "crashes after turns", "crab: equal", "at the end", "chat: state equal / files equal / exit codes", "files: the same",
                   "crab's restore, median, comparison within"), rows)
 
 
 def constants() -> str:
-    names = [name for name in vars(settings) if name.isupper()]
-    return "\n".join(f"- `{name}` = `{json.dumps(getattr(settings, name), ensure_ascii=False)}`" for name in names) + "\n"
+    return "\n".join(f"{what}\n\n{listed(module)}" for module, what in CONSTANTS.items())
+
+
+def listed(module: ModuleType) -> str:
+    names = [name for name in vars(module) if name.isupper()]
+    return "\n".join(f"- `{name}` = `{json.dumps(getattr(module, name), ensure_ascii=False)}`" for name in names) + "\n"
 
 
 def doubts(data: Data) -> list[str]:
@@ -279,7 +296,7 @@ the programs, not the page. "The paper" is the one whose idea crab follows; its 
 {machine}
 
 ## Constants
-All that a figure depends on, from `integration/results/settings.py`. Times in milliseconds, shares and ratios as such.
+All that a figure depends on. Times in milliseconds where no unit is named, shares and ratios as such.
 
 {constants}
 ## The table
@@ -292,7 +309,8 @@ All that a figure depends on, from `integration/results/settings.py`. Times in m
 - **Client time** is that of the whole session, **exec times** are those of the client's whole calls, waits at the gate
   included. Nothing but the commands is waited for: the agent thinks while a checkpoint is taken.
 - **Bytes** are counted by the block device under the file system that holds nothing but the store, its own metadata and
-  journal included, after a `sync`.
+  journal included, after a `sync`. **Unseen pages** are those pieces of 4 KiB of what full keeps that no turn before had,
+  compressed: less than that no store can write that keeps whole pages, and none that says where they belong.
 
 ## Per trace
 {traces}
@@ -308,8 +326,10 @@ They take turns, in one bed, on a store of their own.
 
 ## Recoveries
 What comes back for those who keep only the chat (a fresh sandbox, where the agent goes on), or the files (a fresh sandbox
-with the writable layer of then); one crash a run. Equal are all files, and the command lines of all processes; crab's
-recoveries are compared in all that a process is. The paper's figures count tasks that pass; here it is the exit codes of
+with the writable layer of then); one crash a run. Equal are all files, and the command lines and working directories of all
+processes; crab's recoveries are compared in all that a process is. What a shell knows beyond that (variables, functions)
+shows in the exit codes of those sessions that are typed into one shell (`ps-…`, whose turns end with `crab turn`; the others'
+commands are execs). The paper's figures count tasks that pass; here it is the exit codes of
 the remaining commands, which is less: a command may fail as expected, and a right exit code says nothing of its output.
 
 {recoveries}"""
@@ -329,15 +349,22 @@ def plots(data: Data) -> dict[str, str]:
     }
 
 
+def missing(measured: Sequence[str], recovered: Sequence[str], quick: bool) -> list[str]:
+    """The sessions that the whole measurement has, and this one has not."""
+    return ([name for name in settings.TRACES if name not in measured]
+            + [name for name in settings.RECOVERED_IN_VM if name not in recovered and not quick])
+
+
 def load(out: Path) -> Data:
     """All that measure.py left."""
     machine_ = json.loads((out / "machine.json").read_text())
     order = lambda path: (path.name.rsplit(".", 2)[0], int(path.name.rsplit(".", 2)[1]))  # noqa: E731
     runs = [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"), key=order)]
+    recoveries = [json.loads(path.read_text()) for path in sorted((out / "recover").glob("*.json"))]
     failed = out / "failed"
     return {"machine": machine_, "runs": runs, "failed": failed.read_text().splitlines() if failed.exists() else [],
-            "missing": [name for name in settings.TRACES if name not in f.trace_names(runs)],
-            "recoveries": [json.loads(path.read_text()) for path in sorted((out / "recover").glob("*.json"))]}
+            "missing": missing(f.trace_names(runs), [one["trace"] for one in recoveries], machine_["quick"]),
+            "recoveries": recoveries}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import xml.etree.ElementTree as ElementTree
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import figures as f  # noqa: E402
+import recover  # noqa: E402
 import report  # noqa: E402
 import settings  # noqa: E402
 
+import full  # noqa: E402  (integration/results/full.py needs clients, on the path by recover)
+
 
 def line(action: str, durable: int | None = None, exposed: int = 0, effects: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
-    return {"action": action, "effects": list(effects), "checkpoint": "c" if durable is not None else None, "bytes_written": 100,
+    return {"action": action, "effects": list(effects), "checkpoint": "c" if durable is not None else None, "bytes_written": 100, "changed_files": 3,
             "durable_us": durable, "exposed_us": exposed, "look_us": 500} | more
 
 
@@ -99,6 +103,8 @@ def test_what_falls_short_is_written_as_such():
         assert "falls short" in row, row
     assert "unequal: tb-tmux, init after turn 4" in text
     assert "processes 50 ms / 50 ms: **falls short**" in text
+    assert "captured 3 files at the median, 3 at the most" in text
+    assert f.slow_files(bad["runs"], "files", 29) == [3] and f.slow_files(bad["runs"], "files", 30) == []
 
 
 def test_of_crabs_bytes_the_packs_and_the_first_checkpoint_are_told_apart():
@@ -106,6 +112,36 @@ def test_of_crabs_bytes_the_packs_and_the_first_checkpoint_are_told_apart():
     assert (f.stored_share(runs), f.first_share(runs)) == (0.5, 0.75)
     assert f.file_share([run("full", [])]) == 0.3 and f.file_share(runs) is None
     assert f.durable_ms(runs, "processes") == [0.005] and f.durable_ms(runs, "processes", but_first=True) == []
+
+
+def test_a_page_is_unseen_once_and_zeros_never():
+    rng = random.Random(1)
+    first, second, short = (rng.randbytes(size) for size in (settings.PAGE, settings.PAGE, 100))
+    kept = [[first + bytes(settings.PAGE) + first], [first], [short, second + first]]
+    found = full.unseen_bytes(kept)
+    # Noise does not compress: what zstd adds is a few bytes.
+    assert [round(size, -2) for size in found] == [round(settings.PAGE, -2), 0, round(settings.PAGE + 100, -2)]
+    runs = [run("full", [], kept_bytes=[100, 100], unseen_bytes=[80, 20]), run("crab", [])]
+    assert f.unseen_share(runs) == 0.5 and f.unseen_share([run("crab", [])]) is None
+    # 300 bytes at the device, of which 100 are unseen; crab writes 150.
+    runs = [run("full", [], unseen_bytes=[60, 40], device_bytes=300), run("crab", [], device_bytes=150)]
+    assert f.saved_of_savable(runs) == 0.75 and f.saved_of_savable([]) is None
+
+
+def test_what_was_not_measured_is_missing():
+    assert report.missing(settings.TRACES, settings.RECOVERED_IN_VM, quick=False) == []
+    assert report.missing(settings.TRACES[1:], [], quick=False) == [settings.TRACES[0], *settings.RECOVERED_IN_VM]
+    assert report.missing(settings.TRACES, [], quick=True) == []
+
+
+def test_a_recovery_in_the_virtual_machine_counts_and_has_no_time():
+    replayed = {"summary": {"plan": {"14": "init", "3": "exec"}, "codes_not_as_expected": []},
+                "faults": [{"turn": 3, "kind": "exec", "equal": True, "mode": "exact", "restore_ms": 90_000.0, "unequal": []}]}
+    one = recover.in_vm("tb-nginx", replayed)
+    assert (one["turns"], one["crab"]["asked"]) == ([3, 14], 2)
+    assert "1 faults were not come to" in report.row_recovered(data(recoveries=[one]))[-1]
+    table = report.recovery_table(data(recoveries=[one]))
+    assert "| tb-nginx | 3, 14 | 1 of 2 (50 %) | not measured | — | — | emulated |" in table
 
 
 def test_a_crash_that_was_not_come_to_is_no_success():
@@ -133,7 +169,8 @@ def test_a_report_of_nothing_claims_nothing():
 
 def test_the_page_holds_every_constant_and_marks_a_trial():
     page = report.page(data())
-    assert all(f"`{name}`" in page for name in vars(settings) if name.isupper())
+    for module in (settings, report.replaying):
+        assert all(f"`{name}`" in page for name in vars(module) if name.isupper())
     assert "A trial run" not in page
     trial = data(missing=["swe-django-16612"])
     trial["machine"] |= {"profile": "debug", "quick": True}
