@@ -25,7 +25,7 @@ driver: ## what drives inspector and store in their tests
 	@integration/host-tools
 	$(CARGO) build --release --locked --example inspector --example store
 
-bench: build driver ## docs/results.md from recorded sessions (more than an hour; RESULTS=--quick: a quarter of one); turns, rollbacks, density, inspector, engine
+bench: build driver ## docs/results.md from recorded sessions (two hours; RESULTS=--quick: a quarter of one); turns, rollbacks, density, inspector, engine
 	integration/results/run $(RESULTS) target/results
 	integration/results/report target/results
 	integration/bench/run

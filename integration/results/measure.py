@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """measure.py: one trace in every mode, one after the other, in a test bed; what was seen goes to OUT as JSON.
 
-    measure.py [--quick] [--think FACTOR] TRACE.jsonl OUT
+    measure.py [--quick] [--think FACTOR] [--only PART] TRACE.jsonl OUT
 
 OUT/runs/TRACE.N.json for each run (mode, turns, crab's journal, bytes that the store's block device was asked to write),
 OUT/recover/TRACE.json for the crashes, OUT/machine.json. `integration/results/run` calls it.
@@ -135,6 +135,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--think", type=float, metavar="FACTOR")
+    parser.add_argument("--only", choices=("runs", "crab", "baselines"), help="the runs, or whose recoveries")
     parser.add_argument("trace", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
@@ -143,7 +144,8 @@ def main() -> int:
     for name in ("runs", "recover"):
         (args.out / name).mkdir(exist_ok=True)
     (args.out / "machine.json").write_text(json.dumps(machine() | {"quick": args.quick, "think": args.think}, indent=1) + "\n")
-    for number, (mode, factor, round_) in enumerate(settings.plan(trace.name, args.think, args.quick)):
+    plan = settings.plan(trace.name, args.think, args.quick) if args.only in (None, "runs") else []
+    for number, (mode, factor, round_) in enumerate(plan):
         try:
             run = one_run(trace, mode, factor, number) | {"round": round_}
         except ClientError as error:
@@ -154,17 +156,27 @@ def main() -> int:
         print(f"{trace.name:18} {mode:13} think × {factor:<4} {run['wall_s']:7.1f} s, execs "
               f"{sum(turn['ms'] for turn in run['turns']) / 1000:6.1f} s, {run['device_bytes'] / 1e6:7.2f} MB at the device"
               + (f"; unexpected exit codes in turns {wrong}" if wrong else ""))
-    if trace.name not in settings.NOT_CRASHED and not (args.quick and trace.name in settings.NOT_CRASHED_QUICKLY):
-        try:
-            found = recover.recoveries(trace, args.trace, settings.LEAST_FACTOR.get(trace.name, 0.0), args.quick)
-        except ClientError as error:
-            failed(args.out, f"{trace.name}, recoveries: {error}")
-            return 0
-        (args.out / "recover" / f"{trace.name}.json").write_text(json.dumps(found) + "\n")
-        print(f"{trace.name:18} crashes after turns {found['turns']}: crab {sum(bool(f['equal']) for f in found['crab']['faults'])} equal; "
-              + "; ".join(f"{kind} {sum(r['files_equal'] and r['processes_equal'] for r in found[kind])} equal"
-                          for kind in ("chat", "files")))
+    not_crashed = trace.name in settings.NOT_CRASHED or args.quick and trace.name in settings.NOT_CRASHED_QUICKLY
+    if args.only != "runs" and not not_crashed:
+        let_it_crash(trace, args)
     return 0
+
+
+def let_it_crash(trace: traces.Trace, args: argparse.Namespace) -> None:
+    """All recoveries, or a part beside what is there of an earlier time."""
+    result = args.out / "recover" / f"{trace.name}.json"
+    try:
+        found = recover.recoveries(trace, args.trace, settings.LEAST_FACTOR.get(trace.name, 0.0), args.quick, args.only)
+    except ClientError as error:
+        failed(args.out, f"{trace.name}, recoveries: {error}")
+        return
+    if args.only and result.exists():
+        found = json.loads(result.read_text()) | found
+    result.write_text(json.dumps({"chat": [], "files": []} | found) + "\n")
+    crab = found.get("crab", {"faults": [], "asked": 0})
+    print(f"{trace.name:18} crab {sum(bool(f['equal']) for f in crab['faults'])} of {crab['asked']} equal; "
+          + "; ".join(f"{kind} {sum(r['files_equal'] and r['processes_equal'] for r in found.get(kind, []))} equal"
+                      for kind in ("chat", "files")))
 
 
 if __name__ == "__main__":

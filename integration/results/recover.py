@@ -139,31 +139,41 @@ def of_crab(trace: traces.Trace, path: Path, count: int, factor: float, scratch:
 
 
 def told(result: dict[str, Any]) -> dict[str, Any]:
-    """What recover/TRACE.json holds of a replay."""
-    return {"wrong_codes": result["summary"]["codes_not_as_expected"],
-            "faults": [{key: fault.get(key) for key in ("turn", "kind", "equal", "mode", "restore_ms", "unequal")}
+    """What recover/TRACE.json holds of a replay. Asked: recoveries, of which a death that comes twice has two."""
+    plan = result["summary"]["plan"].values()
+    return {"asked": len(plan) + list(plan).count("twice"), "wrong_codes": result["summary"]["codes_not_as_expected"],
+            "faults": [{key: fault.get(key) for key in ("turn", "kind", "equal", "mode", "unequal")}
                        for fault in result["faults"]]}
 
 
 def in_vm(trace: str, result: dict[str, Any]) -> dict[str, Any]:
     """The same of a replay in the virtual machine, where nothing but crab's recoveries is tried."""
-    crab = {"asked": len(result["summary"]["plan"]), "said": "", "end": None} | told(result)
+    crab = {"said": "", "end": None} | told(result)
     return {"trace": trace, "turns": sorted(map(int, result["summary"]["plan"])), "crab": crab, "chat": [], "files": [], "vm": True}
 
 
-def recoveries(trace: traces.Trace, path: Path, factor: float, quick: bool) -> dict[str, Any]:
-    """All of one trace, as recover/TRACE.json holds them."""
-    at = crash_turns(trace, quick)
+def of_baselines(trace: traces.Trace, at: list[int], factor: float) -> dict[str, list[dict[str, Any]]]:
+    """What chat and files come back with after each of these turns."""
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        crab = of_crab(trace, path, len(at), factor, scratch)
         before = boundaries(trace, at, factor, scratch)
         # Nobody looks at the time here: several at once, each in a process of its own.
         with ProcessPoolExecutor(settings.AT_ONCE, multiprocessing.get_context("fork")) as pool:
             jobs = {(kind, turn): pool.submit(go_on, trace, kind, turn, before[turn], factor, scratch / str(turn))
                     for turn in at for kind in ("chat", "files")}
-        return {"trace": trace.name, "turns": at, "crab": crab,
-                **{kind: [jobs[kind, turn].result() for turn in at] for kind in ("chat", "files")}}
+        return {kind: [jobs[kind, turn].result() for turn in at] for kind in ("chat", "files")}
+
+
+def recoveries(trace: traces.Trace, path: Path, factor: float, quick: bool, only: str | None) -> dict[str, Any]:
+    """All of one trace, as recover/TRACE.json holds them; or only those of crab, or of the baselines."""
+    at = crash_turns(trace, quick)
+    found: dict[str, Any] = {"trace": trace.name, "turns": at}
+    if only in (None, "crab"):
+        with tempfile.TemporaryDirectory() as directory:
+            found["crab"] = of_crab(trace, path, settings.QUICK_FAULTS if quick else settings.FAULTS, factor, Path(directory))
+    if only in (None, "baselines"):
+        found |= of_baselines(trace, at, factor)
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:

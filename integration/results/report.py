@@ -68,7 +68,7 @@ def row_recovered(data: Data) -> list[str]:
     reason = "; ".join((["unequal: " + ", ".join(bad)] if bad else []) + ([f"{missing} faults were not come to"] if missing else [])
                        + ([f"another end: {', '.join(other)}"] if other else []))
     kinds = {fault.get("kind", "init") for one in data["recoveries"] for fault in one["crab"]["faults"]}
-    text = f"{share(equal, asked)} faults of {len(kinds)} kinds: state equal" if asked else "not measured"
+    text = f"{share(equal, asked)} recoveries from {len(kinds)} kinds of faults: state equal" if asked else "not measured"
     known = [end for _, end in ends if end]
     if known:
         text += f"; at the end as without faults: {share(sum(end['equal'] for end in known), len(known))}"
@@ -219,14 +219,14 @@ def recovery_table(data: Data) -> str:
     rows = []
     for one in data["recoveries"]:
         end = one["crab"].get("end")
-        cells = [one["trace"], ", ".join(map(str, one["turns"])), share(*f.recovered([one])), end_in_words(end)]
+        faults = ", ".join(f"{fault.get('kind', 'init')} {fault['turn']}" for fault in one["crab"]["faults"])
+        after = "—" if one.get("vm") else ", ".join(map(str, one["turns"]))
+        cells = [one["trace"], faults, share(*f.recovered([one])), end_in_words(end), after]
         for name in ("chat", "files"):
             found = f.baseline([one], name)
             cells.append(f"{found['equal']} / {found['files']} / {found['codes']} of {found['crashes']}" if found["crashes"] else "—")
-        times = [fault["restore_ms"] for fault in one["crab"]["faults"]]
-        rows.append([*cells, "emulated" if one.get("vm") else ms(f.quantile(times, 0.5))])
-    return table(("trace", "crashes after turns", "crab: equal", "at the end", "chat: state equal / files equal / exit codes", "files: the same",
-                  "crab's restore, median, comparison within"), rows)
+        rows.append(cells)
+    return table(("trace", "crab's faults: kind, turn", "equal", "at the end", "crashes of the others, after turns", "chat: state equal / files equal / exit codes", "files: the same"), rows)
 
 
 def constants() -> str:

@@ -49,8 +49,10 @@ PAGE = 4096
 #: Bytes of the file system (ext4 on a loop device) that holds nothing but the store, or what mode full keeps.
 STORE_DISK = 8 << 30
 
-#: Crashes per trace, after turns that are drawn, one a run for chat and files (as in the paper), all in one run for crab.
+#: Crashes per trace of chat and files, after turns that are drawn, one a run (as in the paper).
 CRASHES, QUICK_CRASHES = 5, 2
+#: Faults per trace of crab, all in one run: one of each kind (integration/replay/constants.py).
+FAULTS, QUICK_FAULTS = 7, 2
 #: So many of chat's and files' recoveries side by side.
 AT_ONCE = 4
 #: Recoveries are not tried with these…

@@ -31,7 +31,7 @@ def run(mode: str, times: list[float], trace: str = "tb-tmux", factor: float = 1
 def recovery(equal: int, asked: int, chat: tuple[bool, bool], files: tuple[bool, bool]) -> dict[str, Any]:
     def of(pair: tuple[bool, bool]) -> list[dict[str, Any]]:
         return [{"turn": 3, "files_equal": pair[0], "processes_equal": pair[1], "wrong_codes": [] if pair[0] else [4]}]
-    faults = [{"turn": n, "equal": n < equal, "mode": "exact", "restore_ms": 900.0, "unequal": []} for n in range(asked)]
+    faults = [{"turn": n, "equal": n < equal, "mode": "exact", "unequal": []} for n in range(asked)]
     return {"trace": "tb-tmux", "turns": [3], "crab": {"asked": asked, "faults": faults, "wrong_codes": []},
             "chat": of(chat), "files": of(files)}
 
@@ -134,14 +134,14 @@ def test_what_was_not_measured_is_missing():
     assert report.missing(settings.TRACES, [], quick=True) == []
 
 
-def test_a_recovery_in_the_virtual_machine_counts_and_has_no_time():
-    replayed = {"summary": {"plan": {"14": "init", "3": "exec"}, "codes_not_as_expected": []},
-                "faults": [{"turn": 3, "kind": "exec", "equal": True, "mode": "exact", "restore_ms": 90_000.0, "unequal": []}]}
+def test_a_recovery_in_the_virtual_machine_counts():
+    replayed = {"summary": {"plan": {"14": "twice", "3": "exec"}, "codes_not_as_expected": []},
+                "faults": [{"turn": 3, "kind": "exec", "equal": True, "mode": "exact", "unequal": []}]}
     one = recover.in_vm("tb-nginx", replayed)
-    assert (one["turns"], one["crab"]["asked"]) == ([3, 14], 2)
-    assert "1 faults were not come to" in report.row_recovered(data(recoveries=[one]))[-1]
+    assert (one["turns"], one["crab"]["asked"]) == ([3, 14], 3)
+    assert "2 faults were not come to" in report.row_recovered(data(recoveries=[one]))[-1]
     table = report.recovery_table(data(recoveries=[one]))
-    assert "| tb-nginx | 3, 14 | 1 of 2 (50 %) | not measured | — | — | emulated |" in table
+    assert "| tb-nginx | exec 3 | 1 of 3 (33 %) | not measured | — | — | — |" in table
 
 
 def test_a_crash_that_was_not_come_to_is_no_success():
