@@ -172,10 +172,10 @@ def let_it_crash(trace: traces.Trace, args: argparse.Namespace) -> None:
         return
     if args.only and result.exists():
         found = json.loads(result.read_text()) | found
-    result.write_text(json.dumps({"chat": [], "files": []} | found) + "\n")
-    crab = found.get("crab", {"faults": [], "asked": 0})
-    print(f"{trace.name:18} crab {sum(bool(f['equal']) for f in crab['faults'])} of {crab['asked']} equal; "
-          + "; ".join(f"{kind} {sum(r['files_equal'] and r['processes_equal'] for r in found.get(kind, []))} equal"
+    found = {"crab": recover.NONE_OF_CRAB, "chat": [], "files": []} | found
+    result.write_text(json.dumps(found) + "\n")
+    print(f"{trace.name:18} crab {sum(bool(f['equal']) for f in found['crab']['faults'])} of {found['crab']['asked']} equal; "
+          + "; ".join(f"{kind} {sum(r['files_equal'] and r['processes_equal'] for r in found[kind])} equal"
                       for kind in ("chat", "files")))
 
 

@@ -5,8 +5,8 @@ read (integration/digest) and its writable layer copied. From each such place: a
 that layer (files), whose state is compared with that at the boundary, and which then plays the remaining turns.
 
 Equal are the trees of root and tmpfs in every name, attribute and byte (but times in a tmpfs: /dev is made anew), and the
-command lines and working directories of all processes. This is less than is asked of crab, whose processes are compared in all that they are (a
-fresh init differs in its addresses).
+command lines and working directories of all processes. This is less than is asked of crab, whose processes are compared in all
+that they are (a fresh init differs in its addresses).
 """
 from __future__ import annotations
 
@@ -129,13 +129,17 @@ def of_crab(trace: traces.Trace, path: Path, count: int, factor: float, scratch:
     """So many faults of all kinds in one run, each recovery compared in full by replay.py; and its end with two others'."""
     options = ("--faults", str(count), "--seed", str(settings.SEED))
     result, said = replay(trace, path, factor, scratch / "crashed.json", *options)
-    found: dict[str, Any] = {"asked": count, "faults": [], "wrong_codes": [], "said": said, "end": None}
+    found = NONE_OF_CRAB | {"asked": count, "said": said}
     if result is None:
         return found
     for name in ("first", "second"):
         replay(trace, path, factor, scratch / f"{name}.json")
     found["end"] = at_the_end(*(scratch / f"{name}.final" for name in ("crashed", "first", "second")))
     return found | told(result)
+
+
+#: Of crab's recoveries, before any has been tried.
+NONE_OF_CRAB: dict[str, Any] = {"asked": 0, "faults": [], "wrong_codes": [], "said": "", "end": None}
 
 
 def told(result: dict[str, Any]) -> dict[str, Any]:
@@ -148,8 +152,8 @@ def told(result: dict[str, Any]) -> dict[str, Any]:
 
 def in_vm(trace: str, result: dict[str, Any]) -> dict[str, Any]:
     """The same of a replay in the virtual machine, where nothing but crab's recoveries is tried."""
-    crab = {"said": "", "end": None} | told(result)
-    return {"trace": trace, "turns": sorted(map(int, result["summary"]["plan"])), "crab": crab, "chat": [], "files": [], "vm": True}
+    return {"trace": trace, "turns": sorted(map(int, result["summary"]["plan"])), "crab": NONE_OF_CRAB | told(result),
+            "chat": [], "files": [], "vm": True}
 
 
 def of_baselines(trace: traces.Trace, at: list[int], factor: float) -> dict[str, list[dict[str, Any]]]:
