@@ -298,6 +298,25 @@ def cgroup_of(pid, controller):
     return pathlib.Path("/sys/fs/cgroup" + unified)
 
 
+def is_frozen(pid):
+    """Whether the cgroup of this process is frozen, whoever has done it."""
+    cgroup = cgroup_of(pid, "freezer")
+    state = cgroup / "freezer.state"
+    if state.exists():
+        return state.read_text() == "FROZEN\n"
+    return "frozen 1" in (cgroup / "cgroup.events").read_text()
+
+
+def freeze(pid, frozen):
+    """Freezes the cgroup of this process, or thaws it, as the host's root may; does not wait."""
+    cgroup = cgroup_of(pid, "freezer")
+    state = cgroup / "freezer.state"
+    if state.exists():
+        state.write_text("FROZEN" if frozen else "THAWED")
+    else:
+        (cgroup / "cgroup.freeze").write_text("1" if frozen else "0")
+
+
 KERNEL_THREAD = 0x0020_0000
 """PF_KTHREAD. A bed has none; the virtual machine's come and go with its work."""
 

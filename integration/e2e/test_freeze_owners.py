@@ -6,7 +6,7 @@ import threading
 import time
 
 from equality import HOOKS
-from harness import BUNDLES, LIMIT, alive, crab, run, until
+from harness import BUNDLES, LIMIT, alive, crab, freeze, is_frozen, run, until
 from taskapi import Shim
 from test_armed_restore import Sandbox, both_clients
 
@@ -72,8 +72,7 @@ def test_a_freeze_by_crab_is_never_seen_as_paused(kind, tmp_path):
             for _ in range(3):
                 crab("checkpoint", sandbox.name)
             with Checkpoint(sandbox, tmp_path) as checkpoint:
-                freezer = sandbox.container.cgroup("freezer") / "freezer.state"
-                assert freezer.read_text() == "FROZEN\n"
+                assert is_frozen(sandbox.init)
                 if kind == "docker":
                     assert sandbox.container.state["Status"] == "running"
                 else:
@@ -89,15 +88,14 @@ def test_a_freeze_by_crab_is_never_seen_as_paused(kind, tmp_path):
 def test_a_pause_during_a_checkpoint_stays(kind, tmp_path):
     with Sandbox(kind, tmp_path) as sandbox:
         client, name = (["docker"], sandbox.container.name) if kind == "docker" else (["ctr", "task"], sandbox.container.id)
-        freezer = sandbox.container.cgroup("freezer") / "freezer.state"
         with Checkpoint(sandbox, tmp_path) as checkpoint:
             run(*client, "pause", name)
             assert checkpoint.go()["checkpoint"]
-        assert freezer.read_text() == "FROZEN\n"
+        assert is_frozen(sandbox.init)
         paused = sandbox.container.state["Status"] if kind == "docker" else sandbox.container.status[1]
         assert paused.lower() == "paused"
         run(*client, "unpause" if kind == "docker" else "resume", name)
-        assert freezer.read_text() == "THAWED\n"
+        assert not is_frozen(sandbox.init)
         assert sandbox.sh("echo alive") == "alive\n"
 
 
@@ -107,7 +105,6 @@ def test_a_pause_while_criu_dumps_holds_nobody_up(kind, tmp_path):
     with Sandbox(kind, tmp_path, "python3", "-c", BUSY) as sandbox:
         docker = kind == "docker"
         client, name = (["docker"], sandbox.container.name) if docker else (["ctr", "task"], sandbox.container.id)
-        freezer = sandbox.container.cgroup("freezer") / "freezer.state"
         # Twice: the first one of a sandbox takes longer.
         for _ in range(2):
             begin = time.monotonic()
@@ -120,10 +117,10 @@ def test_a_pause_while_criu_dumps_holds_nobody_up(kind, tmp_path):
             time.sleep(takes * moment / MOMENTS)
             run(*client, "pause", name)
             # If it came before the freeze, CRIU has thawed it for a while.
-            until(lambda: freezer.read_text() == "FROZEN\n", "paused")
+            until(lambda: is_frozen(sandbox.init), "paused")
             run(*client, "unpause" if docker else "resume", name)
             checkpoint.join()
-            assert freezer.read_text() == "THAWED\n"
+            assert not is_frozen(sandbox.init)
             lines = sandbox.turns()
             assert len(lines) == before + 1 and lines[-1]["action"] == "full", lines[-1]
 
@@ -131,21 +128,20 @@ def test_a_pause_while_criu_dumps_holds_nobody_up(kind, tmp_path):
 def test_whom_the_host_freezes_under_criu_lives_on(tmp_path):
     """Somebody who asks nobody: CRIU hangs until its limit, and would take with it whom it works on."""
     with Sandbox("ctr", tmp_path, "python3", "-c", BUSY, options=["--annotation", "dev.crab.dump_timeout=10s"]) as sandbox:
-        freezer = sandbox.container.cgroup("freezer") / "freezer.state"
         init = sandbox.init
         hung = 0
         for _ in range(5):
             checkpoint = threading.Thread(target=lambda: crab("checkpoint", sandbox.name, check=False))
             checkpoint.start()
             # First crab freezes, then CRIU thaws.
-            for state in ("FROZEN\n", "THAWED\n"):
-                while freezer.read_text() != state and checkpoint.is_alive():
+            for state in (True, False):
+                while is_frozen(init) != state and checkpoint.is_alive():
                     pass
-            freezer.write_text("FROZEN")
+            freeze(init, True)
             begin = time.monotonic()
             checkpoint.join()
             hung += time.monotonic() - begin > 5
-            freezer.write_text("THAWED")
+            freeze(init, False)
             assert sandbox.init == init and alive(init)
             if hung:
                 break

@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from harness import CRAB, LIMIT, Ctr, Docker, Events, Terminal, alive, cgroup_of, crab, ctr, docker, run, together, unique, until
+from harness import CRAB, LIMIT, Ctr, Docker, Events, Terminal, alive, cgroup_of, crab, ctr, docker, is_frozen, run, together, unique, until
 from taskapi import Shim
 from test_armed_restore import ASK, OPT_IN, SEED, SERVER, Sandbox, both_clients
 
@@ -274,17 +274,10 @@ def test_a_paused_sandbox_comes_back_paused(tmp_path):
         rollback(sandbox, turn)
         assert sandbox.container.state["Status"] == "paused"
         size = len(sandbox.output())
-        assert frozen(sandbox.init)
+        assert is_frozen(sandbox.init)
         assert len(sandbox.output()) == size
         sandbox.container("unpause")
         until(lambda: len(sandbox.output()) > size, "it goes on")
-
-
-def frozen(pid):
-    state = cgroup_of(pid, "freezer") / "freezer.state"
-    if state.exists():
-        return state.read_text() == "FROZEN\n"
-    return "frozen 1" in (unified_of(pid) / "cgroup.events").read_text()
 
 
 # what is refused, and what fails
