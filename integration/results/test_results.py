@@ -121,6 +121,7 @@ def test_a_page_is_unseen_once_and_zeros_never():
     found = full.unseen_bytes(kept)
     # Noise does not compress: what zstd adds is a few bytes.
     assert [round(size, -2) for size in found] == [round(settings.PAGE, -2), 0, round(settings.PAGE + 100, -2)]
+    assert full.unseen_bytes([[bytes(2 * settings.PAGE)]]) == full.unseen_bytes([[]])
     runs = [run("full", [], kept_bytes=[100, 100], unseen_bytes=[80, 20]), run("crab", [])]
     assert f.unseen_share(runs) == 0.5 and f.unseen_share([run("crab", [])]) is None
     # 300 bytes at the device, of which 100 are unseen; crab writes 150.
