@@ -22,4 +22,6 @@ pub mod sandbox;
 pub mod shim;
 pub mod slot_lock;
 pub mod store;
+#[cfg(test)]
+mod test_child;
 pub mod tree;

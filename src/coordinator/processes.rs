@@ -392,6 +392,7 @@ fn tell(why: &[Reason]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::test_child::TestChild;
 
     #[test]
     fn the_way_of_each_acquittal_is_told_and_the_text_stays_short() {
@@ -413,20 +414,12 @@ mod tests {
     }
 
     /// A process in a network of its own, that sleeps.
-    fn sleeper() -> (std::process::Child, Processes, Rested) {
+    fn sleeper() -> (TestChild, Processes, Rested) {
         let mut unshare = std::process::Command::new("unshare");
-        let child = unshare.args(["--net", "sleep", "1000"]).spawn().unwrap();
-        let pid = child.id() as i32;
-        let end = Instant::now() + Duration::from_secs(20);
-        let baseline = loop {
-            assert!(Instant::now() < end, "it does not sleep");
-            if comm(pid) == "sleep"
-                && let Ok(taken) = Baseline::take(&[pid], Path::new("/nowhere"), &no_registers)
-            {
-                break taken;
-            }
-            thread::yield_now();
-        };
+        unshare.args(["--net", "sleep", "1000"]);
+        let sleeper = TestChild::asleep_as(unshare);
+        let pid = sleeper.pid();
+        let baseline = Baseline::take(&[pid], Path::new("/nowhere"), &no_registers).unwrap();
         let snapshot = Snapshot::take(&[pid], &no_registers).unwrap();
         let rested = Rested {
             rest: baseline.at_rest(&snapshot).unwrap(),
@@ -441,7 +434,7 @@ mod tests {
             settled: Vec::new(),
             settings: Settings::default(),
         };
-        (child, processes, rested)
+        (sleeper, processes, rested)
     }
 
     fn seen(cpu: u64, others: Others, mark: Option<Instant>) -> Seen {
@@ -457,7 +450,7 @@ mod tests {
 
     #[test]
     fn a_look_is_made_again_once_anything_has_happened() {
-        let (mut child, mut processes, rested) = sleeper();
+        let (_sleeper, mut processes, rested) = sleeper();
         let now = Stillness::of(&processes.pids).unwrap().unwrap();
         let still_so = |processes: &Processes, seen: &Seen| {
             let found = processes.still_so((&rested, &now), seen);
@@ -473,7 +466,5 @@ mod tests {
         }
         processes.settings.consistent_cut = false;
         assert!(!still_so(&processes, &rested.seen));
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 }

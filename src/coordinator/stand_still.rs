@@ -70,26 +70,23 @@ pub fn stand_still<T>(
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Child, Command};
-
     use super::*;
-    use crate::coordinator::freeze::fake::FakeCgroup;
+    use crate::{coordinator::freeze::fake::FakeCgroup, test_child::TestChild};
 
     const SOON: Duration = Duration::from_secs(20);
 
     /// A sandbox with one real process.
     struct Bed {
-        child: Child,
+        child: TestChild,
         cgroup: Arc<FakeCgroup>,
         freeze: Arc<Freeze>,
         doors: Arc<Doors>,
     }
 
     impl Bed {
-        fn of(script: &str) -> Self {
-            let child = Command::new("sh").args(["-c", script]).spawn().unwrap();
+        fn of(child: TestChild) -> Self {
             let cgroup = Arc::new(FakeCgroup::default());
-            cgroup.procs.lock().push(child.id() as i32);
+            cgroup.procs.lock().push(child.pid());
             Self {
                 child,
                 freeze: Freeze::new(Arc::clone(&cgroup) as _),
@@ -115,7 +112,7 @@ mod tests {
             let before = self.state();
             for signal in [libc::SIGSTOP, libc::SIGCONT] {
                 // SAFETY: takes two integers.
-                assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
+                assert_eq!(unsafe { libc::kill(self.child.pid(), signal) }, 0);
             }
             self.until(|| self.state().is_some() && self.state() != before);
         }
@@ -138,19 +135,8 @@ mod tests {
         }
     }
 
-    impl Drop for Bed {
-        fn drop(&mut self) {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
-    }
-
     fn sleeper() -> Bed {
-        let bed = Bed::of("exec sleep 1000");
-        let pid = bed.child.id();
-        let asleep = || std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap() == "sleep\n";
-        bed.until(|| asleep() && bed.state().is_some());
-        bed
+        Bed::of(TestChild::asleep())
     }
 
     #[test]
@@ -192,7 +178,7 @@ mod tests {
 
     #[test]
     fn whoever_runs_all_the_time_is_frozen() {
-        let bed = Bed::of("while :; do :; done");
+        let bed = Bed::of(TestChild::busy());
         bed.until(|| bed.state().is_none());
         let (calls, _) = bed.take(false, || Ok(()));
         assert_eq!(calls.last(), Some(&true));

@@ -280,12 +280,13 @@ mod tests {
         fs::{self, File},
         os::unix::{ffi::OsStrExt, net::UnixListener},
         path::Path,
-        process::{Child, Command},
+        process::Command,
     };
 
     use super::*;
+    use crate::test_child::TestChild;
 
-    struct Holder(Child);
+    struct Holder(TestChild);
 
     impl Holder {
         /// A process in `dir` that holds these as its first three descriptors.
@@ -294,7 +295,7 @@ mod tests {
             let mut command = Command::new("sleep");
             command.arg("1000").current_dir(dir);
             command.stdin(stdin).stdout(stdout).stderr(stderr);
-            Self(command.spawn().unwrap())
+            Self(TestChild::asleep_as(command))
         }
 
         fn told(&self) -> BTreeMap<PathBuf, Option<u32>> {
@@ -302,16 +303,9 @@ mod tests {
                 device: Some("0".into()),
                 ..Default::default()
             };
-            let dir = Dir::open(self.0.id() as i32).unwrap();
+            let dir = Dir::open(self.0.pid()).unwrap();
             all.process(&dir).unwrap();
             all.paths
-        }
-    }
-
-    impl Drop for Holder {
-        fn drop(&mut self) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
         }
     }
 
@@ -337,7 +331,7 @@ mod tests {
         let second = Holder::of(dir.path(), [gone.into(), odd_file.into(), tcp.into()]);
 
         let found = first.told();
-        let program = fs::read_link(format!("/proc/{}/exe", first.0.id())).unwrap();
+        let program = fs::read_link(format!("/proc/{}/exe", first.0.pid())).unwrap();
         for path in [at("open"), at("sub"), at("moved"), program] {
             assert!(found.contains_key(&relative(&path)), "{path:?}");
         }

@@ -60,12 +60,12 @@ impl Stillness {
 #[cfg(test)]
 mod tests {
     use std::{
-        process::{Child, Command},
         thread,
         time::{Duration, Instant},
     };
 
     use super::*;
+    use crate::test_child::TestChild;
 
     fn until(mut is_so: impl FnMut() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -75,35 +75,9 @@ mod tests {
         }
     }
 
-    struct Sleeper(Child);
-
-    impl Sleeper {
-        fn new() -> Self {
-            let child = Command::new("sleep").arg("1000").spawn().unwrap();
-            let sleeper = Self(child);
-            // In its own program, and asleep.
-            until(|| {
-                let name = std::fs::read_to_string(format!("/proc/{}/comm", sleeper.pid()));
-                name.unwrap() == "sleep\n" && Stillness::of(&[sleeper.pid()]).unwrap().is_some()
-            });
-            sleeper
-        }
-
-        fn pid(&self) -> i32 {
-            self.0.id() as i32
-        }
-
-        fn signal(&self, signal: i32) {
-            // SAFETY: takes two integers.
-            assert_eq!(unsafe { libc::kill(self.pid(), signal) }, 0);
-        }
-    }
-
-    impl Drop for Sleeper {
-        fn drop(&mut self) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
+    fn signal(child: &TestChild, signal: i32) {
+        // SAFETY: takes two integers.
+        assert_eq!(unsafe { libc::kill(child.pid(), signal) }, 0);
     }
 
     fn still(pids: &[i32]) -> Stillness {
@@ -117,33 +91,30 @@ mod tests {
 
     #[test]
     fn who_sleeps_all_the_time_was_still() {
-        let sleeper = Sleeper::new();
+        let sleeper = TestChild::asleep();
         assert!(still(&[sleeper.pid()]).has_lasted(&[sleeper.pid()]));
     }
 
     #[test]
     fn who_has_run_and_sleeps_again_was_not_still() {
-        let sleeper = Sleeper::new();
+        let sleeper = TestChild::asleep();
         let before = still(&[sleeper.pid()]);
         // It wakes, and goes on sleeping.
-        sleeper.signal(libc::SIGSTOP);
-        sleeper.signal(libc::SIGCONT);
+        signal(&sleeper, libc::SIGSTOP);
+        signal(&sleeper, libc::SIGCONT);
         until(|| still(&[sleeper.pid()]) != before);
         assert!(!before.has_lasted(&[sleeper.pid()]));
     }
 
     #[test]
     fn who_runs_is_not_still() {
-        let child = Command::new("sh")
-            .args(["-c", "while :; do :; done"])
-            .spawn();
-        let busy = Sleeper(child.unwrap());
+        let busy = TestChild::busy();
         until(|| Stillness::of(&[busy.pid()]).is_ok_and(|found| found.is_none()));
     }
 
     #[test]
     fn who_came_or_went_was_not_still() {
-        let (a, b) = (Sleeper::new(), Sleeper::new());
+        let (a, b) = (TestChild::asleep(), TestChild::asleep());
         let before = still(&[a.pid()]);
         assert!(!before.has_lasted(&[a.pid(), b.pid()]));
         let before = still(&[a.pid(), b.pid()]);

@@ -18,6 +18,7 @@ use nix::{
 };
 
 use super::*;
+use crate::test_child::TestChild;
 
 /// Whether a test that needs root can run.
 fn root() -> bool {
@@ -376,22 +377,16 @@ fn root_a_busy_overlay_stays_as_it_is_and_the_error_says_who_uses_it() {
         drop(open);
 
         // Another mount namespace that would keep it alive.
-        let mut child = std::process::Command::new("unshare")
-            .args(["-m", "--propagation", "private", "sleep", "60"])
-            .spawn()
-            .unwrap();
-        // It has its namespace once it is called sleep.
-        let comm = format!("/proc/{}/comm", child.id());
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
-        while !fs::read_to_string(&comm).is_ok_and(|c| c == "sleep\n") {
-            assert!(std::time::Instant::now() < deadline, "sleep never ran");
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
+        let mut command = std::process::Command::new("unshare");
+        command.args(["-m", "--propagation", "private", "sleep", "1000"]);
+        let child = TestChild::asleep_as(command);
         let pinned = remount_with(&mut from(&bed.saved()), &overlay).unwrap_err();
-        child.kill().unwrap();
-        child.wait().unwrap();
         let text = pinned.to_string();
-        assert!(text.contains(&format!("process {} ", child.id())), "{text}");
+        assert!(
+            text.contains(&format!("process {} ", child.pid())),
+            "{text}"
+        );
+        drop(child);
         assert_eq!(bed.read("new").unwrap(), "x");
         assert_eq!(id(), mounted, "it was mounted again");
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::test_child::TestChild;
 
 #[test]
 fn cpu_time_is_forgiven_up_to_floor_share_and_ceiling() {
@@ -78,17 +79,11 @@ fn a_descriptor_that_is_closed_meanwhile_is_no_error() {
 
 #[test]
 fn a_baseline_of_who_runs_or_ends_is_refused() {
-    let mut child = Command::new("sh")
-        .args(["-c", "while :; do :; done"])
-        .spawn()
-        .unwrap();
-    let take = |pid| Baseline::take(&[pid], "/nonexistent".as_ref(), &no_registers);
-    let pid = child.id().cast_signed();
+    let child = TestChild::busy();
+    let pid = child.pid();
+    let take = || Baseline::take(&[pid], "/nonexistent".as_ref(), &no_registers);
     // Not while it waits for the disk at its start.
-    eventually(|| take(pid).is_err());
-    let refused = take(pid);
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert!(refused.unwrap_err().to_string().contains("it runs"));
-    assert!(matches!(take(pid), Err(ProcessError::Gone(_))));
+    eventually(|| take().is_err_and(|error| error.to_string().contains("it runs")));
+    drop(child);
+    assert!(matches!(take(), Err(ProcessError::Gone(_))));
 }
