@@ -27,6 +27,8 @@ import termios
 import threading
 import time
 
+from cgroups import cgroup_of
+
 IMAGE = "crab.test/agent:latest"
 SERVERS = "crab.test/servers:latest"
 """The same with nginx and redis, all as root. In the bed by way of `run`."""
@@ -284,37 +286,6 @@ def pair(kind, *command, **kwargs):
     """One container of each runtime, made at the same time: {runtime: container}."""
     made = together([lambda r=r: CONTAINER[kind](r, *command, **kwargs) for r in RUNTIMES])
     return dict(zip(RUNTIMES, made))
-
-
-def cgroup_of(pid, controller):
-    """The directory of a process's cgroup that a controller's files are in."""
-    unified = None
-    for line in pathlib.Path(f"/proc/{pid}/cgroup").read_text().splitlines():
-        _, names, path = line.split(":", 2)
-        if controller in names.split(","):
-            return pathlib.Path(f"/sys/fs/cgroup/{controller}{path}")
-        if not names:
-            unified = path
-    return pathlib.Path("/sys/fs/cgroup" + unified)
-
-
-def is_frozen(pid):
-    """Whether the cgroup of this process is frozen, whoever has done it."""
-    cgroup = cgroup_of(pid, "freezer")
-    state = cgroup / "freezer.state"
-    if state.exists():
-        return state.read_text() == "FROZEN\n"
-    return "frozen 1" in (cgroup / "cgroup.events").read_text()
-
-
-def freeze(pid, frozen):
-    """Freezes the cgroup of this process, or thaws it, as the host's root may; does not wait."""
-    cgroup = cgroup_of(pid, "freezer")
-    state = cgroup / "freezer.state"
-    if state.exists():
-        state.write_text("FROZEN" if frozen else "THAWED")
-    else:
-        (cgroup / "cgroup.freeze").write_text("1" if frozen else "0")
 
 
 KERNEL_THREAD = 0x0020_0000

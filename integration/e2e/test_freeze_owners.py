@@ -6,7 +6,8 @@ import threading
 import time
 
 from equality import HOOKS
-from harness import BUNDLES, LIMIT, alive, crab, freeze, is_frozen, run, until
+from cgroups import freeze, is_frozen
+from harness import BUNDLES, LIMIT, alive, crab, run, until
 from taskapi import Shim
 from test_armed_restore import Sandbox, both_clients
 

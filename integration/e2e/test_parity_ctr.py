@@ -10,14 +10,12 @@ import subprocess
 
 import pytest
 
+from cgroups import UNIFIED, limits
 from harness import CRAB, IMAGE, LIMIT, Ctr, Events, Terminal, both, ctr, pair, run, unique, until
 from taskapi import RESOURCES, Shim, any_of
 
 # For bash: CRIU cannot dump a process inside vfork(), which other shells use.
 COUNTER = "i=0; while :; do i=$((i+1)); echo $i; echo $i >/count.new; mv /count.new /count; sleep 0.02; done"
-
-UNIFIED = pathlib.Path("/sys/fs/cgroup/cgroup.controllers").exists()
-"""cgroup v2 alone: its metrics and files have other names."""
 
 
 @pytest.fixture(scope="module")
@@ -290,29 +288,14 @@ def test_metrics_have_the_same_keys_and_plausible_values():
 
 
 def test_limits_of_run_and_update_reach_the_cgroup():
-    def limits(container):
-        read = lambda controller, name: int((container.cgroup(controller) / name).read_text())
-        if UNIFIED:
-            cgroup = container.cgroup("memory")
-            quota, period = map(int, (cgroup / "cpu.max").read_text().split())
-            return {"memory": read("memory", "memory.max"), "pids": (cgroup / "pids.max").read_text().strip(),
-                    "quota": quota, "period": period, "weight": read("cpu", "cpu.weight")}
-        return {
-            "memory": read("memory", "memory.limit_in_bytes"),
-            "pids": (container.cgroup("pids") / "pids.max").read_text().strip(),
-            "quota": read("cpu", "cpu.cfs_quota_us"),
-            "period": read("cpu", "cpu.cfs_period_us"),
-            "shares": read("cpu", "cpu.shares"),
-        }
-
     def scenario(runtime):
         options = ["--memory-limit", str(64 << 20), "--cpus", "0.5"]
         with Ctr(runtime, options=options) as container, Shim.of(container) as shim:
-            before = limits(container)
+            before = limits(container.pid)
             resources = {"memory": {"limit": 96 << 20}, "pids": {"limit": 33},
                          "cpu": {"quota": 70000, "period": 100000, "shares": 512}}
             shim.call("Update", {1: container.id, 2: any_of(RESOURCES, resources)})
-            return before, limits(container), container.sh("echo alive")
+            return before, limits(container.pid), container.sh("echo alive")
 
     before, after, alive = both(scenario)
     assert (before["memory"], before["quota"], before["period"]) == (64 << 20, 50000, 100000)

@@ -15,7 +15,8 @@ import time
 
 import pytest
 
-from harness import CRAB, LIMIT, Ctr, Docker, Events, Terminal, alive, cgroup_of, crab, ctr, docker, is_frozen, run, together, unique, until
+from cgroups import cgroup_of, cpu_time, is_frozen, unified_of
+from harness import CRAB, LIMIT, Ctr, Docker, Events, Terminal, alive, crab, ctr, docker, run, together, unique, until
 from taskapi import Shim
 from test_armed_restore import ASK, OPT_IN, SEED, SERVER, Sandbox, both_clients
 
@@ -28,14 +29,6 @@ from diff import differences  # noqa: E402
 
 QUICK = os.environ.get("CRAB_E2E_QUICK") == "1"
 CHAOS_SEED = int(os.environ.get("CRAB_E2E_SEED", 0)) or random.SystemRandom().randrange(1, 1 << 32)
-
-
-def unified_of(pid):
-    """The directory of a process's cgroup in the hierarchy of version 2."""
-    lines = pathlib.Path(f"/proc/{pid}/cgroup").read_text().splitlines()
-    path = next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
-    tops = (pathlib.Path(top) for top in ("/sys/fs/cgroup/unified", "/sys/fs/cgroup"))
-    return next(pathlib.Path(f"{top}{path}") for top in tops if (top / "cgroup.procs").exists())
 
 
 def rollback(sandbox, which, **kwargs):
@@ -135,12 +128,12 @@ def test_docker_sees_the_same_container(tmp_path):
         cgroup = cgroup_of(sandbox.init, "memory")
         unified = unified_of(sandbox.init)
         inspect, ids = container.inspect(), (cgroup.stat().st_ino, unified.stat().st_ino)
-        cpu = int((cgroup_of(sandbox.init, "cpuacct") / "cpuacct.usage").read_text())
+        cpu = cpu_time(sandbox.init)
         for _ in range(3):
             rollback(sandbox, "good")
             assert container.inspect() == inspect, "Pid, StartedAt, RestartCount and all else"
         assert (cgroup.stat().st_ino, unified.stat().st_ino) == ids, "the cgroups are the same ones"
-        assert int((cgroup_of(sandbox.init, "cpuacct") / "cpuacct.usage").read_text()) > cpu
+        assert cpu_time(sandbox.init) > cpu
         # The pid that Docker knows is nobody else's, and may be signalled.
         os.kill(inspect["State"]["Pid"], signal.SIGKILL)
         assert not alive(inspect["State"]["Pid"])

@@ -14,7 +14,7 @@ import types
 
 import pytest
 
-from harness import crab
+from harness import LIMIT, crab
 from test_inspector import Watched
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "replay"))
@@ -159,7 +159,8 @@ class Files(Watched):
     """A sandbox with a process that holds files."""
 
     def __init__(self, kind, directory, **settings):
-        super().__init__(directory, kind=kind, **settings)
+        # Which is the hook's, too: where the processor is emulated a digest of all takes longer than a minute.
+        super().__init__(directory, kind=kind, dump_timeout=f"{LIMIT:.0f}s", **settings)
 
     def hooks(self):
         namespace = "default" if self.kind == "ctr" else "moby"

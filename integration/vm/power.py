@@ -2,6 +2,7 @@
 """One life of a virtual machine that loses its power: ./power is what kills it, and begins the next life on the same disk.
 
   power.py start        makes a sandbox, then takes turns until it is killed
+  power.py unwatched    the same, but each turn is kept whatever it has changed: nothing of the inspector is loaded
   power.py again LAST   what is on the disk must be whole, and the sandbox comes back no older than LAST; then as above
   power.py end LAST     as again, but it ends after some turns
 
@@ -29,8 +30,9 @@ def ask(word):
     return eval(done.out)  # of our own server
 
 
-def start():
-    Ctr(CRAB, "python3", "-uc", COUNTER, id=NAME, output=LOG, options=[*OPT_IN, "--annotation", f"dev.crab.keep={KEEP}"])
+def start(is_watched):
+    options = [*OPT_IN, "--annotation", f"dev.crab.keep={KEEP}", "--annotation", f"dev.crab.skip_unchanged={is_watched}".lower()]
+    Ctr(CRAB, "python3", "-uc", COUNTER, id=NAME, output=LOG, options=options)
     until(lambda: LOG.exists() and "listening" in LOG.read_text(), "it listens")
 
 
@@ -56,8 +58,8 @@ def take_turns(turns):
 
 
 def main(how, released=None):
-    if how == "start":
-        start()
+    if how in ("start", "unwatched"):
+        start(how == "start")
     else:
         come_back(int(released))
     take_turns(LAST_TURNS if how == "end" else -1)

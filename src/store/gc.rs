@@ -20,8 +20,8 @@ use super::{
     entry::Node,
     failpoint::failpoint,
     files,
-    objects::{self, Objects, PackName, slice},
-    pack::{Pack, PackWriter, Place},
+    objects::{self, Objects, slice},
+    pack::{Pack, PackName, PackWriter, Place},
 };
 use crate::sandbox::TurnNo;
 
@@ -374,7 +374,7 @@ impl SandboxWriter {
         let copied = packs
             .iter_mut()
             .try_for_each(|needed| copy(&mut writer, needed))
-            .and_then(|()| writer.finish(None));
+            .and_then(|()| writer.finish(None)?.sync());
         if let Err(e) = copied {
             files::remove(&temporary)?;
             return Err(e);

@@ -4,7 +4,7 @@ use std::{
     fs::{File, OpenOptions},
     io::{Read, Seek, SeekFrom, Write},
     os::unix::fs::OpenOptionsExt,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
@@ -273,6 +273,11 @@ impl Journal {
             _ => self.lines.push(line),
         }
     }
+}
+
+/// Where the journal of the sandbox at `dir` is.
+pub(super) fn path(dir: &Path) -> PathBuf {
+    dir.join("journal.jsonl")
 }
 
 /// Reads all lines; an absent journal is empty.

@@ -17,8 +17,8 @@
 //! the path to the root. Every manifest is complete in itself: it names the roots of everything, and
 //! the packs' indexes find them. `docs/store-format.md` describes every field.
 //!
-//! A checkpoint exists from the rename of its pack on, which is fsynced before; the fsync of
-//! `packs/` that follows is the commit.
+//! A checkpoint exists from the rename of its pack on, if the pack is whole (`seal`); the fdatasync of the
+//! pack and the fsync of `packs/` that follow are the commit.
 //!
 //! Downwards: [`SandboxWriter`] → [`Pending`] → `capture` → `layer` → `directory`, `ingest` → `pack`; and back:
 //! [`Checkpoint`] → `lay_out`, `tree_view`, `stored_file` → `objects` → `pack`.
@@ -48,6 +48,7 @@ mod pack;
 mod pending;
 mod reuse;
 mod sandbox;
+mod seal;
 mod shelf;
 mod spare;
 mod staging;

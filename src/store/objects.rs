@@ -8,62 +8,22 @@ use std::{
 };
 
 use super::{
-    Digest, StoreError, files,
-    pack::{Pack, Place},
+    Digest, StoreError,
+    pack::{Pack, PackName, Place},
+    seal,
     shelf::Shelf,
 };
-use crate::sandbox::TurnNo;
 
 /// So many blocks stay decompressed: 1 MiB.
 const CACHED: usize = 8;
-/// How the names of checkpoints' packs end.
-const PACK: &str = ".pack";
-/// How those end whose checkpoint is gone, and which hold objects for others.
-const KEPT: &str = ".kept";
-
-/// What a pack's name says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum PackName {
-    /// Objects alone.
-    Kept(TurnNo),
-    /// A checkpoint.
-    Checkpoint(TurnNo),
-}
-
-impl PackName {
-    pub(super) fn parse(name: &str) -> Option<Self> {
-        let numbered = |suffix: &str| {
-            let number = name.strip_suffix(suffix)?;
-            let turn: TurnNo = number.parse().ok()?;
-            (turn.to_string() == number).then_some(turn)
-        };
-        numbered(PACK)
-            .map(Self::Checkpoint)
-            .or_else(|| numbered(KEPT).map(Self::Kept))
-    }
-
-    pub(super) fn turn(self) -> TurnNo {
-        match self {
-            Self::Kept(turn) | Self::Checkpoint(turn) => turn,
-        }
-    }
-
-    pub(super) fn file(self) -> String {
-        match self {
-            Self::Kept(turn) => format!("{turn}{KEPT}"),
-            Self::Checkpoint(turn) => format!("{turn}{PACK}"),
-        }
-    }
-}
-
-/// All packs in a directory, the newest last.
+/// All packs in a directory, the newest last; without one that was never completed.
 pub(super) fn list(dir: &Path) -> Result<Vec<PackName>, StoreError> {
-    let names = files::names(dir)?;
-    let mut packs: Vec<_> = names
-        .iter()
-        .filter_map(|name| PackName::parse(name))
-        .collect();
-    packs.sort_unstable_by_key(|name| (name.turn(), *name));
+    let mut packs = PackName::all(dir)?;
+    if let Some(PackName::Checkpoint(turn)) = packs.last()
+        && seal::is_unfinished(dir, *turn)
+    {
+        packs.pop();
+    }
     Ok(packs)
 }
 

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Instant,
 };
 
 use rustix::{
@@ -23,7 +24,7 @@ use super::{
     objects::Objects,
     pack::PackWriter,
     sandbox::Lock,
-    spare,
+    seal,
     staging::{PARENT, Staging},
 };
 use crate::{sandbox::TurnNo, tree::remove_tree};
@@ -190,13 +191,16 @@ impl Pending {
 
     fn begin(&self) -> Result<Filling, StoreError> {
         let packs = self.lock.packs.lock_arc();
-        let temporary = spare::path(&self.store);
+        let temporary = self.lock.spare.path().to_owned();
         let objects = Objects::open_from(&self.store.packs_dir(), &self.lock.shelf)?;
         let writer = match self.lock.spare.take() {
             Some(file) => PackWriter::into(&temporary, file)?,
             None => {
                 files::remove(&temporary)?;
-                PackWriter::create(&temporary)?
+                let begin = Instant::now();
+                let writer = PackWriter::create(&temporary)?;
+                self.lock.spare.took(begin.elapsed());
+                writer
             }
         };
         Ok(Filling {
@@ -239,18 +243,17 @@ impl Pending {
         self.staging.maps = maps;
         let manifest = self.manifest(facts, contents);
         let json = manifest.to_json(&file.0)?;
-        let stored = ingest.writer.finish(Some(&json))?;
+        let pack = ingest.writer.finish(Some(&json))?;
         let path = self.store.pack_path(self.turn);
         self.place(&file.0, &path)?;
-        failpoint("sync packs");
-        files::sync_dir(&self.store.packs_dir())?;
+        seal::commit(&pack, &path)?;
         failpoint("committed");
         *self.lock.head.lock() = None;
         if manifest.facts.kind == Kind::Full {
             *self.lock.with_processes.lock() = Some(self.turn);
         }
         let digest = Digest::of(&json);
-        let checkpoint = Checkpoint::new(self.store.packs_dir(), manifest, digest, stored);
+        let checkpoint = Checkpoint::new(self.store.packs_dir(), manifest, digest, pack.size);
         self.lock.shelf.written(&checkpoint, &path, &json);
         Ok((checkpoint, self.staging))
     }

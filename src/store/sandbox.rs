@@ -18,8 +18,9 @@ use super::{
     gc::Retired,
     journal,
     lay_out::tidy,
-    objects::{self, PackName},
-    pack::{Pack, Stamp},
+    objects,
+    pack::{Pack, PackName, Stamp},
+    seal,
     shelf::Shelf,
     spare::Spare,
 };
@@ -151,7 +152,7 @@ impl SandboxStore {
 
     /// The journal of all turns.
     pub fn journal(&self) -> Result<Journal, StoreError> {
-        journal::read(&self.dir.join("journal.jsonl"))
+        journal::read(&journal::path(&self.dir))
     }
 
     pub(super) fn packs_dir(&self) -> PathBuf {
@@ -256,10 +257,11 @@ impl SandboxWriter {
         if is_new {
             files::sync_parent(store.dir())?;
         }
-        journal::mend(&store.dir().join("journal.jsonl"))?;
+        journal::mend(&journal::path(store.dir()))?;
         for dir in ["", "packs", "names"] {
             files::remove_temporary(&store.dir().join(dir))?;
         }
+        seal::settle(&store.packs_dir())?;
         tidy(&store.scratch_dir())?;
         let old = store.dir().join(FORMAT_1);
         if old.exists() {
@@ -348,7 +350,7 @@ impl SandboxWriter {
     /// Appends a turn to the journal.
     pub fn append(&self, line: &JournalLine, sync: Sync) -> Result<(), StoreError> {
         let _index = self.lock.index.lock();
-        journal::append(&self.dir.join("journal.jsonl"), line, sync)
+        journal::append(&journal::path(&self.dir), line, sync)
     }
 
     pub(super) fn guard(&self) -> &Lock {

@@ -15,10 +15,12 @@
 mod format;
 #[cfg(test)]
 pub(super) mod hostile;
+mod name;
 mod reader;
 mod writer;
 
 pub use format::FORMAT;
 pub(super) use format::Place;
+pub(super) use name::PackName;
 pub(super) use reader::{Pack, Stamp};
-pub(super) use writer::PackWriter;
+pub(super) use writer::{PackWriter, Written};

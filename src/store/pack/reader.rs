@@ -119,6 +119,27 @@ impl Pack {
         })
     }
 
+    /// Reads the pack at `path`, all of it: whether every byte is as it was written.
+    ///
+    /// # Errors
+    /// If it cannot be read, or isn't there.
+    pub fn is_whole(path: &Path) -> Result<bool, StoreError> {
+        let read = || {
+            let mut pack = Self::open(path)?;
+            pack.manifest()?;
+            pack.check()?;
+            (0..pack.blocks()).try_for_each(|number| {
+                let number = u32::try_from(number).unwrap_or(u32::MAX);
+                pack.block(number).map(drop)
+            })
+        };
+        match read() {
+            Ok(()) => Ok(true),
+            Err(StoreError::Damaged { .. }) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Where it was when it was opened.
     pub fn path(&self) -> &Path {
         &self.path

@@ -46,6 +46,27 @@ pub struct PackWriter {
     header: [u8; format::HEADER],
 }
 
+/// A pack that is complete, and not yet durable.
+#[must_use]
+pub struct Written {
+    pub file: File,
+    /// In bytes.
+    pub size: u64,
+    /// What it was called when it was written.
+    path: PathBuf,
+}
+
+impl Written {
+    /// Makes its contents durable.
+    pub fn sync(&self) -> Result<(), StoreError> {
+        failpoint("sync a pack");
+        let synced = self.file.sync_data();
+        synced.map_err(files::io("fdatasync", &self.path))?;
+        failpoint("a pack is synced");
+        Ok(())
+    }
+}
+
 /// A block that is still being filled.
 #[derive(Default)]
 struct Open {
@@ -166,9 +187,8 @@ impl PackWriter {
         Ok(())
     }
 
-    /// Writes the rest and makes all of it durable; returns the file's size. The name is the
-    /// caller's affair.
-    pub fn finish(mut self, manifest: Option<&[u8]>) -> Result<u64, StoreError> {
+    /// Writes the rest. That it becomes durable, and its name, are the caller's affair.
+    pub fn finish(mut self, manifest: Option<&[u8]>) -> Result<Written, StoreError> {
         self.close_block(true)?;
         self.close_block(false)?;
         self.write_through()?;
@@ -203,11 +223,11 @@ impl PackWriter {
         written.map_err(write_error)?;
         let file = self.out.into_inner().map_err(|e| e.into_error());
         let file = file.map_err(files::io("write", &self.path))?;
-        failpoint("sync a pack");
-        file.sync_data()
-            .map_err(files::io("fdatasync", &self.path))?;
-        failpoint("a pack is synced");
-        Ok(trailer.file_size().unwrap_or(0))
+        Ok(Written {
+            file,
+            path: self.path,
+            size: trailer.file_size().unwrap_or(0),
+        })
     }
 
     fn unfit(&self, reason: &str) -> StoreError {

@@ -30,7 +30,7 @@ fn what_is_committed_is_read_back() {
     assert!(laid.upper_dir().join("z").exists());
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
     assert_eq!(mode(reader.dir()), 0o700);
-    assert_eq!(mode(&reader.pack_path(TurnNo(7))), 0o600);
+    assert_eq!(mode(&reader.pack_path(TurnNo(7))), 0o400);
     let twice = writer.begin(TurnNo(7)).err().unwrap();
     assert!(matches!(twice, StoreError::Exists { .. }), "{twice}");
     let tmp = reader.scratch_dir();
@@ -98,30 +98,37 @@ fn an_abandoned_checkpoint_leaves_nothing_and_a_crash_leaves_nothing_for_long() 
 
 #[test]
 fn a_checkpoint_is_written_into_the_file_that_was_made_for_it_if_that_is_there() {
-    use std::os::unix::fs::MetadataExt;
+    use std::{os::unix::fs::MetadataExt, time::Duration};
     let inode = |path: &Path| fs::metadata(path).unwrap().ino();
     let bed = bed();
     let writer = bed.writer();
+    let make = |took| {
+        writer.guard().spare.took(Duration::from_micros(took));
+        writer.make_ready();
+    };
     let spare = writer.packs_dir().join(".tmp-pack");
-    writer.make_ready();
+    // Not where that takes no time.
+    make(20);
+    assert!(!spare.exists());
+    make(1000);
     // Held open: nobody else gets its inode.
     let held = fs::File::open(&spare).unwrap();
     let made = held.metadata().unwrap().ino();
-    writer.make_ready();
+    make(1000);
     assert_eq!(inode(&spare), made);
     bed.checkpoint(&writer, 1);
     assert_eq!(inode(&writer.pack_path(TurnNo(1))), made);
     drop(held);
     // There was none, or somebody has removed it.
     bed.checkpoint(&writer, 2);
-    writer.make_ready();
+    make(1000);
     fs::remove_file(&spare).unwrap();
     bed.checkpoint(&writer, 3);
     // A checkpoint that is given up takes it with it; a writer leaves none.
-    writer.make_ready();
+    make(1000);
     writer.begin(TurnNo(4)).unwrap().prepare().unwrap();
     assert!(!spare.exists());
-    writer.make_ready();
+    make(1000);
     assert_eq!(fs::metadata(&spare).unwrap().len(), 0);
     let dir = writer.packs_dir();
     drop(writer);

@@ -8,8 +8,7 @@ use proptest::{collection::vec, prelude::*, sample::Index};
 use super::{fixture::*, memory::peak, *};
 use crate::store::{
     entry::{PageRef, decode_root, kind},
-    objects::PackName,
-    pack::{Pack, PackWriter, hostile::Parts},
+    pack::{Pack, PackName, PackWriter, hostile::Parts},
 };
 
 /// What reading a foreign store may take, in bytes: some blocks of 4 MiB. The store of these tests has less than one.
@@ -57,7 +56,13 @@ fn example() -> (Bed, PathBuf) {
     let bed = bed();
     let path = bed.writer().pack_path(TurnNo(1));
     fs::write(&path, &*EXAMPLE).unwrap();
+    seal(&path);
     (bed, path)
+}
+
+/// It was complete: what is wrong with it is damage, and not what a power loss has left.
+fn seal(path: &Path) {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o400)).unwrap();
 }
 
 /// Everything that reads a store. Errors are fine.
@@ -235,7 +240,8 @@ impl Graph {
             // Too large for any pack: then it is not there.
             let _ = writer.add(*kind, *digest, bytes);
         }
-        writer.finish(Some(self.manifest.as_bytes())).unwrap();
+        drop(writer.finish(Some(self.manifest.as_bytes())).unwrap());
+        seal(path);
     }
 }
 

@@ -12,6 +12,7 @@ mod hostile;
 mod journal;
 mod memory;
 mod reuse;
+mod seal;
 mod shelf;
 mod trees;
 
