@@ -269,7 +269,7 @@ def test_metrics_have_the_same_keys_and_plausible_values():
             metrics = json.loads(ctr("task", "metrics", "--format", "json", container.id).out)
             # A counter that is zero is not shown: these depend on what the disk, the kernel's reclaim and its huge pages did,
             # and on how long somebody had waited for them.
-            vague = re.compile("blkio|/io/|file|maj_?fault|dirty|writeback|pg_out|active|throttling|huge|psi")
+            vague = re.compile("blkio|/io/|file|maj_?fault|dirty|writeback|pg_out|active|throttling|huge|thp|psi")
             memory, cpu = metrics["memory"], metrics["cpu"]
             if UNIFIED:
                 used, anonymous, cpu_ns = memory["usage"], memory["anon"], cpu["usage_usec"] * 1000

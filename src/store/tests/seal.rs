@@ -23,8 +23,11 @@ fn unseal(path: &Path) {
     fs::set_permissions(path, Permissions::from_mode(0o600)).unwrap();
 }
 
+/// Makes of a file, whose length it is told, what may be left of it.
+type Tear = fn(&fs::File, u64);
+
 /// What may be left of a file of this length whose writes were on their way.
-fn tears(length: u64) -> Vec<(&'static str, fn(&fs::File, u64))> {
+fn tears(length: u64) -> Vec<(&'static str, Tear)> {
     assert!(length > 3 * 4096, "several pages");
     vec![
         ("empty", |file, _| file.set_len(0).unwrap()),
@@ -47,7 +50,7 @@ fn tears(length: u64) -> Vec<(&'static str, fn(&fs::File, u64))> {
     ]
 }
 
-fn tear(path: &Path, tear: fn(&fs::File, u64)) {
+fn tear(path: &Path, tear: Tear) {
     unseal(path);
     let file = fs::File::options().write(true).open(path).unwrap();
     tear(&file, file.metadata().unwrap().len());
