@@ -11,7 +11,7 @@ import pathlib
 import shutil
 import sys
 
-from harness import until
+from harness import LIMIT, until
 from test_armed_restore import Sandbox
 
 sys.path += [str(pathlib.Path(__file__).parents[1] / name) for name in ("digest", "replay")]
@@ -59,6 +59,10 @@ ROADS = [armed_restore]
 
 class Compared(Sandbox):
     """A sandbox that can be compared with its checkpoint. Needs `hooks_installed`."""
+
+    def __init__(self, kind, directory, **kwargs):
+        # Which is the hook's, too: where the processor is emulated a digest of all takes longer than a minute.
+        super().__init__(kind, directory, options=["--annotation", f"dev.crab.dump_timeout={LIMIT:.0f}s"], **kwargs)
 
     def __enter__(self):
         namespace = "default" if self.kind == "ctr" else "moby"
