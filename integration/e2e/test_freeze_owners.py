@@ -5,8 +5,8 @@ import shutil
 import threading
 import time
 
-from equality import HOOKS
 from cgroups import freeze, is_frozen
+from equality import HOOKS
 from harness import BUNDLES, LIMIT, alive, crab, run, until
 from taskapi import Shim
 from test_armed_restore import Sandbox, both_clients

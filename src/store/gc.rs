@@ -374,7 +374,7 @@ impl SandboxWriter {
         let copied = packs
             .iter_mut()
             .try_for_each(|needed| copy(&mut writer, needed))
-            .and_then(|()| writer.finish(None)?.sync());
+            .and_then(|()| writer.finish(None)?.sync(&temporary));
         if let Err(e) = copied {
             files::remove(&temporary)?;
             return Err(e);

@@ -27,17 +27,21 @@ const SEALED: u32 = 0o400;
 
 /// Makes a pack durable that has its name by now, `path`, and seals it. If that fails its name is gone.
 pub(super) fn commit(pack: &Written, path: &Path) -> Result<(), StoreError> {
-    let durable = pack.sync().and_then(|()| {
+    let durable = pack.sync(path).and_then(|()| {
         failpoint("sync packs");
         files::sync_parent(path)
     });
-    if durable.is_err() {
+    if let Err(e) = durable {
         // What could not be written must not look as if it had been.
-        files::remove(path)?;
+        if let Err(stays) = files::remove(path) {
+            log::warn!("{stays}");
+        }
+        return Err(e);
     }
-    durable?;
     failpoint("seal a pack");
-    seal(&pack.file, path)
+    // The checkpoint is there, and its turn's line in the journal will say so, too.
+    seal(&pack.file, path).unwrap_or_else(|e| log::warn!("{e}"));
+    Ok(())
 }
 
 fn seal(file: &File, path: &Path) -> Result<(), StoreError> {

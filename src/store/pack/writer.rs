@@ -52,16 +52,14 @@ pub struct Written {
     pub file: File,
     /// In bytes.
     pub size: u64,
-    /// What it was called when it was written.
-    path: PathBuf,
 }
 
 impl Written {
-    /// Makes its contents durable.
-    pub fn sync(&self) -> Result<(), StoreError> {
+    /// Makes its contents durable. `path`: what it is called now.
+    pub fn sync(&self, path: &Path) -> Result<(), StoreError> {
         failpoint("sync a pack");
         let synced = self.file.sync_data();
-        synced.map_err(files::io("fdatasync", &self.path))?;
+        synced.map_err(files::io("fdatasync", path))?;
         failpoint("a pack is synced");
         Ok(())
     }
@@ -225,7 +223,6 @@ impl PackWriter {
         let file = file.map_err(files::io("write", &self.path))?;
         Ok(Written {
             file,
-            path: self.path,
             size: trailer.file_size().unwrap_or(0),
         })
     }

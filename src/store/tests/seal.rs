@@ -161,7 +161,11 @@ fn what_cannot_be_made_durable_has_no_name() {
     let (pipe, _other) = std::io::pipe().unwrap();
     pack.file = OwnedFd::from(pipe).into();
     let error = seal::commit(&pack, &path).unwrap_err();
-    assert!(error.to_string().contains("fdatasync"), "{error}");
+    let text = error.to_string();
+    assert!(
+        text.contains("fdatasync") && text.contains("3.pack"),
+        "{text}"
+    );
     assert!(!path.exists());
     assert_eq!(numbers(writer.turns().unwrap()), [1, 2]);
 }
