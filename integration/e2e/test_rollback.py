@@ -13,10 +13,8 @@ import sys
 import threading
 import time
 
-import pytest
-
 from cgroups import cgroup_of, cpu_time, is_frozen, unified_of
-from harness import CRAB, LIMIT, Ctr, Docker, Events, Terminal, alive, crab, ctr, docker, run, together, unique, until
+from harness import CRAB, LIMIT, Events, Terminal, alive, crab, ctr, docker, together, unique, until
 from taskapi import Shim
 from test_armed_restore import ASK, OPT_IN, SEED, SERVER, Sandbox, both_clients
 
