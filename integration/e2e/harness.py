@@ -44,6 +44,10 @@ STOCK_GAVE_UP = "OCI runtime pause failed: unable to freeze"
 """runc's own pause, which runc.v2 uses, gives up after a while that is too short for a busy machine. What it
 says then is not what is compared, so such a command is tried again. crab freezes by itself, and never says this."""
 
+_VENDOR = pathlib.Path("/sys/class/dmi/id/sys_vendor")
+EMULATED = _VENDOR.exists() and _VENDOR.read_text().strip() == "QEMU"
+"""In the bed's virtual machine, whose processor may be a program: all that a process does takes some ten times the CPU time."""
+
 _numbers = itertools.count(1)
 _collecting = threading.Lock()
 

@@ -199,7 +199,12 @@ print(n)
 def nginx(box, random):
     """nginx and two clients, each with one connection that it keeps."""
     clients = ("1", "2")
-    box.sh("seq 20000 >/var/www/html/page; sed -i 's/^http {/http { keepalive_requests 1000000;/' /etc/nginx/nginx.conf; nginx")
+    # The cut lasts as long as its state is read, which emulated is longer than nginx would wait for a client's next word.
+    patient = " ".join(f"{what} 1h;" for what in ("keepalive_timeout", "client_header_timeout", "send_timeout"))
+    box.sh(f"""
+        seq 20000 >/var/www/html/page
+        sed -i '/keepalive_timeout/d; s/^http {{/http {{ keepalive_requests 1000000; {patient}/' /etc/nginx/nginx.conf
+        nginx""")
     for client in clients:
         box.background("python3", "-c", ASK, client, log=f"/log{client}")
 

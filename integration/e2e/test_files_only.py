@@ -40,6 +40,7 @@ class Held(Watched):
 
 
 def is_files(line):
+    print(f"\n  {line['action']}: {line['note']}")
     assert line["action"] in ("files", "full"), line
     if line["action"] == "files":
         assert line["effects"] == ["files"] and line["checkpoint"], line

@@ -3,7 +3,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
+    io::{self, Read as _},
     path::{Path, PathBuf},
 };
 
@@ -17,6 +18,9 @@ const LIMITS: Limits = Limits {
     bytes: 32 << 20,
     entries: 10_000,
 };
+
+/// Bytes that a list of mounts seldom exceeds.
+const USUAL_TEXT: usize = 16 << 10;
 
 /// The mounts that a process sees.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -40,7 +44,9 @@ impl Mounts {
     }
 
     fn read(path: &str) -> io::Result<Self> {
-        let text = fs::read(path)?;
+        // Not `fs::read`, which asks a file of /proc for 32 bytes first, then for 32 more, for 64, ...
+        let mut text = Vec::with_capacity(USUAL_TEXT);
+        fs::File::open(path)?.read_to_end(&mut text)?;
         let (mut tmpfs, mut others) = (BTreeMap::new(), BTreeMap::new());
         for entry in parse_mountinfo(&text) {
             let Some(dev) = entry.device.to_str().and_then(device) else {

@@ -176,7 +176,9 @@ impl Processes {
         since: Since<'_>,
     ) -> Result<(Verdict, Option<Rested>), String> {
         let cpu = cpu_ns(scene);
-        if let (Some(cpu), Ok(dirty)) = (cpu, watch.look()) {
+        // After an exec it is another one, and what the kernel side saw is asked once, below.
+        let may_rest = |cpu: &u64| since.is_some() || self.baseline.may_be_quick(*cpu);
+        if let (Some(cpu), Some(Ok(dirty))) = (cpu, cpu.filter(may_rest).map(|_| watch.look())) {
             let facts = self.facts(watch, &dirty, scene, orphans)?;
             if self.baseline.quick(cpu, &facts, &self.settings) {
                 return Ok((Verdict::Unchanged { by: Vec::new() }, None));

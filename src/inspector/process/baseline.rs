@@ -172,6 +172,12 @@ impl Baseline {
         }
     }
 
+    /// Whether the cgroup's CPU time is what it was at [`Baseline::settle`]; else [`Baseline::quick`] need
+    /// not be asked.
+    pub fn may_be_quick(&self, cpu_ns: u64) -> bool {
+        self.quiet.is_some_and(|quiet| quiet.cpu == cpu_ns)
+    }
+
     /// Whether nothing at all has happened: no process of the cgroup ran (`cpu_ns`, its CPU time,
     /// equals that at [`Baseline::settle`]), the kernel side saw nothing, and no packet came.
     /// `false` says nothing: then take a [`Snapshot`]. Costs two small files of /proc.
@@ -185,7 +191,7 @@ impl Baseline {
         };
         let watched = |pid| facts.did.contains_key(pid);
         settings.consistent_cut
-            && quiet.cpu == cpu_ns
+            && self.may_be_quick(cpu_ns)
             && facts.is_quiet()
             && !facts.memory_reached
             && self.snapshot.processes.iter().map(|p| &p.pid).all(watched)

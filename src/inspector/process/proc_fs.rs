@@ -186,6 +186,16 @@ fn failed(pid: i32, file: &str, errno: Errno) -> ProcessError {
     }
 }
 
+/// What a file of the reader's own /proc holds. With room for all at once: `fs::read` asks for 32 bytes
+/// first, then for twice as many each time.
+pub(super) fn read_own(path: &str) -> io::Result<Vec<u8>> {
+    let fd = openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    read_all(&fd).map_err(|error| match error {
+        ReadError::Errno(errno) => errno.into(),
+        ReadError::TooLong => io::Error::other(format!("{path} holds too much")),
+    })
+}
+
 enum ReadError {
     Errno(Errno),
     TooLong,

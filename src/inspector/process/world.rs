@@ -2,14 +2,13 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
     os::fd::OwnedFd,
     thread::{self, JoinHandle},
 };
 
 use nix::sched::{CloneFlags, setns};
 
-use super::proc_fs::{Digest, Dir, ProcessError, digest, pidfd};
+use super::proc_fs::{Digest, Dir, ProcessError, digest, pidfd, read_own};
 
 /// Namespaces of one kind that are looked at.
 const MAX_NAMESPACES: usize = 64;
@@ -205,13 +204,17 @@ impl AskedIpc {
 
 fn ipc_inside(handle: &OwnedFd) -> std::io::Result<Ipc> {
     setns(handle, CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)?;
-    let names = ["hostname", "domainname"].map(|name| fs::read(format!("/proc/sys/kernel/{name}")));
+    let names =
+        ["hostname", "domainname"].map(|name| read_own(&format!("/proc/sys/kernel/{name}")));
     let mut name = Vec::new();
     for part in names {
         name.extend(part?);
     }
     // A kernel without SysV IPC has no such files.
-    let table = |name| fs::read_to_string(format!("/proc/sysvipc/{name}")).unwrap_or_default();
+    let table = |name| {
+        let bytes = read_own(&format!("/proc/sysvipc/{name}")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
     let (memory, semaphores, messages) = (table("shm"), table("sem"), table("msg"));
     let memory = without_residency(&memory);
     let entries = |text: &str| text.lines().count() > 1;
