@@ -9,7 +9,7 @@ import pathlib
 import sys
 import types
 
-from harness import SERVERS, crab, until
+from harness import LIMIT, SERVERS, crab, until
 from test_inspector import Watched, is_none, serve
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "replay"))
@@ -23,6 +23,10 @@ import process  # noqa: E402
 
 class Held(Watched):
     """A sandbox whose turns are looked at, and what its checkpoints say about themselves."""
+
+    def __init__(self, directory, **settings):
+        # Which is the hook's, too: where the processor is emulated a digest of all takes longer than a minute.
+        super().__init__(directory, dump_timeout=f"{LIMIT:.0f}s", **settings)
 
     def checkpoint(self):
         line = json.loads(crab("checkpoint", "--json", self.name).out)
