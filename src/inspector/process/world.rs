@@ -210,12 +210,7 @@ fn ipc_inside(handle: &OwnedFd) -> std::io::Result<Ipc> {
     for part in names {
         name.extend(part?);
     }
-    // A kernel without SysV IPC has no such files.
-    let table = |name| {
-        let bytes = read_own(&format!("/proc/sysvipc/{name}")).unwrap_or_default();
-        String::from_utf8_lossy(&bytes).into_owned()
-    };
-    let (memory, semaphores, messages) = (table("shm"), table("sem"), table("msg"));
+    let (memory, semaphores, messages) = (table("shm")?, table("sem")?, table("msg")?);
     let memory = without_residency(&memory);
     let entries = |text: &str| text.lines().count() > 1;
     let has_queues = entries(&semaphores) || entries(&messages);
@@ -227,6 +222,16 @@ fn ipc_inside(handle: &OwnedFd) -> std::io::Result<Ipc> {
         has_queues,
         has_memory,
     })
+}
+
+/// One of the lists of SysV IPC. What cannot be read is no empty list: nobody would look for messages.
+fn table(name: &str) -> std::io::Result<String> {
+    match read_own(&format!("/proc/sysvipc/{name}")) {
+        // A kernel without SysV IPC.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        Err(e) => Err(e),
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+    }
 }
 
 /// The last two columns tell how much of a segment is in memory or swapped.
