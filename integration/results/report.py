@@ -119,7 +119,7 @@ def row_exec(data: Data) -> list[str]:
 
 
 #: Known from perf of the shim's thread: of 2.2 ms of processor time a turn, a sixth reads /proc, an eighth asks BPF's maps.
-LOOK_REASON = ("each look reads anew what /proc says of every process that is there, the mounts and the network: some 240 system "
+LOOK_REASON = ("each look reads anew what /proc says of every process that is there, the mounts and the network: some 200 system "
                "calls for one process that has no socket, and no single one stands out")
 
 
