@@ -121,7 +121,7 @@ static __always_inline struct inode *upper_of(struct inode *inode)
  * such an inode its times before its mode, and until then it shows that of the inode which was at the same
  * place of memory before. What it was made by is all that tells.
  */
-static __noinline bool is_made_by_others(void)
+__noinline int is_made_by_others(void)
 {
 	__u64 frames[FRAMES];
 	struct makers *their;
@@ -131,14 +131,14 @@ static __noinline bool is_made_by_others(void)
 	their = bpf_map_lookup_elem(&makers, &zero);
 	bytes = bpf_get_task_stack(bpf_get_current_task_btf(), frames, sizeof(frames), 0);
 	if (!their)
-		return false;
+		return 0;
 	for (int i = 0; i < FRAMES && (i + 1) * 8 <= bytes; i++) {
 		for (int j = 0; j < MAKERS; j++) {
 			if (frames[i] > their->all[j].start && frames[i] < their->all[j].end)
-				return true;
+				return 1;
 		}
 	}
-	return false;
+	return 0;
 }
 
 static __always_inline void pseudo(struct inode *inode, unsigned long magic, __u32 tgid,
@@ -257,7 +257,7 @@ static __noinline int note(struct inode *inode, struct recent *now)
 static __always_inline bool fill(struct recent *now, struct inode_key *key)
 {
 	volatile struct control *control = controls();
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT;
 
 	if (!control)
 		return false;
@@ -271,11 +271,11 @@ static __always_inline bool fill(struct recent *now, struct inode_key *key)
 	return true;
 }
 
-static __always_inline int changed(struct inode *inode, __u32 bits, bool unless_new)
+static __always_inline int changed(struct inode *given, __u32 bits, bool unless_new)
 {
+	struct inode *inode = AS(struct inode, given), *upper = inode;
 	struct super_block *sb = inode->i_sb;
 	struct recent now = { .bits = bits };
-	struct inode *upper = inode;
 	struct memory *memory;
 	struct inode_key key;
 	__u32 zero = 0;

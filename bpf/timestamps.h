@@ -12,8 +12,10 @@
 #include "files.h"
 
 SEC("tp_btf/inode_set_ctime_to_ts")
-int BPF_PROG(inode_set_ctime_to_ts, struct inode *inode)
+int BPF_PROG(inode_set_ctime_to_ts, struct inode *given)
 {
+	struct inode *inode = AS(struct inode, given);
+
 	/* An inode that is being read in changes nothing. XFS then gives it its number later. */
 	if (inode->i_sb->s_magic == MAGIC_XFS && !inode->i_ino)
 		return 0;

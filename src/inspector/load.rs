@@ -10,6 +10,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering},
+    thread,
 };
 
 use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, OpenObject, ProgramMut};
@@ -138,16 +139,17 @@ pub(super) fn unfinished(bpffs: &Path) -> PathBuf {
 }
 
 fn pin_all(set: ProbeSet, dir: &Path, without: &[String]) -> anyhow::Result<()> {
+    // The list of the kernel's symbols is long, and takes a third of the time that the programs take.
+    let makers = thread::spawn(makers::makers);
     let (mut programs, marks) = load_all(set, without)?;
     failpoint("loaded");
     fs::create_dir(dir)?;
     for mut map in programs.maps_mut() {
         let name = map.name().to_owned();
-        if name == "makers" {
-            fill_makers(&map)?;
-        }
         map.pin(dir.join(name))?;
     }
+    let died = |_| Err(io::Error::other("the thread died"));
+    fill_makers(&programs, makers.join().unwrap_or_else(died))?;
     failpoint("maps");
     for mut program in programs.progs_mut() {
         let name = program.name().to_string_lossy().into_owned();
@@ -183,10 +185,12 @@ fn pin_marks(program: &mut ProgramMut<'_>, dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn fill_makers(map: &impl MapCore) -> anyhow::Result<()> {
-    match makers::makers() {
-        Ok(makers) => Ok(map.update(&0u32.to_ne_bytes(), &makers, MapFlags::ANY)?),
-        Err(e) => {
+fn fill_makers(programs: &Object, makers: io::Result<Vec<u8>>) -> anyhow::Result<()> {
+    let map = programs.maps().find(|map| map.name() == "makers");
+    match (makers, map) {
+        (Ok(makers), Some(map)) => Ok(map.update(&0u32.to_ne_bytes(), &makers, MapFlags::ANY)?),
+        (Ok(_), None) => Err(anyhow::anyhow!("the programs have no map of makers")),
+        (Err(e), _) => {
             log::info!("the kernel's symbols cannot be read: {e}");
             Ok(())
         }

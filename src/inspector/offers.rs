@@ -2,7 +2,7 @@
 //!
 //! Whether a place can be had is seen by attaching a program to it that does nothing, for an instant.
 
-use std::{io, os::fd::OwnedFd, path::Path};
+use std::{io, os::fd::OwnedFd};
 
 use libbpf_rs::btf::{
     Btf, TypeId,
@@ -13,11 +13,7 @@ use libbpf_sys::{
     bpf_attach_type, bpf_insn, bpf_prog_load_opts, bpf_prog_type,
 };
 
-use super::{
-    load,
-    probes::{KERNEL, ProbeSet},
-    sys,
-};
+use super::{load, probes::ProbeSet, sys};
 
 /// `r0 = 0`, `exit`: codes of linux/bpf.h.
 const DO_NOTHING: [u8; 2] = [0xb7, 0x95];
@@ -32,7 +28,7 @@ pub struct Offers {
 impl Offers {
     /// Those of this kernel, or why it does not describe its types.
     pub fn of_kernel() -> Result<Self, String> {
-        let kernel = Btf::from_path(Path::new(KERNEL)).map_err(|e| e.to_string())?;
+        let kernel = Btf::from_vmlinux().map_err(|e| e.to_string())?;
         Ok(Self { kernel })
     }
 

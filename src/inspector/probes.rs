@@ -8,7 +8,7 @@ use libbpf_rs::btf::{
 };
 
 /// The kernel's own description of its types.
-pub(super) const KERNEL: &str = "/sys/kernel/btf/vmlinux";
+const KERNEL: &str = "/sys/kernel/btf/vmlinux";
 /// That of overlay's, if it is a module.
 const OVERLAY: &str = "/sys/kernel/btf/overlay";
 
@@ -47,7 +47,7 @@ impl ProbeSet {
 
     /// The set that this kernel can have, or why there is none.
     pub fn choose() -> Result<Self, String> {
-        let kernel = Btf::from_path(Path::new(KERNEL))
+        let kernel = Btf::from_vmlinux()
             .map_err(|e| format!("the kernel does not describe its types at {KERNEL}: {e}"))?;
         // The programs look behind its inodes. Whoever mounts a sandbox has loaded it.
         if kernel.type_by_name::<Struct<'_>>("ovl_inode").is_none() && !Path::new(OVERLAY).exists()
