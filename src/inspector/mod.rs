@@ -12,6 +12,7 @@ mod makers;
 pub mod offers;
 mod probes;
 pub mod process;
+mod seat;
 mod slots;
 mod sys;
 #[cfg(test)]
@@ -23,4 +24,5 @@ pub use dirty::{Dirty, Happened, How, Inode};
 pub use host::sweep;
 pub use load::{FAILPOINT, WORD, load, load_without};
 pub use probes::ProbeSet;
+pub use seat::Seat;
 pub use watch::{Subject, Watch};

@@ -17,14 +17,14 @@ use std::{
 };
 
 use super::{
-    abi::{self, InodeKey, MAPPING_AIO, Mapping, Registers, SLOTS, Watched},
+    abi::{self, InodeKey, MAPPING_AIO, Mapping, Registers, Watched},
     dirty::{Dirty, Happened, Inode},
     epoch::{Ended, Epoch, FIRST_ROOM},
-    host::{Host, Key, get, put, remove},
+    host::{Key, get, put, remove},
     load::failpoint,
+    seat::Seat,
     sys::{self, Whom},
 };
-use crate::slot_lock::SlotLock;
 
 /// Epochs that wait for a durable cut.
 const MOST_ENDED: usize = 4;
@@ -46,8 +46,7 @@ pub struct Subject {
 
 /// One sandbox, watched until this is dropped, or [`Watch::leave`] is called.
 pub struct Watch {
-    host: Host,
-    slot: Option<SlotLock>,
+    seat: Seat,
     key: Key,
     now: Epoch,
     /// In its place already, for the time after `now`; None if the last ended one is still there.
@@ -70,21 +69,13 @@ pub struct Watch {
 
 impl Watch {
     /// Begins to watch. Everything counts as changed until the first [`Watch::cut`] is durable.
-    ///
-    /// `run`: crab's directory below /run. `load` has [`super::load`] run in another process.
-    pub fn begin(
-        run: &Path,
-        subject: &Subject,
-        load: &dyn Fn() -> Result<(), String>,
-    ) -> Result<Self, String> {
+    pub fn begin(seat: Seat, subject: &Subject) -> Result<Self, String> {
         let key = key_of(subject)?;
-        let (host, slot) = Host::join(run, load)?;
-        let begun =
-            Self::register(&host, &slot, &key).and_then(|now| Ok((now, host.marks_missed()?)));
+        let host = &seat.host;
+        let begun = Self::register(&seat, &key).and_then(|now| Ok((now, host.marks_missed()?)));
         match begun {
             Ok((now, marks_missed)) => Ok(Self {
-                host,
-                slot: Some(slot),
+                seat,
                 key,
                 now,
                 next: None,
@@ -97,10 +88,7 @@ impl Watch {
                 marks_missed,
             }),
             Err(e) => {
-                let undone = host
-                    .unregister(slot.number(), &key)
-                    .map_err(|e| e.to_string());
-                if let Err(e) = host.leave(slot).and(undone) {
+                if let Err(e) = host.unregister(seat.slot(), &key) {
                     log::warn!("the inspector: {e}");
                 }
                 Err(format!("cannot register with the inspector: {e}"))
@@ -108,21 +96,22 @@ impl Watch {
         }
     }
 
-    fn register(host: &Host, slot: &SlotLock, key: &Key) -> io::Result<Epoch> {
+    fn register(seat: &Seat, key: &Key) -> io::Result<Epoch> {
+        let (host, slot) = (&seat.host, seat.slot());
         // What a dead shim may have left in this slot.
-        host.unwatch(slot.number())?;
+        host.unwatch(slot)?;
         let mut now = Epoch::new(FIRST_ROOM)?;
         now.missed = host.missed()?;
         now.doubt = Some("nothing has been captured yet".into());
-        host.put_epoch(slot.number(), host.epoch_number(slot.number())?, &now.map)?;
-        host.register(slot.number(), key)?;
+        host.put_epoch(slot, host.epoch_number(slot)?, &now.map)?;
+        host.register(slot, key)?;
         failpoint("registered");
         Ok(now)
     }
 
     /// The probe set in use.
     pub fn probes(&self) -> &'static str {
-        self.host.probes.name()
+        self.seat.host.probes.name()
     }
 
     /// The sandbox has other processes, another mount of its files, and maybe another cgroup: from
@@ -131,10 +120,10 @@ impl Watch {
     pub fn follow(&mut self, subject: &Subject, why: String) -> Result<(), String> {
         self.now.doubt = Some(why);
         let key = key_of(subject)?;
-        let moved = (self.host)
+        let moved = (self.seat.host)
             .unwatch(self.slot())
-            .and_then(|()| self.host.register(self.slot(), &key))
-            .and_then(|()| self.host.forget_key(self.slot(), &self.key, &key));
+            .and_then(|()| self.seat.host.register(self.slot(), &key))
+            .and_then(|()| self.seat.host.forget_key(self.slot(), &self.key, &key));
         moved.map_err(|e| format!("cannot register with the inspector: {e}"))?;
         self.watched.clear();
         self.foreign.clear();
@@ -158,7 +147,7 @@ impl Watch {
         if self.given_up {
             dirty.doubts.push(GIVEN_UP.into());
         }
-        if self.host.missed()? != self.now.missed {
+        if self.seat.host.missed()? != self.now.missed {
             dirty.doubts.push(MISSED.into());
         }
         Ok(dirty)
@@ -170,16 +159,16 @@ impl Watch {
     pub fn prepare(&mut self) -> io::Result<()> {
         let mut next = self.take_next()?;
         // An event that is missed meanwhile counts for both epochs.
-        next.missed = self.host.missed()?;
+        next.missed = self.seat.host.missed()?;
         // Whatever fails from here on: the ended epoch counts until a cut is durable, and the new
         // one is not trusted before there was one.
         next.doubt = Some("the last cut was not finished".into());
-        self.host.next_epoch(self.slot())?;
+        self.seat.host.next_epoch(self.slot())?;
         let ended = mem::replace(&mut self.now, next);
         self.ended.push(ended.into());
         failpoint("ended");
         self.give_up()?;
-        let missed = self.host.missed()?;
+        let missed = self.seat.host.missed()?;
         if let Some(Ended { epoch, .. }) = self.ended.last_mut()
             && missed != epoch.missed
         {
@@ -203,8 +192,8 @@ impl Watch {
     /// Puts an epoch in the place of the last ended one. When this returns no program uses that any more.
     fn put_next(&self, room: u32) -> io::Result<Epoch> {
         let next = Epoch::new(room)?;
-        let number = self.host.epoch_number(self.slot())? + 1;
-        self.host.put_epoch(self.slot(), number, &next.map)?;
+        let number = self.seat.host.epoch_number(self.slot())? + 1;
+        self.seat.host.put_epoch(self.slot(), number, &next.map)?;
         Ok(next)
     }
 
@@ -238,7 +227,7 @@ impl Watch {
     pub fn since_prepared(&self) -> io::Result<Dirty> {
         let mut dirty = Dirty::default();
         self.now.add_to(&mut dirty)?;
-        if self.host.missed()? != self.now.missed {
+        if self.seat.host.missed()? != self.now.missed {
             dirty.doubts.push(MISSED.into());
         }
         Ok(dirty)
@@ -294,9 +283,9 @@ impl Watch {
     fn still_written(&self, pids: &[i32]) -> io::Result<HashSet<InodeKey>> {
         let mut inodes = self.foreign.clone();
         for pid in pids {
-            let mappings = self.lines(&self.host.shared_mappings, *pid)?;
+            let mappings = self.lines(&self.seat.host.shared_mappings, *pid)?;
             if mappings.iter().any(|m| m.kind == MAPPING_AIO) {
-                let files = self.lines(&self.host.open_files, *pid)?;
+                let files = self.lines(&self.seat.host.open_files, *pid)?;
                 inodes.extend(files.iter().filter_map(InodeKey::of));
             }
             inodes.extend(mappings.iter().filter_map(InodeKey::of));
@@ -315,7 +304,7 @@ impl Watch {
     }
 
     fn thread(&self, tid: i32) -> Option<Registers> {
-        let program = self.host.registers.as_fd();
+        let program = self.seat.host.registers.as_fd();
         sys::iterate(program, Whom::Thread(tid)).ok()?.pop()
     }
 
@@ -324,7 +313,7 @@ impl Watch {
     ///
     /// What the dump itself did in them is forgotten, too.
     pub fn watch_processes(&mut self, pids: &[i32]) -> io::Result<()> {
-        self.host.unwatch(self.slot())?;
+        self.seat.host.unwatch(self.slot())?;
         self.watched.clear();
         for pid in pids {
             // The programs know the pid of the first namespace, and we may be in another.
@@ -334,18 +323,18 @@ impl Watch {
                     did: 0,
                     keeper: its.reader,
                 };
-                put(&self.host.watched, &its.tid, &fresh)?;
+                put(&self.seat.host.watched, &its.tid, &fresh)?;
                 self.watched.insert(*pid, its.tid);
             }
         }
-        self.host.control.set_watching();
-        self.host.control.new_generation();
+        self.seat.host.control.set_watching();
+        self.seat.host.control.new_generation();
         for ended in self.ended.iter().chain(&self.captured) {
             ended.epoch.forget_events()?;
         }
         self.now.forget_events()?;
         self.happened.0 &= Happened::REACH.0;
-        self.marks_missed = self.host.marks_missed()?;
+        self.marks_missed = self.seat.host.marks_missed()?;
         Ok(())
     }
 
@@ -363,7 +352,7 @@ impl Watch {
         for epoch in ended.chain([&self.now]).chain(&self.next) {
             happened.0 |= epoch.happened()?.0;
         }
-        Ok(happened.has(Happened::CLEARED) || self.host.marks_missed()? != self.marks_missed)
+        Ok(happened.has(Happened::CLEARED) || self.seat.host.marks_missed()? != self.marks_missed)
     }
 
     /// What the watched processes did since [`Watch::watch_processes`], in bits of
@@ -374,7 +363,7 @@ impl Watch {
             let Some(first) = self.watched.get(pid) else {
                 continue;
             };
-            if let Some(its) = get::<u32, Watched>(&self.host.watched, first)?
+            if let Some(its) = get::<u32, Watched>(&self.seat.host.watched, first)?
                 && its.slot == self.slot()
             {
                 all.insert(*pid, its.did);
@@ -389,17 +378,17 @@ impl Watch {
     }
 
     fn end(&mut self) -> Result<(), String> {
-        let Some(slot) = self.slot.take() else {
+        if self.seat.is_left() {
             return Ok(());
-        };
-        let unregistered = self.host.unregister(slot.number(), &self.key);
+        }
+        let unregistered = self.seat.host.unregister(self.slot(), &self.key);
         failpoint("unregistered");
-        self.host.leave(slot)?;
+        self.seat.leave()?;
         unregistered.map_err(|e| format!("cannot unregister from the inspector: {e}"))
     }
 
     fn slot(&self) -> u32 {
-        self.slot.as_ref().map_or(SLOTS, |slot| slot.number())
+        self.seat.slot()
     }
 }
 

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     container::{Container, Inner},
+    early_seat::EarlySeat,
     error::{Context, Kind, Result, ShimError},
     events::EventSink,
     health_check,
@@ -148,6 +149,10 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         make_netns(host, &sandbox, &bundle, &run_dir)?;
     }
 
+    let early_seat = match config.enabled && config.skip_unchanged {
+        true => EarlySeat::begin(host),
+        false => EarlySeat::default(),
+    };
     let boots = source.as_ref().is_none_or(Source::boots);
     let phase = match boots {
         true => Phase::Created,
@@ -167,6 +172,7 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         doors: Doors::new(),
         place: RwLock::default(),
         turns: OnceLock::new(),
+        early_seat,
         leftovers: Mutex::default(),
         tidying: Mutex::default(),
         limits: Mutex::default(),

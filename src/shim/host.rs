@@ -28,7 +28,7 @@ use crate::{
     cgroup::{self, Cgroup, CgroupError, OomWatch},
     config::{Config, Incremental},
     coordinator::freeze::Freezable,
-    inspector::{self, Watch},
+    inspector::{self, Seat},
     memory,
     rootfs::{self, MountSpec, Mounted, Overlay},
     runtime::{
@@ -113,8 +113,8 @@ pub trait Host: Send + Sync {
     fn kill_cgroup(&self, directories: &[PathBuf]) -> Result<(), String>;
     /// Kills what is left in a cgroup and removes its directories, those that are there.
     fn remove_cgroup(&self, directories: &[PathBuf]) -> Result<(), String>;
-    /// Begins to watch what changes in a sandbox.
-    fn watch(&self, subject: &inspector::Subject) -> Result<Watch, String>;
+    /// The programs that watch what changes in sandboxes, and a place among those who use them.
+    fn seat(&self) -> Result<Seat, String>;
 }
 
 /// The real machine.
@@ -260,8 +260,8 @@ impl Host for Linux {
         cgroup::remove(directories).map_err(|e| e.to_string())
     }
 
-    fn watch(&self, subject: &inspector::Subject) -> Result<Watch, String> {
+    fn seat(&self) -> Result<Seat, String> {
         let run = Path::new(RUN);
-        Watch::begin(run, subject, &|| self.load_programs(run))
+        Seat::take(run, &|| self.load_programs(run))
     }
 }

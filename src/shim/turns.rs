@@ -65,7 +65,9 @@ impl Subject for Container {
     }
 
     fn watch(&self) -> std::result::Result<Watch, String> {
-        self.host.watch(&self.to_watch()?)
+        let subject = self.to_watch()?;
+        let seat = self.early_seat.get();
+        Watch::begin(seat.unwrap_or_else(|| self.host.seat())?, &subject)
     }
 
     fn to_watch(&self) -> std::result::Result<inspector::Subject, String> {
@@ -257,5 +259,7 @@ impl Container {
         if let Some(turns) = self.turns.get() {
             turns.stop();
         }
+        // If it was never started.
+        drop(self.early_seat.get());
     }
 }

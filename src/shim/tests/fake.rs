@@ -21,7 +21,7 @@ use super::{
 use crate::{
     cgroup::CgroupError,
     config::Config,
-    inspector::{self, Watch},
+    inspector::Seat,
     rootfs::{MountSpec, Overlay},
     runtime::{Checkpoint, OciRuntime},
     sandbox::SandboxId,
@@ -376,7 +376,7 @@ impl Host for Machine {
         Ok(())
     }
 
-    fn watch(&self, _: &inspector::Subject) -> Result<Watch, String> {
+    fn seat(&self) -> Result<Seat, String> {
         Err("no inspector in tests".into())
     }
 }
