@@ -8,7 +8,7 @@ use super::{
     known::{Dump, Known, Outline, ToRead},
     look::Look,
     memory_files::Mounts,
-    processes::{Processes, Since},
+    processes::{Glimpse, Processes, Since},
 };
 use crate::{
     inspector::{Dirty, Watch},
@@ -63,19 +63,31 @@ pub(super) fn ahead(
     Ok(ToRead { which, unseen })
 }
 
-/// What there is to compare with.
-#[derive(Clone, Copy)]
+/// What there is to compare with, and what has been seen of the processes.
 pub(super) struct Basis<'k> {
     layer: &'k Layer,
     dump: &'k Dump,
     processes: &'k Processes,
+    glimpse: Glimpse<'k>,
     /// The sandbox goes on from another checkpoint than the one that the layer is held against.
     elsewhere: bool,
 }
 
-/// What there is to compare with, or why everything counts as changed.
+/// Before the kernel side is asked; None if there are no processes to compare with. `since`: an earlier look
+/// at them.
+pub(super) fn glimpse<'k>(
+    known: Option<&Known>,
+    scene: &Scene<'_>,
+    since: Since<'k>,
+) -> Option<Glimpse<'k>> {
+    let processes = known?.dump.as_ref()?.processes.as_ref()?;
+    Some(processes.glimpse(scene, since))
+}
+
+/// What there is to compare with, or why everything counts as changed. `dirty` was read after the glimpse.
 pub(super) fn basis<'k>(
     known: Option<&'k Known>,
+    glimpse: Option<Glimpse<'k>>,
     dirty: &Dirty,
     latest: Option<TurnNo>,
 ) -> Result<Basis<'k>, String> {
@@ -88,28 +100,31 @@ pub(super) fn basis<'k>(
     }
     let dump = known.dump.as_ref();
     let dump = dump.ok_or("the last checkpoint has no processes")?;
-    let processes = dump.processes.as_ref();
+    let processes = dump.processes.as_ref().zip(glimpse);
+    let (processes, glimpse) =
+        processes.ok_or("the processes of the last checkpoint are not known")?;
     Ok(Basis {
         layer: &known.layer,
         dump,
-        processes: processes.ok_or("the processes of the last checkpoint are not known")?,
+        processes,
+        glimpse,
         elsewhere: known.is_elsewhere(),
     })
 }
 
 /// What differs from the newest checkpoint; with the comparison of the writable layer, if nothing writes
-/// to it. `since`: an earlier look at the processes.
+/// to it.
 pub(super) fn compare(
     basis: Basis<'_>,
     watch: &Watch,
     dirty: &Dirty,
     scene: &Scene<'_>,
-    since: Since<'_>,
 ) -> (Look, Option<Comparison>) {
     let Basis {
         layer,
         dump,
         processes,
+        glimpse,
         elsewhere,
     } = basis;
     let mut look = Look::default();
@@ -125,11 +140,11 @@ pub(super) fn compare(
         scene,
         &mut look,
     );
-    let verdict = Mounts::of(scene.init).map(|now| now == dump.mounts);
-    if !verdict.is_ok_and(|same| same) {
+    let same_mounts = processes.look((watch, dirty), scene, glimpse, files.orphans, &mut look);
+    let differ = || !Mounts::of(scene.init).is_ok_and(|now| now == dump.mounts);
+    if !same_mounts && differ() {
         look.add(Effect::Mounts);
     }
-    processes.look(watch, scene, files.orphans, since, &mut look);
     let has_large = |comparison: &Comparison| comparison.large().next().is_some();
     look.large = files.comparison.as_ref().is_none_or(has_large);
     if look.effects == [Effect::Files] && !files.elsewhere {

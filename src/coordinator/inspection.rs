@@ -14,7 +14,7 @@
 use std::{path::Path, sync::Arc, time::Instant};
 
 use super::{
-    compare::{ahead, basis, compare, outline},
+    compare::{ahead, basis, compare, glimpse, outline},
     freeze::Freezable,
     known::{Dump, Known, Outline, Still, Taken, ToRead, Written},
     look::Look,
@@ -97,12 +97,14 @@ impl Inspection {
             Ok(watch) => watch,
             Err(e) => return Look::everything(e),
         };
+        let known = self.known.as_ref();
+        let glimpse = glimpse(known, scene, None);
         let dirty = match watch.look() {
             Ok(dirty) => dirty,
             Err(e) => return Look::everything(format!("cannot read the kernel's maps: {e}")),
         };
-        let mut look = match basis(self.known.as_ref(), &dirty, latest) {
-            Ok(basis) => compare(basis, watch, &dirty, scene, None).0,
+        let mut look = match basis(known, glimpse, &dirty, latest) {
+            Ok(basis) => compare(basis, watch, &dirty, scene).0,
             Err(why) => Look::everything(why),
         };
         self.rested = look.rested.take();
@@ -159,6 +161,8 @@ impl Inspection {
             .cgroup
             .procs()
             .map_err(|e| Look::everything(e.to_string()))?;
+        let known = self.known.as_ref();
+        let glimpse = glimpse(known, scene, rested.as_deref().zip(now));
         let dirty = match watch.cut(&pids) {
             Ok(dirty) => dirty,
             Err(e) => {
@@ -167,9 +171,8 @@ impl Inspection {
                 return Err(Look::everything(why));
             }
         };
-        let basis = basis(self.known.as_ref(), &dirty, latest).map_err(Look::everything)?;
-        let since = rested.as_deref().zip(now);
-        let (look, comparison) = compare(basis, watch, &dirty, scene, since);
+        let basis = basis(known, glimpse, &dirty, latest).map_err(Look::everything)?;
+        let (look, comparison) = compare(basis, watch, &dirty, scene);
         match comparison {
             Some(comparison) if look.only_files || look.effects.is_empty() => {
                 Ok(Still { comparison, look })

@@ -71,6 +71,16 @@ struct Seen {
 /// An earlier look, and how far the threads have come by now. None of them runs.
 pub(super) type Since<'a> = Option<(&'a Rested, &'a Stillness)>;
 
+/// What is read of the processes before the kernel side is asked: whatever they did up to then is in its
+/// answer.
+pub(super) struct Glimpse<'a> {
+    /// CPU time of the cgroup, read before all else: an exec that came and went is in it.
+    cpu: Option<u64>,
+    /// What they are; None where the kernel side's answer may be enough.
+    snapshot: Option<Result<Snapshot, String>>,
+    since: Since<'a>,
+}
+
 impl Processes {
     /// In the freeze, after the dump into `image`.
     pub(super) fn take(
@@ -130,17 +140,33 @@ impl Processes {
         Ok(settled)
     }
 
-    /// Adds what the processes did to `look`, or how each was acquitted. `orphans`: a file without a
-    /// name was changed. `since`: it need not be looked again at what cannot have changed.
+    /// To be called before the kernel side is asked. `since`: it need not be looked again at what cannot have
+    /// changed.
+    pub(super) fn glimpse<'a>(&self, scene: &Scene<'_>, since: Since<'a>) -> Glimpse<'a> {
+        let cpu = cpu_ns(scene);
+        // After an exec it is another one.
+        let may_rest = |cpu: u64| since.is_some() || self.baseline.may_be_quick(cpu);
+        Glimpse {
+            cpu,
+            // Registers are read for those alone that cannot be acquitted without: it takes 50 us each.
+            snapshot: (!cpu.is_some_and(may_rest)).then(|| snapshot(scene, &no_registers)),
+            since,
+        }
+    }
+
+    /// Adds what the processes did to `look`, or how each was acquitted. `dirty` was read after the glimpse.
+    /// `orphans`: a file without a name was changed. Returns whether the mounts were looked at, too, and are
+    /// those of the dump.
     pub(super) fn look(
         &self,
-        watch: &Watch,
+        (watch, dirty): (&Watch, &Dirty),
         scene: &Scene<'_>,
+        glimpse: Glimpse<'_>,
         orphans: bool,
-        since: Since<'_>,
         look: &mut Look,
-    ) {
-        let verdict = self.verdict(watch, scene, orphans, since);
+    ) -> bool {
+        let has_snapshot = glimpse.snapshot.is_some();
+        let verdict = self.verdict((watch, dirty), scene, glimpse, orphans);
         let verdict = verdict.map(|(verdict, rested)| {
             look.rested = rested.map(Box::new);
             verdict
@@ -154,6 +180,7 @@ impl Processes {
                         names(self.settled.iter())
                     ));
                 }
+                return has_snapshot;
             }
             Ok(Verdict::Changed { why }) => {
                 for reason in &why {
@@ -166,38 +193,40 @@ impl Processes {
                 look.tell(format!("the processes cannot be looked at: {e}"));
             }
         }
+        false
     }
 
     fn verdict(
         &self,
-        watch: &Watch,
+        (watch, dirty): (&Watch, &Dirty),
         scene: &Scene<'_>,
+        glimpse: Glimpse<'_>,
         orphans: bool,
-        since: Since<'_>,
     ) -> Result<(Verdict, Option<Rested>), String> {
-        let cpu = cpu_ns(scene);
-        // After an exec it is another one, and what the kernel side saw is asked once, below.
-        let may_rest = |cpu: &u64| since.is_some() || self.baseline.may_be_quick(*cpu);
-        if let (Some(cpu), Some(Ok(dirty))) = (cpu, cpu.filter(may_rest).map(|_| watch.look())) {
-            let facts = self.facts(watch, &dirty, scene, orphans)?;
-            if self.baseline.quick(cpu, &facts, &self.settings) {
-                return Ok((Verdict::Unchanged { by: Vec::new() }, None));
+        let cpu = glimpse.cpu;
+        let facts = self.facts(watch, dirty, scene, orphans)?;
+        let judged = match (glimpse.snapshot, cpu) {
+            (Some(now), _) => self.judge(watch, scene, &now?, facts, &no_registers),
+            (None, Some(cpu)) => {
+                if self.baseline.quick(cpu, &facts, &self.settings) {
+                    return Ok((Verdict::Unchanged { by: Vec::new() }, None));
+                }
+                let seen = Seen {
+                    cpu,
+                    facts,
+                    marks: scene.marks.clone(),
+                };
+                if let Some(by) = glimpse.since.and_then(|since| self.still_so(since, &seen)) {
+                    return Ok((Verdict::Unchanged { by: by.clone() }, None));
+                }
+                self.judge_anew(watch, scene, orphans, &no_registers)?
             }
-            let seen = Seen {
-                cpu,
-                facts,
-                marks: scene.marks.clone(),
-            };
-            let rested = since.filter(|_| dirty.doubts.is_empty());
-            if let Some(by) = rested.and_then(|since| self.still_so(since, &seen)) {
-                return Ok((Verdict::Unchanged { by: by.clone() }, None));
-            }
-        }
-        // Registers are read for those alone that cannot be acquitted without: it takes 50 us each.
-        let (verdict, rested) = self.judge(watch, scene, orphans, &no_registers)?;
+            (None, None) => self.judge_anew(watch, scene, orphans, &no_registers)?,
+        };
+        let (verdict, rested) = judged;
         let Verdict::Unchanged { by } = &verdict else {
             let registers = |tid| watch.registers(tid);
-            let (verdict, _) = self.judge(watch, scene, orphans, &registers)?;
+            let (verdict, _) = self.judge_anew(watch, scene, orphans, &registers)?;
             return Ok((verdict, None));
         };
         let rested = cpu.zip(rested).map(|(cpu, (rest, facts))| Rested {
@@ -228,7 +257,7 @@ impl Processes {
         is_so.then_some(&rested.by)
     }
 
-    fn judge(
+    fn judge_anew(
         &self,
         watch: &Watch,
         scene: &Scene<'_>,
@@ -242,13 +271,21 @@ impl Processes {
             return Err(doubt.clone());
         }
         let facts = self.facts(watch, &dirty, scene, orphans)?;
-        let settings = &self.settings;
+        Ok(self.judge(watch, scene, &now, facts, registers))
+    }
+
+    fn judge(
+        &self,
+        watch: &Watch,
+        scene: &Scene<'_>,
+        now: &Snapshot,
+        facts: KernelFacts,
+        registers: Registers<'_>,
+    ) -> (Verdict, Option<(Rest, KernelFacts)>) {
         let marks = || marks_hold(watch, scene);
-        let verdict = self
-            .baseline
-            .verdict(&now, &facts, (registers, &marks), settings);
-        let rest = self.baseline.at_rest(&now);
-        Ok((verdict, rest.map(|rest| (rest, facts))))
+        let verdict = (self.baseline).verdict(now, &facts, (registers, &marks), &self.settings);
+        let rest = self.baseline.at_rest(now);
+        (verdict, rest.map(|rest| (rest, facts)))
     }
 
     fn facts(

@@ -14,7 +14,7 @@ use std::{
 };
 
 use super::{
-    compare::{basis, compare},
+    compare::{basis, compare, glimpse},
     cut::LATCH_LIMIT,
     doors::Latched,
     freeze::Held,
@@ -193,9 +193,11 @@ impl Inspection {
     /// An error if anything else may have changed, or if that touches what the processes stand upon.
     fn files_alone(&self, scene: &Scene<'_>, head: TurnNo) -> Result<Comparison, String> {
         let watch = self.watch.as_ref()?;
+        let known = self.known.as_ref();
+        let glimpse = glimpse(known, scene, None);
         let dirty = watch.look().map_err(|e| e.to_string())?;
-        let basis = basis(self.known.as_ref(), &dirty, Some(head))?;
-        let (look, comparison) = compare(basis, watch, &dirty, scene, None);
+        let basis = basis(known, glimpse, &dirty, Some(head))?;
+        let (look, comparison) = compare(basis, watch, &dirty, scene);
         match comparison {
             Some(comparison) if look.only_files || look.effects.is_empty() => Ok(comparison),
             _ => Err(look
