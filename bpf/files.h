@@ -257,7 +257,7 @@ static __noinline int note(struct inode *inode, struct recent *now)
 static __always_inline bool fill(struct recent *now, struct inode_key *key)
 {
 	volatile struct control *control = controls();
-	struct task_struct *task = CURRENT;
+	struct task_struct *task = bpf_get_current_task_btf();
 
 	if (!control)
 		return false;
@@ -267,7 +267,7 @@ static __always_inline bool fill(struct recent *now, struct inode_key *key)
 	now->dev = key->dev;
 	now->strange = key->strange;
 	now->tgid = task->tgid;
-	now->cgroup = task->cgroups->dfl_cgrp->kn->id;
+	now->cgroup = AS(struct task_struct, task)->cgroups->dfl_cgrp->kn->id;
 	return true;
 }
 

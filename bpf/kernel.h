@@ -271,17 +271,15 @@ struct trace_event_raw_ctime_ns_xchg {
 
 #pragma clang attribute pop
 
-/* A pointer that is not the verifier's own: loads through it cannot fault, they read 0. */
+/*
+ * A pointer that is not the verifier's own: loads through it cannot fault, they read 0. Pointers are always
+ * read through such a one, even if another was given: of each pointer that is read through one that it trusts
+ * the verifier looks up whether that can be trusted, too, up to four times through the names of all types of
+ * the kernel. That was most of the time that loading the programs took.
+ */
 void *bpf_rdonly_cast(const void *object, __u32 btf_id) __ksym;
 
 #define AS(type, pointer) ((type *)bpf_rdonly_cast((void *)(pointer), bpf_core_type_id_kernel(type)))
-/*
- * The current task, and anything else that a program is given, read as AS() reads it. Of each pointer that is
- * read through one that it trusts the verifier looks up whether that can be trusted, too: up to four times
- * through the names of all types of the kernel, half a millisecond each. That was most of the time that loading
- * the programs took.
- */
-#define CURRENT AS(struct task_struct, bpf_get_current_task_btf())
 #define AROUND(type, field, pointer) \
 	AS(type, (unsigned long)(pointer) - bpf_core_field_offset(type, field))
 

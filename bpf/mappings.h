@@ -59,7 +59,7 @@ int BPF_PROG(ma_write, const char *caller, struct ma_state *mas, unsigned long p
 	file = vma->vm_file;
 	if (!file || !(vma->vm_flags & VM_SHARED))
 		return 0;
-	task = CURRENT;
+	task = AS(struct task_struct, bpf_get_current_task_btf());
 	if (!task->mm || (unsigned long)AS(struct ma_state, mas)->tree !=
 			 (unsigned long)task->mm + bpf_core_field_offset(struct mm_struct, mm_mt))
 		return 0;

@@ -150,7 +150,10 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
     }
 
     let early_seat = match config.enabled && config.skip_unchanged {
-        true => EarlySeat::begin(host),
+        true => {
+            let host = Arc::clone(host);
+            EarlySeat::begin(move || host.seat())
+        }
         false => EarlySeat::default(),
     };
     let boots = source.as_ref().is_none_or(Source::boots);
