@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Sequence
@@ -253,6 +254,15 @@ def limits(data: Data) -> list[str]:
     return [name for name, is_so in reasons if is_so]
 
 
+def builds(runs: Sequence[f.Run]) -> str:
+    """Which runs are of another build of crab than most, if any: parts can be measured at different times. A run of before
+    builds were told apart is of one more."""
+    usual = Counter(run.get("build") for run in runs).most_common(1)
+    others = [run["trace"] for run in runs if run.get("build") != usual[0][0]]
+    names = ", ".join(dict.fromkeys(others))
+    return f"The runs of {names} are of another build of crab than the others." if names else ""
+
+
 def extent(data: Data) -> str:
     """What a reader must know before any figure; nothing of the whole measurement."""
     trial, short = doubts(data), limits(data)
@@ -267,7 +277,7 @@ def machine(data: Data) -> str:
     loads = [run["load"] for run in data["runs"]]
     text = (f"{m['cpu']}, {m['cpus']} CPUs, {m['memory_kb'] / 1e6:.0f} GB, kernel {m['kernel']}; {versions}; {m['date']}; "
             f"load average at the runs' ends {min(loads, default=0):.1f} to {max(loads, default=0):.1f}.")
-    return "\n\n".join(filter(None, (text, extent(data))))
+    return "\n\n".join(filter(None, (text, builds(data["runs"]), extent(data))))
 
 
 def in_readme(readme: str, data: Data) -> str:

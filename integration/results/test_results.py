@@ -135,6 +135,14 @@ def test_what_was_not_measured_is_missing():
     assert report.missing(settings.TRACES, [], quick=True) == []
 
 
+def test_runs_of_another_build_are_named():
+    run = lambda trace, **more: {"trace": trace} | more  # noqa: E731
+    assert report.builds([run("a"), run("b")]) == ""
+    assert report.builds([run("a", build="1"), run("b", build="1")]) == ""
+    assert report.builds([run("a"), run("a"), run("b", build="1"), run("c", build="0"), run("d", build="1"), run("e", build="1")]) == (
+        "The runs of a, c are of another build of crab than the others.")
+
+
 def test_a_recovery_in_the_virtual_machine_counts():
     replayed = {"summary": {"plan": {"14": "twice", "3": "exec"}, "codes_not_as_expected": []},
                 "faults": [{"turn": 3, "kind": "exec", "equal": True, "mode": "exact", "unequal": []}]}
