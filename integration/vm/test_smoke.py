@@ -60,12 +60,14 @@ with mmap.mmap(fd, 4096) as its: its[:6] = b"stored"'"""
 def test_the_inspector_tells_turns_apart_by_functions_of_the_kernel(tmp_path):
     with Sandbox("ctr", tmp_path) as sandbox:
         sandbox.sh("head -c 4096 /dev/zero >/mapped")
+        sandbox.settled("none")
         for command in "touch /new", STORE, "rm /new", "chmod 600 /mapped":
-            sandbox.settled("none")
             sandbox.sh(command)
             turn = sandbox.settled()
             line = sandbox.turns()[-1]
             assert (line["turn"], line["action"]) == (turn, "files"), (command, line)
+        sandbox.sh("true")
+        sandbox.settled("none")
         sandbox.die()
         sandbox.restore(f"@{turn}")
         sandbox.start()
