@@ -275,7 +275,7 @@ struct trace_event_raw_ctime_ns_xchg {
  * A pointer that is not the verifier's own: loads through it cannot fault, they read 0. Pointers are always
  * read through such a one, even if another was given: of each pointer that is read through one that it trusts
  * the verifier looks up whether that can be trusted, too, up to four times through the names of all types of
- * the kernel. That was most of the time that loading the programs took.
+ * the kernel. That was most of the time that it took.
  */
 void *bpf_rdonly_cast(const void *object, __u32 btf_id) __ksym;
 

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use crab::{
     digest::Digest,
-    inspector::{self, Dirty, Seat, Subject, Watch, did_bits},
+    inspector::{self, Dirty, Joined, Subject, Watch, did_bits},
     rootfs::layer::{Candidate, Change, Comparison, Layer, Scope},
     sandbox::{SandboxId, TurnNo},
     store::{Part, Store},
@@ -95,9 +95,9 @@ fn serve(args: &Args) -> Result<()> {
         let said = String::from_utf8_lossy(&done.stderr);
         Err(format!("{}: {}", done.status, said.trim()))
     };
-    let seat = Seat::take(&args.run, &load);
-    let watch = seat
-        .and_then(|seat| Watch::begin(seat, &subject))
+    let joined = Joined::new(&args.run, &load);
+    let watch = joined
+        .and_then(|joined| Watch::begin(joined, &subject))
         .map_err(anyhow::Error::msg)?;
     say(&json!({ "ready": true, "probes": watch.probes() }));
     let place = tempfile::tempdir()?;

@@ -285,7 +285,7 @@ def in_readme(readme: str, data: Data) -> str:
     begin, end = readme.find(MARKS[0]), readme.find(MARKS[1])
     if doubts(data) or begin < 0 or end < begin:
         return readme
-    text = (f"{extent(data)}\n\n" if extent(data) else "") + main_table(data)
+    text = "\n\n".join(filter(None, (builds(data["runs"]), extent(data), main_table(data))))
     # Links are relative to docs/ on the page itself.
     return readme[:begin] + MARKS[0] + text.replace("](", "](docs/") + readme[end:]
 

@@ -21,8 +21,8 @@ use super::{
     dirty::{Dirty, Happened, Inode},
     epoch::{Ended, Epoch, FIRST_ROOM},
     host::{Key, get, put, remove},
+    joined::Joined,
     load::failpoint,
-    seat::Seat,
     sys::{self, Whom},
 };
 
@@ -46,7 +46,7 @@ pub struct Subject {
 
 /// One sandbox, watched until this is dropped, or [`Watch::leave`] is called.
 pub struct Watch {
-    seat: Seat,
+    joined: Joined,
     key: Key,
     now: Epoch,
     /// In its place already, for the time after `now`; None if the last ended one is still there.
@@ -69,13 +69,13 @@ pub struct Watch {
 
 impl Watch {
     /// Begins to watch. Everything counts as changed until the first [`Watch::cut`] is durable.
-    pub fn begin(seat: Seat, subject: &Subject) -> Result<Self, String> {
+    pub fn begin(joined: Joined, subject: &Subject) -> Result<Self, String> {
         let key = key_of(subject)?;
-        let host = &seat.host;
-        let begun = Self::register(&seat, &key).and_then(|now| Ok((now, host.marks_missed()?)));
+        let host = &joined.host;
+        let begun = Self::register(&joined, &key).and_then(|now| Ok((now, host.marks_missed()?)));
         match begun {
             Ok((now, marks_missed)) => Ok(Self {
-                seat,
+                joined,
                 key,
                 now,
                 next: None,
@@ -88,7 +88,7 @@ impl Watch {
                 marks_missed,
             }),
             Err(e) => {
-                if let Err(e) = host.unregister(seat.slot(), &key) {
+                if let Err(e) = host.unregister(joined.slot(), &key) {
                     log::warn!("the inspector: {e}");
                 }
                 Err(format!("cannot register with the inspector: {e}"))
@@ -96,8 +96,8 @@ impl Watch {
         }
     }
 
-    fn register(seat: &Seat, key: &Key) -> io::Result<Epoch> {
-        let (host, slot) = (&seat.host, seat.slot());
+    fn register(joined: &Joined, key: &Key) -> io::Result<Epoch> {
+        let (host, slot) = (&joined.host, joined.slot());
         // What a dead shim may have left in this slot.
         host.unwatch(slot)?;
         let mut now = Epoch::new(FIRST_ROOM)?;
@@ -111,7 +111,7 @@ impl Watch {
 
     /// The probe set in use.
     pub fn probes(&self) -> &'static str {
-        self.seat.host.probes.name()
+        self.joined.host.probes.name()
     }
 
     /// The sandbox has other processes, another mount of its files, and maybe another cgroup: from
@@ -120,10 +120,10 @@ impl Watch {
     pub fn follow(&mut self, subject: &Subject, why: String) -> Result<(), String> {
         self.now.doubt = Some(why);
         let key = key_of(subject)?;
-        let moved = (self.seat.host)
+        let moved = (self.joined.host)
             .unwatch(self.slot())
-            .and_then(|()| self.seat.host.register(self.slot(), &key))
-            .and_then(|()| self.seat.host.forget_key(self.slot(), &self.key, &key));
+            .and_then(|()| self.joined.host.register(self.slot(), &key))
+            .and_then(|()| self.joined.host.forget_key(self.slot(), &self.key, &key));
         moved.map_err(|e| format!("cannot register with the inspector: {e}"))?;
         self.watched.clear();
         self.foreign.clear();
@@ -147,7 +147,7 @@ impl Watch {
         if self.given_up {
             dirty.doubts.push(GIVEN_UP.into());
         }
-        if self.seat.host.missed()? != self.now.missed {
+        if self.joined.host.missed()? != self.now.missed {
             dirty.doubts.push(MISSED.into());
         }
         Ok(dirty)
@@ -159,16 +159,16 @@ impl Watch {
     pub fn prepare(&mut self) -> io::Result<()> {
         let mut next = self.take_next()?;
         // An event that is missed meanwhile counts for both epochs.
-        next.missed = self.seat.host.missed()?;
+        next.missed = self.joined.host.missed()?;
         // Whatever fails from here on: the ended epoch counts until a cut is durable, and the new
         // one is not trusted before there was one.
         next.doubt = Some("the last cut was not finished".into());
-        self.seat.host.next_epoch(self.slot())?;
+        self.joined.host.next_epoch(self.slot())?;
         let ended = mem::replace(&mut self.now, next);
         self.ended.push(ended.into());
         failpoint("ended");
         self.give_up()?;
-        let missed = self.seat.host.missed()?;
+        let missed = self.joined.host.missed()?;
         if let Some(Ended { epoch, .. }) = self.ended.last_mut()
             && missed != epoch.missed
         {
@@ -192,8 +192,8 @@ impl Watch {
     /// Puts an epoch in the place of the last ended one. When this returns no program uses that any more.
     fn put_next(&self, room: u32) -> io::Result<Epoch> {
         let next = Epoch::new(room)?;
-        let number = self.seat.host.epoch_number(self.slot())? + 1;
-        self.seat.host.put_epoch(self.slot(), number, &next.map)?;
+        let number = self.joined.host.epoch_number(self.slot())? + 1;
+        self.joined.host.put_epoch(self.slot(), number, &next.map)?;
         Ok(next)
     }
 
@@ -227,7 +227,7 @@ impl Watch {
     pub fn since_prepared(&self) -> io::Result<Dirty> {
         let mut dirty = Dirty::default();
         self.now.add_to(&mut dirty)?;
-        if self.seat.host.missed()? != self.now.missed {
+        if self.joined.host.missed()? != self.now.missed {
             dirty.doubts.push(MISSED.into());
         }
         Ok(dirty)
@@ -283,9 +283,9 @@ impl Watch {
     fn still_written(&self, pids: &[i32]) -> io::Result<HashSet<InodeKey>> {
         let mut inodes = self.foreign.clone();
         for pid in pids {
-            let mappings = self.lines(&self.seat.host.shared_mappings, *pid)?;
+            let mappings = self.lines(&self.joined.host.shared_mappings, *pid)?;
             if mappings.iter().any(|m| m.kind == MAPPING_AIO) {
-                let files = self.lines(&self.seat.host.open_files, *pid)?;
+                let files = self.lines(&self.joined.host.open_files, *pid)?;
                 inodes.extend(files.iter().filter_map(InodeKey::of));
             }
             inodes.extend(mappings.iter().filter_map(InodeKey::of));
@@ -304,7 +304,7 @@ impl Watch {
     }
 
     fn thread(&self, tid: i32) -> Option<Registers> {
-        let program = self.seat.host.registers.as_fd();
+        let program = self.joined.host.registers.as_fd();
         sys::iterate(program, Whom::Thread(tid)).ok()?.pop()
     }
 
@@ -313,7 +313,7 @@ impl Watch {
     ///
     /// What the dump itself did in them is forgotten, too.
     pub fn watch_processes(&mut self, pids: &[i32]) -> io::Result<()> {
-        self.seat.host.unwatch(self.slot())?;
+        self.joined.host.unwatch(self.slot())?;
         self.watched.clear();
         for pid in pids {
             // The programs know the pid of the first namespace, and we may be in another.
@@ -323,18 +323,18 @@ impl Watch {
                     did: 0,
                     keeper: its.reader,
                 };
-                put(&self.seat.host.watched, &its.tid, &fresh)?;
+                put(&self.joined.host.watched, &its.tid, &fresh)?;
                 self.watched.insert(*pid, its.tid);
             }
         }
-        self.seat.host.control.set_watching();
-        self.seat.host.control.new_generation();
+        self.joined.host.control.set_watching();
+        self.joined.host.control.new_generation();
         for ended in self.ended.iter().chain(&self.captured) {
             ended.epoch.forget_events()?;
         }
         self.now.forget_events()?;
         self.happened.0 &= Happened::REACH.0;
-        self.marks_missed = self.seat.host.marks_missed()?;
+        self.marks_missed = self.joined.host.marks_missed()?;
         Ok(())
     }
 
@@ -352,7 +352,10 @@ impl Watch {
         for epoch in ended.chain([&self.now]).chain(&self.next) {
             happened.0 |= epoch.happened()?.0;
         }
-        Ok(happened.has(Happened::CLEARED) || self.seat.host.marks_missed()? != self.marks_missed)
+        Ok(
+            happened.has(Happened::CLEARED)
+                || self.joined.host.marks_missed()? != self.marks_missed,
+        )
     }
 
     /// What the watched processes did since [`Watch::watch_processes`], in bits of
@@ -363,7 +366,7 @@ impl Watch {
             let Some(first) = self.watched.get(pid) else {
                 continue;
             };
-            if let Some(its) = get::<u32, Watched>(&self.seat.host.watched, first)?
+            if let Some(its) = get::<u32, Watched>(&self.joined.host.watched, first)?
                 && its.slot == self.slot()
             {
                 all.insert(*pid, its.did);
@@ -378,17 +381,17 @@ impl Watch {
     }
 
     fn end(&mut self) -> Result<(), String> {
-        if self.seat.is_left() {
+        if self.joined.is_left() {
             return Ok(());
         }
-        let unregistered = self.seat.host.unregister(self.slot(), &self.key);
+        let unregistered = self.joined.host.unregister(self.slot(), &self.key);
         failpoint("unregistered");
-        self.seat.leave()?;
+        self.joined.leave()?;
         unregistered.map_err(|e| format!("cannot unregister from the inspector: {e}"))
     }
 
     fn slot(&self) -> u32 {
-        self.seat.slot()
+        self.joined.slot()
     }
 }
 

@@ -21,7 +21,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 
 use super::{
     artefacts,
-    early_seat::EarlySeat,
+    early_join::EarlyJoin,
     error::{Context, Kind, Result, ShimError},
     events::{EventSink, TaskEvent},
     host::{ControlGroup, Host},
@@ -138,7 +138,7 @@ pub struct Container {
     pub doors: Arc<Doors>,
     pub(super) place: RwLock<Option<Arc<Place>>>,
     pub(super) turns: OnceLock<Arc<Turns>>,
-    pub(super) early_seat: EarlySeat,
+    pub(super) early_join: EarlyJoin,
     pub(super) leftovers: Mutex<Vec<Leftover>>,
     /// Removes files that a rollback has replaced.
     pub(super) tidying: Mutex<Option<JoinHandle<()>>>,

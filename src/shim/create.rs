@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     container::{Container, Inner},
-    early_seat::EarlySeat,
+    early_join::EarlyJoin,
     error::{Context, Kind, Result, ShimError},
     events::EventSink,
     health_check,
@@ -149,12 +149,12 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         make_netns(host, &sandbox, &bundle, &run_dir)?;
     }
 
-    let early_seat = match config.enabled && config.skip_unchanged {
+    let early_join = match config.enabled && config.skip_unchanged {
         true => {
             let host = Arc::clone(host);
-            EarlySeat::begin(move || host.seat())
+            EarlyJoin::begin(move || host.join_inspector())
         }
-        false => EarlySeat::default(),
+        false => EarlyJoin::default(),
     };
     let boots = source.as_ref().is_none_or(Source::boots);
     let phase = match boots {
@@ -175,7 +175,7 @@ pub fn create(world: &World<'_>, request: &CreateTaskRequest) -> Result<Arc<Cont
         doors: Doors::new(),
         place: RwLock::default(),
         turns: OnceLock::new(),
-        early_seat,
+        early_join,
         leftovers: Mutex::default(),
         tidying: Mutex::default(),
         limits: Mutex::default(),

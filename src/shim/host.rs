@@ -28,7 +28,7 @@ use crate::{
     cgroup::{self, Cgroup, CgroupError, OomWatch},
     config::{Config, Incremental},
     coordinator::freeze::Freezable,
-    inspector::{self, Seat},
+    inspector::{self, Joined},
     memory,
     rootfs::{self, MountSpec, Mounted, Overlay},
     runtime::{
@@ -114,7 +114,7 @@ pub trait Host: Send + Sync {
     /// Kills what is left in a cgroup and removes its directories, those that are there.
     fn remove_cgroup(&self, directories: &[PathBuf]) -> Result<(), String>;
     /// The programs that watch what changes in sandboxes, and a place among those who use them.
-    fn seat(&self) -> Result<Seat, String>;
+    fn join_inspector(&self) -> Result<Joined, String>;
 }
 
 /// The real machine.
@@ -260,8 +260,8 @@ impl Host for Linux {
         cgroup::remove(directories).map_err(|e| e.to_string())
     }
 
-    fn seat(&self) -> Result<Seat, String> {
+    fn join_inspector(&self) -> Result<Joined, String> {
         let run = Path::new(RUN);
-        Seat::take(run, &|| self.load_programs(run))
+        Joined::new(run, &|| self.load_programs(run))
     }
 }

@@ -12,7 +12,7 @@ pub mod container;
 pub mod control;
 pub mod create;
 pub mod delete;
-mod early_seat;
+mod early_join;
 pub mod error;
 pub mod events;
 mod health_check;

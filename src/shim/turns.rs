@@ -66,8 +66,11 @@ impl Subject for Container {
 
     fn watch(&self) -> std::result::Result<Watch, String> {
         let subject = self.to_watch()?;
-        let seat = self.early_seat.get();
-        Watch::begin(seat.unwrap_or_else(|| self.host.seat())?, &subject)
+        let joined = self.early_join.get();
+        Watch::begin(
+            joined.unwrap_or_else(|| self.host.join_inspector())?,
+            &subject,
+        )
     }
 
     fn to_watch(&self) -> std::result::Result<inspector::Subject, String> {
@@ -260,6 +263,6 @@ impl Container {
             turns.stop();
         }
         // If it was never started.
-        drop(self.early_seat.get());
+        drop(self.early_join.get());
     }
 }

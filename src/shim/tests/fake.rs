@@ -21,7 +21,7 @@ use super::{
 use crate::{
     cgroup::CgroupError,
     config::Config,
-    inspector::Seat,
+    inspector::Joined,
     rootfs::{MountSpec, Overlay},
     runtime::{Checkpoint, OciRuntime},
     sandbox::SandboxId,
@@ -376,7 +376,7 @@ impl Host for Machine {
         Ok(())
     }
 
-    fn seat(&self) -> Result<Seat, String> {
+    fn join_inspector(&self) -> Result<Joined, String> {
         Err("no inspector in tests".into())
     }
 }

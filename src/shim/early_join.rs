@@ -5,30 +5,30 @@ use std::thread::{self, JoinHandle};
 
 use parking_lot::Mutex;
 
-use crate::inspector::Seat;
+use crate::inspector::Joined;
 
-type Taken = Result<Seat, String>;
+type Answer = Result<Joined, String>;
 
-/// A seat that is being taken for a sandbox that is being made.
+/// The inspector, which is being joined for a sandbox that is being made.
 #[derive(Default)]
-pub struct EarlySeat(Mutex<Option<JoinHandle<Taken>>>);
+pub struct EarlyJoin(Mutex<Option<JoinHandle<Answer>>>);
 
-impl EarlySeat {
-    /// Begins to take one. If there can be no thread now, nobody has been early.
-    pub fn begin(take: impl FnOnce() -> Taken + Send + 'static) -> Self {
-        let thread = thread::Builder::new().name("seat".into());
-        Self(Mutex::new(thread.spawn(take).ok()))
+impl EarlyJoin {
+    /// Begins to join. If there can be no thread now, nobody has been early.
+    pub fn begin(join: impl FnOnce() -> Answer + Send + 'static) -> Self {
+        let thread = thread::Builder::new().name("join".into());
+        Self(Mutex::new(thread.spawn(join).ok()))
     }
 
-    /// The seat, once it is taken, or why there is none. None if nobody was early, or somebody has it.
-    pub fn get(&self) -> Option<Taken> {
-        let taking = self.0.lock().take()?;
+    /// What was joined, once it is, or why it could not be. None if nobody was early, or somebody has it.
+    pub fn get(&self) -> Option<Answer> {
+        let joining = self.0.lock().take()?;
         let died = |_| Err("the thread that loads the inspector has panicked".to_owned());
-        Some(taking.join().unwrap_or_else(died))
+        Some(joining.join().unwrap_or_else(died))
     }
 }
 
-impl Drop for EarlySeat {
+impl Drop for EarlyJoin {
     /// Not later: the programs would outlive the last shim.
     fn drop(&mut self) {
         drop(self.get());
@@ -47,9 +47,9 @@ mod tests {
 
     use super::*;
 
-    fn slow(done: &Arc<AtomicBool>) -> EarlySeat {
+    fn slow(done: &Arc<AtomicBool>) -> EarlyJoin {
         let done = Arc::clone(done);
-        EarlySeat::begin(move || {
+        EarlyJoin::begin(move || {
             thread::sleep(Duration::from_millis(50));
             done.store(true, Ordering::SeqCst);
             Err("no inspector".into())
@@ -58,12 +58,12 @@ mod tests {
 
     #[test]
     fn what_was_begun_is_had_once_and_why_it_failed_is_told() {
-        let seat = slow(&Arc::default());
-        let why = |taken: Option<Taken>| taken.map(|taken| taken.err());
-        assert_eq!(why(seat.get()), Some(Some("no inspector".into())));
-        assert_eq!(why(seat.get()), None);
-        assert_eq!(why(EarlySeat::default().get()), None);
-        let dead = EarlySeat::begin(|| panic!("as a test wants it"));
+        let early = slow(&Arc::default());
+        let why = |answer: Option<Answer>| answer.map(|answer| answer.err());
+        assert_eq!(why(early.get()), Some(Some("no inspector".into())));
+        assert_eq!(why(early.get()), None);
+        assert_eq!(why(EarlyJoin::default().get()), None);
+        let dead = EarlyJoin::begin(|| panic!("as a test wants it"));
         assert!(
             why(dead.get())
                 .flatten()

@@ -6,17 +6,17 @@ use super::{abi::SLOTS, host::Host};
 use crate::slot_lock::SlotLock;
 
 /// The programs, loaded if nobody had done that yet, and a slot for one sandbox. Until this is dropped the
-/// programs stay: whoever takes it early has them in time.
-pub struct Seat {
+/// programs stay: whoever joins early has them in time.
+pub struct Joined {
     pub(super) host: Host,
     slot: Option<SlotLock>,
 }
 
-impl Seat {
-    /// Takes one.
+impl Joined {
+    /// Joins those who use them.
     ///
     /// `run`: crab's directory below /run. `load` has [`super::load`] run in another process.
-    pub fn take(run: &Path, load: &dyn Fn() -> Result<(), String>) -> Result<Self, String> {
+    pub fn new(run: &Path, load: &dyn Fn() -> Result<(), String>) -> Result<Self, String> {
         let (host, slot) = Host::join(run, load)?;
         Ok(Self {
             host,
@@ -42,7 +42,7 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for Joined {
     fn drop(&mut self) {
         if let Err(e) = self.leave() {
             log::warn!("the inspector: {e}");
