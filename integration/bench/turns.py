@@ -28,6 +28,7 @@ THINK_S = 0.3
 WANTED = {
     "ten files, boundary to durable": 10.0,
     "100,000 names in the layer against 1,000": 1.3,
+    "a thousand files written, boundary to durable": 150.0,
     "1 MiB appended to 1 GiB, written": 4 * MIB,
     "1 MiB appended to 1 GiB, frozen": 20.0,
     "tiny sandbox, frozen": 90.0,
@@ -136,6 +137,26 @@ def few_files(rounds: int) -> None:
               f"written {median(lines, 'bytes_written') / 1024:.1f} KiB")
     report("ten files, boundary to durable", medians["small"], "ms")
     report("100,000 names in the layer against 1,000", medians["large"] / medians["small"], "")
+
+
+MANY = """
+import os, random
+words = [bytes(random.randrange(97, 123) for _ in range(random.randrange(2, 9))) + b" " for _ in range(4000)]
+for number in range(960):
+    os.makedirs(f"/m/{number % 12}", exist_ok=True)
+    with open(f"/m/{number % 12}/{number}", "wb") as file:
+        file.write(b"".join(random.choices(words, k=2000)))
+"""
+
+
+def many_files(rounds: int) -> None:
+    """As many and as large as the largest turn of files alone among the recorded ones: 960 files of some 12 KB of text."""
+    with Sandbox() as box:
+        box.turn("true")
+        lines = [box.turn(f"python3 -c '{MANY}'") for _ in range(rounds)]
+    print(f"  looked {median(lines, 'look_us', 1e3):.0f} ms, captured {median(lines, 'bytes_captured') / MIB:.1f} MiB, "
+          f"written {median(lines, 'bytes_written') / MIB:.1f} MiB; the longest took {max(line['durable_us'] for line in lines) / 1e3:.0f} ms")
+    report("a thousand files written, boundary to durable", median(lines, "durable_us", 1e3), "ms")
 
 
 def append(rounds: int) -> None:
@@ -290,11 +311,11 @@ def rollback_files(rounds: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", help="names of measures, with commas: few_files, append, tiny, first, python, rollback, rollback_files")
+    parser.add_argument("--only", help="names of measures, with commas: few_files, many_files, append, tiny, first, python, rollback, rollback_files")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     print(f"kernel {os.uname().release}; {os.cpu_count()} cpus; load {os.getloadavg()[0]:.1f}; medians of {args.rounds}, of few_files twice as many", flush=True)
-    measures = {measure.__name__: measure for measure in (few_files, append, tiny, first, python, rollback, rollback_files)}
+    measures = {measure.__name__: measure for measure in (few_files, many_files, append, tiny, first, python, rollback, rollback_files)}
     for name in args.only.split(",") if args.only else measures:
         measures[name](args.rounds)
     if args.json:

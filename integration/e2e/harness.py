@@ -100,7 +100,7 @@ def until(condition, what, limit=LIMIT):
         took = time.monotonic() - began
         assert time.monotonic() < end, f"in vain for {limit} s: {what}; last seen: {value!r}"
         # Where each look takes long (emulation), looking must not take the processors from what is waited for.
-        time.sleep(pause if took < 0.1 else 3 * took)
+        time.sleep(pause if took < 0.1 else took)
         pause = min(pause * 1.5, 0.05)
 
 
