@@ -366,6 +366,8 @@ impl Worker {
         let pending = self.store.begin_without_images(order.turn);
         let mut pending = pending.map_err(text)?;
         pending.prepare().map_err(text)?;
+        // No process is dumped beside it.
+        pending.compress_early().map_err(text)?;
         inspection.prepare();
         let doors = &self.doors;
         if order.large {

@@ -138,6 +138,12 @@ impl Pending {
         self.filling().map(drop)
     }
 
+    /// What is captured from now on may be compressed at once, on another processor: nothing else wants it.
+    pub fn compress_early(&mut self) -> Result<(), StoreError> {
+        self.filling()?.ingest.writer.compress_early();
+        Ok(())
+    }
+
     /// After [`Self::prepare`]: reads files of the layer at `upper` before anything stands still. One
     /// that changes meanwhile is left to the capture, and so are those of which `is_written` (by device
     /// and inode) says that they can change without a sign.

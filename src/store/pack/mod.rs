@@ -17,6 +17,7 @@ mod format;
 pub(super) mod hostile;
 mod name;
 mod reader;
+mod squeeze;
 mod writer;
 
 pub use format::FORMAT;

@@ -5,6 +5,7 @@ use std::{
     fs::File,
     io::{BufWriter, Write},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use super::{
@@ -15,6 +16,7 @@ use super::{
         files,
     },
     format::{self, Block, Place, Trailer},
+    squeeze::{Squeezed, Squeezer},
 };
 
 /// A block of contents is closed once it has so many bytes. Larger ones compress better; smaller
@@ -22,8 +24,6 @@ use super::{
 const CONTENT_BLOCK: usize = 128 << 10;
 /// The same for trees and lists, of which a commit reads a few here and there.
 const STRUCTURE_BLOCK: usize = 32 << 10;
-/// Of zstd: memory changes between two checkpoints faster than a better level would pay.
-const LEVEL: i32 = 1;
 const BUFFER: usize = 256 << 10;
 /// So many bytes of closed blocks may wait to be compressed: most of what a sandbox is frozen for fits.
 const WAITING: usize = 16 << 20;
@@ -38,11 +38,9 @@ pub struct PackWriter {
     /// Contents and what describes them are kept apart: whoever reads trees reads nothing else.
     content: Open,
     structure: Open,
-    /// Closed blocks that are not compressed yet: that can be done when nothing stands still for it.
-    waiting: Vec<Open>,
-    /// Bytes of these.
-    waiting_bytes: usize,
-    compressor: zstd::bulk::Compressor<'static>,
+    /// Closed blocks that are not written yet: that can be done when nothing stands still for it.
+    waiting: Vec<Closed>,
+    squeezer: Squeezer,
     header: [u8; format::HEADER],
 }
 
@@ -72,6 +70,12 @@ struct Open {
     objects: Vec<Digest>,
 }
 
+/// A block that is full.
+struct Closed {
+    bytes: Arc<Vec<u8>>,
+    objects: Vec<Digest>,
+}
+
 impl PackWriter {
     /// Makes the file.
     pub fn create(path: &Path) -> Result<Self, StoreError> {
@@ -93,8 +97,7 @@ impl PackWriter {
             content: Open::default(),
             structure: Open::default(),
             waiting: Vec::new(),
-            waiting_bytes: 0,
-            compressor: zstd::bulk::Compressor::new(LEVEL).map_err(files::io("compress", path))?,
+            squeezer: Squeezer::new().map_err(files::io("compress", path))?,
             header,
         })
     }
@@ -138,33 +141,37 @@ impl PackWriter {
         if open.objects.is_empty() {
             return Ok(());
         }
-        self.waiting_bytes += open.bytes.len();
-        self.waiting.push(open);
-        match self.waiting_bytes > WAITING {
+        let bytes = Arc::new(open.bytes);
+        self.squeezer.add(bytes.clone());
+        self.waiting.push(Closed {
+            bytes,
+            objects: open.objects,
+        });
+        match self.squeezer.waiting() > WAITING {
             true => self.write_through(),
             false => Ok(()),
         }
     }
 
+    /// Nothing stands still for what is added from now on: it may be compressed at once.
+    pub fn compress_early(&mut self) {
+        self.squeezer.be_early();
+    }
+
     /// Compresses and writes the blocks that are closed.
     pub fn write_through(&mut self) -> Result<(), StoreError> {
-        self.waiting_bytes = 0;
-        for block in std::mem::take(&mut self.waiting) {
-            self.write_block(&block)?;
+        let closed = std::mem::take(&mut self.waiting);
+        let squeezed = self.squeezer.finish();
+        let squeezed = squeezed.map_err(files::io("compress", &self.path))?;
+        for (closed, squeezed) in closed.iter().zip(&squeezed) {
+            self.write_block(closed, squeezed)?;
         }
         Ok(())
     }
 
-    fn write_block(&mut self, closed: &Open) -> Result<(), StoreError> {
+    fn write_block(&mut self, closed: &Closed, squeezed: &Squeezed) -> Result<(), StoreError> {
         let number = u32::try_from(self.blocks.len()).map_err(|_| self.unfit("too many blocks"))?;
-        let compressed = self
-            .compressor
-            .compress(&closed.bytes)
-            .map_err(files::io("compress", &self.path))?;
-        let stored = match compressed.len() < closed.bytes.len() {
-            true => &compressed,
-            false => &closed.bytes,
-        };
+        let stored = squeezed.or(&closed.bytes);
         failpoint("write a block");
         self.out
             .write_all(stored)
@@ -174,7 +181,7 @@ impl PackWriter {
             at: self.at,
             stored: length(stored),
             raw: length(&closed.bytes),
-            check: Block::check_of(stored),
+            check: squeezed.check,
         });
         self.at += stored.len() as u64;
         for digest in &closed.objects {
@@ -197,8 +204,8 @@ impl PackWriter {
         let index = index(&self.objects);
         let manifest_stored = match manifest {
             Some(json) => self
-                .compressor
-                .compress(json)
+                .squeezer
+                .bytes(json)
                 .map_err(files::io("compress", &self.path))?,
             None => Vec::new(),
         };
