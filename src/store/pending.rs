@@ -138,9 +138,9 @@ impl Pending {
         self.filling().map(drop)
     }
 
-    /// What is captured from now on may be compressed at once, on another processor: nothing else wants it.
+    /// What is captured from now on may be compressed at once, on another processor, where no dump wants it.
     pub fn compress_early(&mut self) -> Result<(), StoreError> {
-        self.filling()?.ingest.writer.compress_early();
+        self.filling()?.ingest.writer.compress_early(true);
         Ok(())
     }
 
@@ -157,8 +157,11 @@ impl Pending {
     ) -> Result<(), StoreError> {
         // For the order of what is looked up alone.
         let before = before.and_then(|before| before.tree().ok()?);
-        self.filling()?
-            .read_ahead(upper, which, before, is_written, stop)
+        let filling = self.filling()?;
+        let was_early = filling.ingest.writer.compress_early(true);
+        let read = filling.read_ahead(upper, which, before, is_written, stop);
+        filling.ingest.writer.compress_early(was_early);
+        read
     }
 
     /// Of how many files there is something that was read ahead.
@@ -245,6 +248,8 @@ impl Pending {
             layer,
             ..
         } = filling;
+        // Nothing stands still any more.
+        ingest.writer.compress_early(true);
         let (contents, maps) = self.contents(&mut ingest, &facts, images, (files, layer))?;
         self.staging.maps = maps;
         let manifest = self.manifest(facts, contents);

@@ -113,9 +113,10 @@ impl Squeezer {
         })
     }
 
-    /// What is added from now on may be compressed at once, beside whoever adds it.
-    pub(super) fn be_early(&mut self) {
-        self.is_early = true;
+    /// Whether what is added from now on may be compressed at once, beside whoever adds it. Returns how it
+    /// was before.
+    pub(super) fn be_early(&mut self, is_early: bool) -> bool {
+        std::mem::replace(&mut self.is_early, is_early)
     }
 
     /// How many bytes were added since the last [`Squeezer::finish`].
@@ -219,9 +220,7 @@ mod tests {
 
     fn squeezed(blocks: &[Arc<Vec<u8>>], most: usize, is_early: bool) -> Vec<Squeezed> {
         let mut squeezer = Squeezer::of(most).unwrap();
-        if is_early {
-            squeezer.be_early();
-        }
+        squeezer.be_early(is_early);
         // What was compressed before has nothing to do with it.
         squeezer.add(Arc::new(vec![1; 10]));
         assert_eq!(squeezer.finish().unwrap().len(), 1);
@@ -261,7 +260,7 @@ mod tests {
     #[test]
     fn whoever_gives_up_waits_for_no_block_but_those_that_are_begun() {
         let mut squeezer = Squeezer::of(2).unwrap();
-        squeezer.be_early();
+        squeezer.be_early(true);
         for block in blocks() {
             squeezer.add(Arc::new(block));
         }

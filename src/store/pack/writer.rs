@@ -153,9 +153,10 @@ impl PackWriter {
         }
     }
 
-    /// Nothing stands still for what is added from now on: it may be compressed at once.
-    pub fn compress_early(&mut self) {
-        self.squeezer.be_early();
+    /// Whether what is added from now on may be compressed at once, on another processor. Returns how it
+    /// was before.
+    pub fn compress_early(&mut self, is_early: bool) -> bool {
+        self.squeezer.be_early(is_early)
     }
 
     /// Compresses and writes the blocks that are closed.
