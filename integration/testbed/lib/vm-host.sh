@@ -92,7 +92,7 @@ main() {
 
   # mitigations=off: guarding an emulated processor against its own speculation makes system calls twice as dear.
   # clearcpuid=rep_good, -erms: emulated, a string instruction goes round once for each byte or word. To clear pages with
-  # it was 22 % of all that the kernel did in a smoke test; as plain stores it is 5 %.
+  # it was 22 % of all that the kernel did in a smoke test; as plain stores it is 6 %.
   # init_on_alloc=1 is Debian's own choice, and must stay: virtiofsd writes programs into the machine's memory behind the
   # emulation's back, which would go on to run what it has translated of a page before, were the page not cleared first
   # (without it crab, crun and others die of SIGSEGV).

@@ -139,16 +139,17 @@ impl Squeezer {
         }
     }
 
-    /// Begins as many threads as pay. Where none is to be had, whoever is there does its share.
+    /// Begins as many threads as pay. One that cannot begin, or has no memory, leaves its share to the others.
     fn get_help(&mut self) {
         let wanted = (self.bytes / SHARE).min(self.most.saturating_sub(1));
         while self.helpers.len() < wanted {
-            let Ok(mut compressor) = Compressor::new(LEVEL) else {
-                return;
-            };
             let queue = self.queue.clone();
-            let thread = thread::Builder::new().name("squeeze".into());
-            match thread.spawn(move || queue.work(&mut compressor, true)) {
+            let help = move || {
+                if let Ok(mut compressor) = Compressor::new(LEVEL) {
+                    queue.work(&mut compressor, true);
+                }
+            };
+            match thread::Builder::new().name("squeeze".into()).spawn(help) {
                 Ok(helper) => self.helpers.push(helper),
                 Err(_) => return,
             }
