@@ -94,8 +94,8 @@ main() {
   # clearcpuid=rep_good, -erms: emulated, a string instruction goes round once for each byte or word. To clear pages with
   # it was 22 % of all that the kernel did in a smoke test; as plain stores it is 6 %.
   # init_on_alloc=1 is Debian's own choice, and must stay: virtiofsd writes programs into the machine's memory behind the
-  # emulation's back, which would go on to run what it has translated of a page before, were the page not cleared first
-  # (without it crab, crun and others die of SIGSEGV).
+  # emulation's back, which, as far as can be told, would go on to run what it has translated of a page before, were the
+  # page not cleared first (without it crab, crun and others die of SIGSEGV).
   qemu=(chroot "$root" qemu-system-x86_64 -nodefaults -no-user-config -display none -M q35 -smp 2 -no-reboot -kernel /vm/vmlinuz
     -append "console=ttyS0 quiet panic=-1 mitigations=off clearcpuid=rep_good init_on_alloc=1 rootfstype=virtiofs root=root rw init=/src/integration/testbed/lib/vm-init.sh")
   if kvm_works "${qemu[@]}"; then qemu+=(-accel kvm -cpu host)
