@@ -37,6 +37,8 @@ WANTED = {
     "100 MB python, 1 % changed, written": 3 * MIB,
     "rollback of a tiny sandbox": 150.0,
     "rollback of files alone": 20.0,
+    "look at a turn that changes nothing, one process": 1.0,
+    "look at a turn that changes nothing, six processes": 3.0,
 }
 
 
@@ -308,14 +310,35 @@ def rollback_files(rounds: int) -> None:
     report("rollback of files alone", statistics.median(its["total_us"] for its in reports) / 1000, "ms")
 
 
+#: Four that sleep, a server that waits for its first client, and who has started them.
+SIX = """
+import subprocess
+for _ in range(4):
+    subprocess.Popen(["sleep", "1000000"])
+subprocess.run(["python3", "-c", "import socket; socket.create_server(('', 7077)).accept()"])
+"""
+
+
+def look(rounds: int) -> None:
+    """Turns that only read, of a sandbox with one process and one with six; how many of them ran is none of theirs."""
+    for what, init in (("one process", ()), ("six processes", ("python3", "-c", SIX))):
+        with Sandbox(*init) as box:
+            time.sleep(3)
+            box.turn("true")
+            lines = [box.turn("cat /etc/hostname /etc/os-release") for _ in range(2 * rounds)]
+        if any(line["action"] != "skip" for line in lines):
+            raise SystemExit(f"{what}: {[line['note'] for line in lines if line['action'] != 'skip']}")
+        report(f"look at a turn that changes nothing, {what}", median(lines, "look_us", 1e3), "ms")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", help="names of measures, with commas: few_files, many_files, append, tiny, first, python, rollback, rollback_files")
+    parser.add_argument("--only", help="names of measures, with commas: few_files, many_files, append, tiny, first, python, rollback, rollback_files, look")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    print(f"kernel {os.uname().release}; {os.cpu_count()} cpus; load {os.getloadavg()[0]:.1f}; medians of {args.rounds}, of few_files twice as many", flush=True)
-    measures = {measure.__name__: measure for measure in (few_files, many_files, append, tiny, first, python, rollback, rollback_files)}
+    print(f"kernel {os.uname().release}; {os.cpu_count()} cpus; load {os.getloadavg()[0]:.1f}; medians of {args.rounds}, of few_files and look twice as many", flush=True)
+    measures = {measure.__name__: measure for measure in (few_files, many_files, append, tiny, first, python, rollback, rollback_files, look)}
     for name in args.only.split(",") if args.only else measures:
         measures[name](args.rounds)
     if args.json:

@@ -130,7 +130,7 @@ impl Processes {
 
     fn try_to_settle(&mut self, watch: &Watch, scene: &Scene<'_>) -> Result<Settled, String> {
         let cpu = cpu_ns(scene);
-        let now = snapshot(scene, &|tid| watch.registers(tid))?;
+        let now = self.snapshot(scene, &|tid| watch.registers(tid))?;
         let dirty = watch.look().map_err(|e| e.to_string())?;
         let facts = self.facts(watch, &dirty, scene, false)?;
         let marks = || marks_hold(watch, scene);
@@ -149,7 +149,7 @@ impl Processes {
         Glimpse {
             cpu,
             // Registers are read for those alone that cannot be acquitted without: it takes 50 us each.
-            snapshot: (!cpu.is_some_and(may_rest)).then(|| snapshot(scene, &no_registers)),
+            snapshot: (!cpu.is_some_and(may_rest)).then(|| self.snapshot(scene, &no_registers)),
             since,
         }
     }
@@ -264,7 +264,7 @@ impl Processes {
         orphans: bool,
         registers: Registers<'_>,
     ) -> Result<(Verdict, Option<(Rest, KernelFacts)>), String> {
-        let now = snapshot(scene, registers)?;
+        let now = self.snapshot(scene, registers)?;
         // After the snapshot: what was done up to any moment of it is then in the facts.
         let dirty = watch.look().map_err(|e| e.to_string())?;
         if let Some(doubt) = dirty.doubts.first() {
@@ -286,6 +286,11 @@ impl Processes {
         let verdict = (self.baseline).verdict(now, &facts, (registers, &marks), &self.settings);
         let rest = self.baseline.at_rest(now);
         (verdict, rest.map(|rest| (rest, facts)))
+    }
+
+    fn snapshot(&self, scene: &Scene<'_>, registers: Registers<'_>) -> Result<Snapshot, String> {
+        let pids = scene.cgroup.procs().map_err(|e| e.to_string())?;
+        (self.baseline.look(&pids, registers)).map_err(|e| e.to_string())
     }
 
     fn facts(
@@ -333,11 +338,6 @@ impl Processes {
 fn marks_hold(watch: &Watch, scene: &Scene<'_>) -> bool {
     let cleared = || watch.marks_cleared().unwrap_or(true);
     (scene.is_marked)() && watch.sees_marks() && !cleared()
-}
-
-fn snapshot(scene: &Scene<'_>, registers: Registers<'_>) -> Result<Snapshot, String> {
-    let pids = scene.cgroup.procs().map_err(|e| e.to_string())?;
-    Snapshot::take(&pids, registers).map_err(|e| e.to_string())
 }
 
 /// The inodes of the kernel's own tmpfs that these processes have mapped or open.

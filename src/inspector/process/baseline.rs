@@ -200,6 +200,15 @@ impl Baseline {
                 .is_ok_and(|traffic| traffic == quiet.traffic)
     }
 
+    /// What the processes are now, as [`Snapshot::take`] tells it, with less to read: what a process of P
+    /// alone changes is not asked again of those that have not run since.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn look(&self, pids: &[i32], registers: Registers<'_>) -> Result<Snapshot, ProcessError> {
+        Snapshot::take_after(Some(&self.snapshot), pids, registers)
+    }
+
     /// Whether P's image may stand for what the processes are `now`.
     ///
     /// `facts` must have been read after `now` was taken, and cover the time since P. The answer

@@ -120,7 +120,7 @@ fn read_one(
     mounts: &mut Option<String>,
 ) -> Result<Descriptor, ProcessError> {
     let target = dir.link(&format!("fd/{fd}"))?;
-    let text = dir.text(&format!("fdinfo/{fd}"))?;
+    let text = dir.record(&format!("fdinfo/{fd}"))?;
     let mut info = format!("{target}\n{}", without_clocks(&text));
     let kind = match kind_by_name(&target) {
         Some(kind) => kind,

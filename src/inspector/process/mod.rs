@@ -56,6 +56,7 @@ mod baseline;
 mod descriptors;
 mod facts;
 mod image;
+mod ipc;
 mod judge;
 mod maps;
 mod memory;

@@ -106,8 +106,12 @@ impl Dir {
     }
 
     pub(super) fn read(&self, file: &str) -> Result<Vec<u8>, ProcessError> {
+        self.read_as(file, Ends::WithNothing)
+    }
+
+    fn read_as(&self, file: &str, ends: Ends) -> Result<Vec<u8>, ProcessError> {
         let fd = self.open_file(file)?;
-        read_all(&fd).map_err(|error| match error {
+        read_all(&fd, ends).map_err(|error| match error {
             ReadError::Errno(errno) => self.error(file, errno),
             ReadError::TooLong => ProcessError::Limit {
                 what: "bytes in a file of /proc",
@@ -120,9 +124,25 @@ impl Dir {
         Ok(String::from_utf8_lossy(&self.read(file)?).into_owned())
     }
 
+    /// Like [`Dir::text`], of a file that the kernel writes in one piece, not in a list of them: one call
+    /// less.
+    pub(super) fn record(&self, file: &str) -> Result<String, ProcessError> {
+        let bytes = self.read_as(file, Ends::WithRoomLeft)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
     /// Like [`Dir::text`]; `None` if this kernel has no such file.
     pub(super) fn text_if_any(&self, file: &str) -> Result<Option<String>, ProcessError> {
-        match self.text(file) {
+        self.if_any(self.text(file))
+    }
+
+    /// Like [`Dir::record`]; `None` if this kernel has no such file.
+    pub(super) fn record_if_any(&self, file: &str) -> Result<Option<String>, ProcessError> {
+        self.if_any(self.record(file))
+    }
+
+    fn if_any(&self, text: Result<String, ProcessError>) -> Result<Option<String>, ProcessError> {
+        match text {
             Ok(text) => Ok(Some(text)),
             // ENOENT is also what a dead process gives: then its directory is empty.
             Err(ProcessError::Gone(_)) if self.lives() => Ok(None),
@@ -190,7 +210,7 @@ fn failed(pid: i32, file: &str, errno: Errno) -> ProcessError {
 /// first, then for twice as many each time.
 pub(super) fn read_own(path: &str) -> io::Result<Vec<u8>> {
     let fd = openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    read_all(&fd).map_err(|error| match error {
+    read_all(&fd, Ends::WithNothing).map_err(|error| match error {
         ReadError::Errno(errno) => errno.into(),
         ReadError::TooLong => io::Error::other(format!("{path} holds too much")),
     })
@@ -201,13 +221,26 @@ enum ReadError {
     TooLong,
 }
 
-fn read_all(fd: &OwnedFd) -> Result<Vec<u8>, ReadError> {
+/// How the end of a file of /proc shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ends {
+    /// In a read that returns nothing. One that returns less than was asked for may end with an entry
+    /// of a list, because the next one did not fit.
+    WithNothing,
+    /// In a read that returns less than was asked for, too: the file is made anew for each reader, in one
+    /// piece (`single_open`, `simple_read_from_buffer`).
+    WithRoomLeft,
+}
+
+fn read_all(fd: &OwnedFd, ends: Ends) -> Result<Vec<u8>, ReadError> {
     let mut bytes = Vec::with_capacity(4096);
     loop {
         bytes.reserve(4096);
+        let room = bytes.capacity() - bytes.len();
         match rustix::io::read(fd, rustix::buffer::spare_capacity(&mut bytes)) {
             Ok(0) => return Ok(bytes),
             Ok(_) if bytes.len() > MAX_FILE => return Err(ReadError::TooLong),
+            Ok(read) if read < room && ends == Ends::WithRoomLeft => return Ok(bytes),
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(ReadError::Errno(errno)),
         }

@@ -6,7 +6,7 @@ use super::{
     descriptors::{self, MAX_DESCRIPTORS, Table},
     maps::{self, Maps},
     proc_fs::{Dir, ProcessError},
-    tasks::{self, Attributes, Io, Progress, Stat, Task},
+    tasks::{self, Attributes, Io, Own, Progress, Task},
     world::{self, World},
 };
 
@@ -36,6 +36,7 @@ pub(super) struct Process {
     /// Read again after everything else.
     pub(super) progress_after: Vec<Progress>,
     pub(super) attributes: Attributes,
+    pub(super) own: Own,
     /// See [`tasks::blocked`]; memory and registers alone do not tell.
     pub(super) blocked: Option<String>,
     pub(super) io: Option<Io>,
@@ -64,6 +65,16 @@ impl Snapshot {
     /// Where there is more than the limits allow, or /proc cannot be read: nothing is known then,
     /// and the caller counts the sandbox as changed. A process that has ended is no error.
     pub fn take(pids: &[i32], registers: Registers<'_>) -> Result<Self, ProcessError> {
+        Self::take_after(None, pids, registers)
+    }
+
+    /// As [`Snapshot::take`]. What a process alone changes, by running, is taken over from an earlier
+    /// snapshot for those that have not run since.
+    pub(super) fn take_after(
+        earlier: Option<&Self>,
+        pids: &[i32],
+        registers: Registers<'_>,
+    ) -> Result<Self, ProcessError> {
         if pids.len() > MAX_PROCESSES {
             return Err(ProcessError::Limit {
                 what: "processes",
@@ -77,8 +88,14 @@ impl Snapshot {
         let (mut processes, mut dirs, mut gone) = (Vec::new(), Vec::new(), Vec::new());
         let (mut threads, mut descriptors) = (MAX_TASKS, MAX_DESCRIPTORS);
         for pid in pids {
+            let known = earlier.and_then(|earlier| earlier.find(pid));
             let read = Dir::open(pid).and_then(|dir| {
-                let process = Process::read(&dir, registers, &mut descriptors)?;
+                let left = descriptors;
+                let mut process = Process::read(&dir, registers, &mut descriptors, known)?;
+                if known.is_some() && !process.stood_still() {
+                    descriptors = left;
+                    process = Process::read(&dir, registers, &mut descriptors, None)?;
+                }
                 Ok((dir, process))
             });
             let (dir, process) = match read {
@@ -98,10 +115,12 @@ impl Snapshot {
             processes.push(process);
             dirs.push(dir);
         }
+        let homes = processes.iter().map(|process| &process.own.homes);
+        let world = world::read(&dirs.into_iter().zip(homes).collect::<Vec<_>>())?;
         Ok(Self {
             processes,
             gone,
-            world: world::read(&dirs)?,
+            world,
             taken,
         })
     }
@@ -117,14 +136,24 @@ impl Process {
         dir: &Dir,
         registers: Registers<'_>,
         descriptors_left: &mut usize,
+        earlier: Option<&Self>,
     ) -> Result<Self, ProcessError> {
-        let tasks = tasks::read(dir, registers)?;
-        let stat = Stat::parse(&dir.text("stat")?).ok_or_else(|| dir.unexpected("stat"))?;
-        let (attributes, status) = tasks::attributes(dir, &stat)?;
+        let (tasks, stat) = tasks::read(dir, registers)?;
+        // To be confirmed by the progress after all has been read.
+        let earlier = earlier.filter(|earlier| same_progress(&earlier.tasks, &tasks));
+        let own = match earlier {
+            Some(earlier) => earlier.own.clone(),
+            None => Own::read(dir)?,
+        };
+        let (attributes, status) = tasks::attributes(dir, &stat, &own)?;
         let inner_pid = tasks::inner_pid(&status).ok_or_else(|| dir.unexpected("status"))?;
         let table = descriptors::read(dir, descriptors_left)?;
         let maps = maps::read(dir)?;
-        let io = tasks::io(dir)?;
+        // After the queues: what was read from them is in one of the two.
+        let io = match earlier {
+            Some(earlier) => earlier.io,
+            None => tasks::io(dir)?,
+        };
         let progress_after = progress(dir, &tasks)?;
         Ok(Self {
             pid: dir.pid,
@@ -133,6 +162,7 @@ impl Process {
             tasks,
             progress_after,
             attributes,
+            own,
             blocked: tasks::blocked(&status).map(str::to_owned),
             io,
             maps,
@@ -157,6 +187,12 @@ impl Process {
             .iter()
             .fold(0, |sum, progress| sum.saturating_add(progress.ran))
     }
+}
+
+/// Whether these are the same threads, and none was given a CPU in between.
+fn same_progress(earlier: &[Task], now: &[Task]) -> bool {
+    let of = |task: &Task| (task.tid, task.start, task.progress);
+    earlier.iter().map(of).eq(now.iter().map(of))
 }
 
 /// How far the threads are by now.

@@ -39,7 +39,7 @@ impl Stillness {
                 // Before the state: see `tasks::read`.
                 let progress = tasks::progress(&dir, tid)?;
                 let file = format!("task/{tid}/stat");
-                let stat = Stat::parse(&dir.text(&file)?);
+                let stat = Stat::parse(&dir.record(&file)?);
                 let state = stat.ok_or_else(|| dir.unexpected(&file))?.state;
                 if state == b'R' {
                     return Ok(None);

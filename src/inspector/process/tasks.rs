@@ -1,6 +1,9 @@
 //! Threads and what does not change unless somebody changes it: who they are, how long they ran.
 
-use super::proc_fs::{Digest, Dir, ProcessError, digest};
+use super::{
+    proc_fs::{Digest, Dir, ProcessError, digest},
+    world::Homes,
+};
 
 /// Threads of one process.
 const MAX_THREADS: usize = 4096;
@@ -28,48 +31,64 @@ pub(super) struct Task {
     pub(super) scheduling: [i64; 3],
     /// Its children, zombies included; `None` where the kernel does not list them.
     pub(super) children: Option<String>,
-    /// /proc/PID/syscall: number, arguments, stack pointer, program counter.
+    /// /proc/PID/syscall: number, arguments, stack pointer, program counter. Read with the registers.
     pub(super) call: Option<String>,
     /// Supplied by the caller: a digest of all registers.
     pub(super) registers: Option<u64>,
 }
 
-/// What [`Task`]s a process has.
+/// What [`Task`]s a process has, and the whole [`Stat`] of the first one, whose process it is.
 pub(super) fn read(
     dir: &Dir,
     registers: &dyn Fn(i32) -> Option<u64>,
-) -> Result<Vec<Task>, ProcessError> {
+) -> Result<(Vec<Task>, Stat), ProcessError> {
     let tids = dir.numbers("task", "threads of a process", MAX_THREADS)?;
-    let task = |tid| read_one(dir, tid, registers);
-    tids.into_iter().map(task).collect()
+    let (mut tasks, mut leader) = (Vec::with_capacity(tids.len()), None);
+    for tid in tids {
+        let (task, stat) = read_one(dir, tid, registers)?;
+        tasks.push(task);
+        if tid == dir.pid {
+            leader = Some(stat);
+        }
+    }
+    // It stays until the last of the others has ended.
+    let leader = leader.ok_or(ProcessError::Gone(dir.pid))?;
+    Ok((tasks, leader))
 }
 
 fn read_one(
     dir: &Dir,
     tid: i32,
     registers: &dyn Fn(i32) -> Option<u64>,
-) -> Result<Task, ProcessError> {
+) -> Result<(Task, Stat), ProcessError> {
     // Before the state: a task that is woken in between shows itself running, or has slept again
     // and shows in the next reading.
     let progress = progress(dir, tid)?;
     let file = format!("task/{tid}/stat");
-    let stat = Stat::parse(&dir.text(&file)?).ok_or_else(|| dir.unexpected(&file))?;
-    Ok(Task {
+    let stat = Stat::parse(&dir.record(&file)?).ok_or_else(|| dir.unexpected(&file))?;
+    let registers = registers(tid);
+    // Says nothing without them.
+    let call = match registers {
+        Some(_) => dir.record_if_any(&format!("task/{tid}/syscall"))?,
+        None => None,
+    };
+    let task = Task {
         tid,
         start: stat.start,
         state: stat.state,
         progress,
         scheduling: stat.scheduling,
         children: dir.text_if_any(&format!("task/{tid}/children"))?,
-        call: dir.text_if_any(&format!("task/{tid}/syscall"))?,
-        registers: registers(tid),
-    })
+        call,
+        registers,
+    };
+    Ok((task, stat))
 }
 
 /// How far one thread has come.
 pub(super) fn progress(dir: &Dir, tid: i32) -> Result<Progress, ProcessError> {
     let file = format!("task/{tid}/schedstat");
-    let text = dir.text(&file)?;
+    let text = dir.record(&file)?;
     let numbers: Vec<u64> = text.split_whitespace().flat_map(str::parse).collect();
     match numbers[..] {
         // A thread that has run at least once; zeros mean a kernel that does not count.
@@ -151,9 +170,46 @@ const NAMESPACES: &[&str] = &[
 /// What others can set for a process, and it for itself: kind and digest.
 pub(super) type Attributes = Vec<(&'static str, Digest)>;
 
+/// What a process is in, which it alone changes, by running.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Own {
+    /// Of the names of all its namespaces.
+    namespaces: Digest,
+    pub(super) homes: Homes,
+}
+
+impl Own {
+    pub(super) fn read(dir: &Dir) -> Result<Self, ProcessError> {
+        let mut namespaces = String::new();
+        for name in NAMESPACES {
+            namespaces += &link_or_none(dir, &format!("ns/{name}"))?;
+            namespaces.push('\n');
+        }
+        let home = |kind| {
+            let at = NAMESPACES.iter().position(|name| *name == kind);
+            let name = at.and_then(|at| namespaces.lines().nth(at));
+            // None is what a dead process has.
+            let name = name.filter(|name| !name.is_empty());
+            Ok(name.ok_or(ProcessError::Gone(dir.pid))?.to_owned())
+        };
+        Ok(Self {
+            homes: Homes {
+                mounts: home("mnt")?,
+                ipc: home("ipc")?,
+                network: home("net")?,
+            },
+            namespaces: digest(namespaces.as_bytes()),
+        })
+    }
+}
+
 /// Reads them. Also returns the status text, for the pid in the sandbox.
-pub(super) fn attributes(dir: &Dir, stat: &Stat) -> Result<(Attributes, String), ProcessError> {
-    let status = dir.text("status")?;
+pub(super) fn attributes(
+    dir: &Dir,
+    stat: &Stat,
+    own: &Own,
+) -> Result<(Attributes, String), ProcessError> {
+    let status = dir.record("status")?;
     let kept: String = status
         .lines()
         .filter(|line| {
@@ -167,26 +223,22 @@ pub(super) fn attributes(dir: &Dir, stat: &Stat) -> Result<(Attributes, String),
         links += &link_or_none(dir, name)?;
         links.push('\n');
     }
-    let mut namespaces = String::new();
-    for name in NAMESPACES {
-        namespaces += &link_or_none(dir, &format!("ns/{name}"))?;
-        namespaces.push('\n');
-    }
-    let optional = |file| Ok(dir.text_if_any(file)?.unwrap_or_default());
-    let texts: [(&'static str, String); 7] = [
+    let optional = |file| Ok(dir.record_if_any(file)?.unwrap_or_default());
+    let texts: [(&'static str, String); 6] = [
         ("credentials, masks or tracer", kept),
         (
             "parent, group, session or terminal",
             format!("{:?}", stat.family),
         ),
         ("working directory, root or program", links),
-        ("namespaces", namespaces),
         ("limits", optional("limits")?),
         ("oom_score_adj", optional("oom_score_adj")?),
         ("cgroup", optional("cgroup")?),
     ];
     let digests = texts.map(|(kind, text)| (kind, digest(text.as_bytes())));
-    Ok((digests.to_vec(), status))
+    let mut all = digests.to_vec();
+    all.push(("namespaces", own.namespaces));
+    Ok((all, status))
 }
 
 /// Where a link points; empty if there is none (a kernel thread's program, an old kernel's
@@ -227,7 +279,7 @@ pub(super) struct Io {
 
 /// Reads it; `None` where the kernel does not count.
 pub(super) fn io(dir: &Dir) -> Result<Option<Io>, ProcessError> {
-    let Some(text) = dir.text_if_any("io")? else {
+    let Some(text) = dir.record_if_any("io")? else {
         return Ok(None);
     };
     let field = |name: &str| {

@@ -4,11 +4,13 @@
 
 mod attacks;
 mod compare;
+mod ipc;
 mod limits;
 mod marks;
 mod queues;
 mod rest;
 mod rules;
+mod taken_over;
 
 use std::{
     fs,
@@ -134,7 +136,7 @@ impl Actor {
 
     pub(super) fn judge(&self, baseline: &Baseline, facts: &KernelFacts) -> Verdict {
         baseline.verdict(
-            &self.snapshot(),
+            &baseline.look(&[self.pid()], &no_registers).unwrap(),
             facts,
             (&no_registers, &no_marks),
             &settings(),
