@@ -8,10 +8,10 @@ use super::{
     image::{ImageDir, Images},
     judge,
     memory::{self, Against, Marks},
+    network::{self, Traffic, Watched},
     proc_fs::{Dir, ProcessError},
     snapshot::{Process, Registers, Snapshot},
     watches::Watches,
-    world::{self, Traffic},
 };
 
 /// What the processes of a sandbox were at the last full dump P.
@@ -21,6 +21,8 @@ pub struct Baseline {
     pub(super) watches: Watches,
     /// CRIU's images of P.
     pub(super) images: Arc<dyn Images>,
+    /// Listens in the network of the first process; None if nobody could.
+    pub(super) network: Option<Watched>,
     quiet: Option<Quiet>,
 }
 
@@ -55,6 +57,12 @@ impl Baseline {
         images: &Path,
         registers: Registers<'_>,
     ) -> Result<Self, ProcessError> {
+        // Before it is read. Others configure it whether or not the processes are frozen.
+        let network = pids.iter().min().map(|first| Watched::begin(*first));
+        let network = network.and_then(|watched| {
+            let heard = |e: &ProcessError| log::info!("the network is read at each look: {e}");
+            watched.inspect_err(heard).ok()
+        });
         // Two rounds: watches are placed on what the first one finds. Nobody runs between them.
         let mut watches = Watches::new();
         let snapshot = Snapshot::take(pids, registers)?;
@@ -79,6 +87,7 @@ impl Baseline {
             snapshot,
             watches,
             images: Arc::new(ImageDir::new(images)),
+            network,
             quiet: None,
         })
     }
@@ -124,7 +133,7 @@ impl Baseline {
         }
         self.quiet = cpu_ns.and_then(|cpu| {
             let init = now.processes.first()?.pid;
-            let traffic = world::traffic(&Dir::open(init).ok()?).ok()?;
+            let traffic = network::traffic(&Dir::open(init).ok()?).ok()?;
             Some(Quiet { cpu, init, traffic })
         });
         let processes = self.snapshot.processes.iter_mut().zip(now.processes);
@@ -196,17 +205,19 @@ impl Baseline {
             && !facts.memory_reached
             && self.snapshot.processes.iter().map(|p| &p.pid).all(watched)
             && Dir::open(quiet.init)
-                .and_then(|dir| world::traffic(&dir))
+                .and_then(|dir| network::traffic(&dir))
                 .is_ok_and(|traffic| traffic == quiet.traffic)
     }
 
     /// What the processes are now, as [`Snapshot::take`] tells it, with less to read: what a process of P
-    /// alone changes is not asked again of those that have not run since.
+    /// alone changes is not asked again of those that have not run since, nor how a network is configured
+    /// in which nobody has changed that.
     ///
     /// # Errors
     /// As there.
     pub fn look(&self, pids: &[i32], registers: Registers<'_>) -> Result<Snapshot, ProcessError> {
-        Snapshot::take_after(Some(&self.snapshot), pids, registers)
+        let known = (&self.snapshot, self.network.as_ref());
+        Snapshot::take_after(Some(known), pids, registers)
     }
 
     /// Whether P's image may stand for what the processes are `now`.

@@ -1,24 +1,13 @@
-//! SysV IPC and the host name of a sandbox.
-//!
-//! /proc/sysvipc and uname show the reader's own namespaces, so somebody has to go there: one thread of
-//! the shim, which returns after each question. No other may: what it started would belong to the sandbox's
-//! namespaces, and CRIU would take those for the host's.
+//! SysV IPC and the host name of a sandbox: /proc/sysvipc and uname show the reader's own namespaces.
 
-use std::{
-    ffi::OsStr,
-    io,
-    os::{fd::OwnedFd, unix::ffi::OsStrExt},
-    sync::mpsc::{Receiver, Sender, channel},
-    thread,
+use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt};
+
+use nix::{sched::CloneFlags, sys::utsname::uname};
+
+use super::{
+    proc_fs::{Digest, ProcessError, digest, read_own},
+    traveller::{Visit, visit},
 };
-
-use nix::{
-    sched::{CloneFlags, setns},
-    sys::utsname::uname,
-};
-use parking_lot::Mutex;
-
-use super::proc_fs::{Digest, ProcessError, digest, pidfd, read_own};
 
 /// SysV semaphores of one namespace whose values are read.
 const MAX_SEMAPHORES: usize = 4096;
@@ -33,83 +22,10 @@ pub(super) struct Ipc {
     pub(super) has_memory: bool,
 }
 
-/// A process whose namespaces are looked at, and who wants to know.
-struct Question {
-    process: OwnedFd,
-    answer: Sender<io::Result<Ipc>>,
-}
-
-/// A question that is on its way.
-pub(super) struct Asked {
-    pid: i32,
-    answer: Receiver<io::Result<Ipc>>,
-}
-
-/// The thread, if it was needed before. It ends if it cannot return from a sandbox; then the next one
-/// begins.
-static TRAVELLER: Mutex<Option<Sender<Question>>> = Mutex::new(None);
-
 /// Asks for what a process sees.
-pub(super) fn ask(pid: i32) -> Result<Asked, ProcessError> {
-    let (sender, answer) = channel();
-    let mut question = Question {
-        process: pidfd(pid)?,
-        answer: sender,
-    };
-    let mut traveller = TRAVELLER.lock();
-    if let Some(thread) = &*traveller {
-        match thread.send(question) {
-            Ok(()) => return Ok(Asked { pid, answer }),
-            Err(unsent) => question = unsent.0,
-        }
-    }
-    let thread = begin().map_err(|source| failed(pid, source))?;
-    let lost = |_| failed(pid, io::Error::other("the thread died"));
-    thread.send(question).map_err(lost)?;
-    *traveller = Some(thread);
-    Ok(Asked { pid, answer })
-}
-
-impl Asked {
-    /// Waits for it.
-    pub(super) fn answer(self) -> Result<Ipc, ProcessError> {
-        let died = |_| Err(io::Error::other("the thread died"));
-        let answer = self.answer.recv().unwrap_or_else(died);
-        answer.map_err(|source| failed(self.pid, source))
-    }
-}
-
-fn failed(pid: i32, source: io::Error) -> ProcessError {
-    ProcessError::Io {
-        pid,
-        file: "IPC namespace".to_owned(),
-        source,
-    }
-}
-
-fn begin() -> io::Result<Sender<Question>> {
-    // Where the thread comes from, as this process's first one is there.
-    let home = pidfd(nix::unistd::getpid().as_raw()).map_err(io::Error::other)?;
-    let (sender, questions) = channel();
-    thread::Builder::new()
-        .name("crab-ipc".to_owned())
-        .spawn(move || travel(&home, &questions))?;
-    Ok(sender)
-}
-
-fn travel(home: &OwnedFd, questions: &Receiver<Question>) {
+pub(super) fn ask(pid: i32) -> Result<Visit<Ipc>, ProcessError> {
     const THERE: CloneFlags = CloneFlags::CLONE_NEWIPC.union(CloneFlags::CLONE_NEWUTS);
-    for Question { process, answer } in questions {
-        let found = setns(&process, THERE)
-            .map_err(io::Error::from)
-            .and_then(|()| look_around());
-        let back = setns(home, THERE);
-        // Whoever asked may have given up.
-        drop(answer.send(found));
-        if let Err(e) = back {
-            return log::error!("cannot return from a sandbox's IPC namespace: {e}");
-        }
-    }
+    visit(pid, THERE, "IPC namespace", look_around)
 }
 
 fn look_around() -> io::Result<Ipc> {

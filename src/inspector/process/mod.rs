@@ -60,6 +60,7 @@ mod ipc;
 mod judge;
 mod maps;
 mod memory;
+mod network;
 mod proc_fs;
 mod queues;
 mod references;
@@ -67,6 +68,7 @@ mod rest;
 mod snapshot;
 mod stillness;
 mod tasks;
+mod traveller;
 mod watches;
 mod world;
 

@@ -6,10 +6,10 @@
 
 use super::{
     baseline::Baseline,
+    network::{self, Traffic},
     proc_fs::Dir,
     snapshot::{Process, Snapshot},
     stillness::Stillness,
-    world::{self, Traffic},
 };
 
 /// Processes of which none ran while they were looked at.
@@ -49,7 +49,7 @@ impl Baseline {
         rest.threads == *now
             && self.watches.count() == Some(0)
             && Dir::open(rest.init)
-                .and_then(|dir| world::traffic(&dir))
+                .and_then(|dir| network::traffic(&dir))
                 .is_ok_and(|traffic| traffic == rest.traffic)
     }
 }

@@ -5,6 +5,7 @@ use std::time::Instant;
 use super::{
     descriptors::{self, MAX_DESCRIPTORS, Table},
     maps::{self, Maps},
+    network::Watched,
     proc_fs::{Dir, ProcessError},
     tasks::{self, Attributes, Io, Own, Progress, Task},
     world::{self, World},
@@ -69,9 +70,10 @@ impl Snapshot {
     }
 
     /// As [`Snapshot::take`]. What a process alone changes, by running, is taken over from an earlier
-    /// snapshot for those that have not run since.
+    /// snapshot for those that have not run since; and how the network is configured, if who has been
+    /// listening since before that has heard of no change.
     pub(super) fn take_after(
-        earlier: Option<&Self>,
+        earlier: Option<(&Self, Option<&Watched>)>,
         pids: &[i32],
         registers: Registers<'_>,
     ) -> Result<Self, ProcessError> {
@@ -88,7 +90,7 @@ impl Snapshot {
         let (mut processes, mut dirs, mut gone) = (Vec::new(), Vec::new(), Vec::new());
         let (mut threads, mut descriptors) = (MAX_TASKS, MAX_DESCRIPTORS);
         for pid in pids {
-            let known = earlier.and_then(|earlier| earlier.find(pid));
+            let known = earlier.and_then(|(earlier, _)| earlier.find(pid));
             let read = Dir::open(pid).and_then(|dir| {
                 let left = descriptors;
                 let mut process = Process::read(&dir, registers, &mut descriptors, known)?;
@@ -116,7 +118,9 @@ impl Snapshot {
             dirs.push(dir);
         }
         let homes = processes.iter().map(|process| &process.own.homes);
-        let world = world::read(&dirs.into_iter().zip(homes).collect::<Vec<_>>())?;
+        let members: Vec<_> = dirs.into_iter().zip(homes).collect();
+        let known = earlier.map(|(earlier, watched)| (&earlier.world, watched));
+        let world = world::read(&members, known)?;
         Ok(Self {
             processes,
             gone,
@@ -138,9 +142,15 @@ impl Process {
         descriptors_left: &mut usize,
         earlier: Option<&Self>,
     ) -> Result<Self, ProcessError> {
-        let (tasks, stat) = tasks::read(dir, registers)?;
         // To be confirmed by the progress after all has been read.
-        let earlier = earlier.filter(|earlier| same_progress(&earlier.tasks, &tasks));
+        let unmoved = earlier.and_then(|earlier| {
+            let tasks = tasks::read_unmoved(dir, &earlier.tasks, registers)?;
+            Some((earlier, tasks))
+        });
+        let (earlier, (tasks, stat)) = match unmoved {
+            Some((earlier, tasks)) => (Some(earlier), tasks),
+            None => (None, tasks::read(dir, registers)?),
+        };
         let own = match earlier {
             Some(earlier) => earlier.own.clone(),
             None => Own::read(dir)?,
@@ -187,12 +197,6 @@ impl Process {
             .iter()
             .fold(0, |sum, progress| sum.saturating_add(progress.ran))
     }
-}
-
-/// Whether these are the same threads, and none was given a CPU in between.
-fn same_progress(earlier: &[Task], now: &[Task]) -> bool {
-    let of = |task: &Task| (task.tid, task.start, task.progress);
-    earlier.iter().map(of).eq(now.iter().map(of))
 }
 
 /// How far the threads are by now.

@@ -38,14 +38,46 @@ pub(super) struct Task {
 }
 
 /// What [`Task`]s a process has, and the whole [`Stat`] of the first one, whose process it is.
+pub(super) type Tasks = (Vec<Task>, Stat);
+
+/// Reads them.
 pub(super) fn read(
     dir: &Dir,
     registers: &dyn Fn(i32) -> Option<u64>,
-) -> Result<(Vec<Task>, Stat), ProcessError> {
+) -> Result<Tasks, ProcessError> {
     let tids = dir.numbers("task", "threads of a process", MAX_THREADS)?;
-    let (mut tasks, mut leader) = (Vec::with_capacity(tids.len()), None);
-    for tid in tids {
-        let (task, stat) = read_one(dir, tid, registers)?;
+    let tids = tids.into_iter().map(|tid| Ok((tid, progress(dir, tid)?)));
+    read_all(dir, tids, registers)
+}
+
+/// Reads them, if they are those of `earlier`, and none of these has run since: threads are made by the
+/// others of the process alone, so they need not be listed. None: read them all.
+pub(super) fn read_unmoved(
+    dir: &Dir,
+    earlier: &[Task],
+    registers: &dyn Fn(i32) -> Option<u64>,
+) -> Option<Tasks> {
+    let unmoved = |task: &Task| progress(dir, task.tid).ok() == Some(task.progress);
+    if !earlier.iter().all(unmoved) {
+        return None;
+    }
+    let tids = earlier.iter().map(|task| Ok((task.tid, task.progress)));
+    // One that has ended is found missing by whoever lists them.
+    let (tasks, leader) = read_all(dir, tids, registers).ok()?;
+    let start = |task: &Task| task.start;
+    let are_same = tasks.iter().map(start).eq(earlier.iter().map(start));
+    are_same.then_some((tasks, leader))
+}
+
+fn read_all(
+    dir: &Dir,
+    tids: impl Iterator<Item = Result<(i32, Progress), ProcessError>>,
+    registers: &dyn Fn(i32) -> Option<u64>,
+) -> Result<Tasks, ProcessError> {
+    let (mut tasks, mut leader) = (Vec::new(), None);
+    for its in tids {
+        let (tid, progress) = its?;
+        let (task, stat) = read_one(dir, tid, progress, registers)?;
         tasks.push(task);
         if tid == dir.pid {
             leader = Some(stat);
@@ -56,14 +88,14 @@ pub(super) fn read(
     Ok((tasks, leader))
 }
 
+/// `progress` was read before, and so before the state: a task that is woken in between shows itself
+/// running, or has slept again and shows in the next reading.
 fn read_one(
     dir: &Dir,
     tid: i32,
+    progress: Progress,
     registers: &dyn Fn(i32) -> Option<u64>,
 ) -> Result<(Task, Stat), ProcessError> {
-    // Before the state: a task that is woken in between shows itself running, or has slept again
-    // and shows in the next reading.
-    let progress = progress(dir, tid)?;
     let file = format!("task/{tid}/stat");
     let stat = Stat::parse(&dir.record(&file)?).ok_or_else(|| dir.unexpected(&file))?;
     let registers = registers(tid);

@@ -3,8 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::{
-    ipc::{self, Asked, Ipc},
+    ipc::{self, Ipc},
+    network::{self, Network, Watched},
     proc_fs::{Digest, Dir, ProcessError, digest},
+    traveller::Visit,
 };
 
 /// Namespaces of one kind that are looked at.
@@ -26,24 +28,14 @@ pub(super) struct Homes {
     pub(super) network: String,
 }
 
-/// One network namespace.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Network {
-    pub(super) configuration: Digest,
-    pub(super) traffic: Traffic,
-}
-
-/// What the network stack of a namespace counted; all only grow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Traffic {
-    /// TCP connections that somebody made to a listener here.
-    pub(super) passive: u64,
-    /// TCP segments and UDP datagrams, in and out.
-    packets: [u64; 4],
-}
+/// An earlier world, and who has been listening since before it was read.
+pub(super) type Known<'a> = (&'a World, Option<&'a Watched>);
 
 /// Reads it through the processes of the set, one for each namespace.
-pub(super) fn read(processes: &[(Dir, &Homes)]) -> Result<World, ProcessError> {
+pub(super) fn read(
+    processes: &[(Dir, &Homes)],
+    known: Option<Known<'_>>,
+) -> Result<World, ProcessError> {
     let mut seen = BTreeSet::new();
     let mut of = |kind: fn(&Homes) -> &String| -> Result<Vec<(String, &Dir)>, ProcessError> {
         let mut all = Vec::new();
@@ -72,13 +64,19 @@ pub(super) fn read(processes: &[(Dir, &Homes)]) -> Result<World, ProcessError> {
     let asked = ipc
         .into_iter()
         .map(|(name, dir)| Ok((name, ipc::ask(dir.pid)?)));
-    let asked: Vec<(String, Asked)> = asked.collect::<Result<_, ProcessError>>()?;
+    let asked: Vec<(String, Visit<Ipc>)> = asked.collect::<Result<_, ProcessError>>()?;
     let mut world = World::default();
     for (name, dir) in mounts {
         world.mounts.push((name, digest(&dir.read("mountinfo")?)));
     }
     for (name, dir) in networks {
-        world.network.push((name, network(dir)?));
+        let configuration = known.and_then(|(known, watched)| {
+            watched.filter(|its| its.is_unchanged(&name))?;
+            let (_, network) = known.network.iter().find(|its| its.0 == name)?;
+            Some(network.configuration)
+        });
+        let network = network::read(dir, configuration)?;
+        world.network.push((name, network));
     }
     for (name, asked) in asked {
         world.ipc.push((name, asked.answer()?));
@@ -127,41 +125,4 @@ fn same<T>(before: &[(String, T)], now: &[(String, T)], equal: impl Fn(&T, &T) -
             .iter()
             .zip(now)
             .all(|(a, b)| a.0 == b.0 && equal(&a.1, &b.1))
-}
-
-fn network(dir: &Dir) -> Result<Network, ProcessError> {
-    let mut text = String::new();
-    for file in ["net/route", "net/if_inet6", "net/fib_trie"] {
-        text += &dir.text_if_any(file)?.unwrap_or_default();
-    }
-    // Names alone: the numbers behind them count packets.
-    for line in dir.text_if_any("net/dev")?.unwrap_or_default().lines() {
-        text += line.split(':').next().unwrap_or_default();
-        text.push('\n');
-    }
-    Ok(Network {
-        configuration: digest(text.as_bytes()),
-        traffic: traffic(dir)?,
-    })
-}
-
-/// The counters of the network namespace of a process.
-pub(super) fn traffic(dir: &Dir) -> Result<Traffic, ProcessError> {
-    let snmp = dir.record_if_any("net/snmp")?.unwrap_or_default();
-    let field = |protocol: &str, name: &str| {
-        let mut lines = snmp.lines().filter(|line| line.starts_with(protocol));
-        let (names, values) = (lines.next()?, lines.next()?);
-        let column = names.split(' ').position(|field| field == name)?;
-        values.split(' ').nth(column)?.parse().ok()
-    };
-    let number = |protocol, name| field(protocol, name).unwrap_or(0);
-    Ok(Traffic {
-        passive: number("Tcp:", "PassiveOpens"),
-        packets: [
-            number("Tcp:", "InSegs"),
-            number("Tcp:", "OutSegs"),
-            number("Udp:", "InDatagrams"),
-            number("Udp:", "OutDatagrams"),
-        ],
-    })
 }

@@ -4,13 +4,14 @@
 
 mod attacks;
 mod compare;
-mod ipc;
 mod limits;
 mod marks;
+mod network;
 mod queues;
 mod rest;
 mod rules;
 mod taken_over;
+mod traveller;
 
 use std::{
     fs,
@@ -178,7 +179,7 @@ pub(super) fn baseline(pids: &[i32], registers: fn(i32) -> Option<u64>) -> Basel
     }
 }
 
-pub(super) fn eventually(what: impl Fn() -> bool) {
+pub(super) fn eventually(mut what: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !what() {
         assert!(Instant::now() < deadline, "it does not happen");

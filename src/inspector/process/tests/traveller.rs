@@ -1,7 +1,7 @@
-//! The thread that goes to a sandbox's IPC namespace, and comes back.
+//! The thread that goes to a sandbox's namespaces, and comes back.
 
 use super::*;
-use crate::inspector::process::ipc;
+use crate::inspector::process::{ipc, traveller::NAME};
 
 fn link(path: &str) -> Option<PathBuf> {
     fs::read_link(path).ok()
@@ -14,7 +14,7 @@ fn places(kind: &str) -> Vec<PathBuf> {
         let path = entry.path();
         let name = fs::read_to_string(path.join("comm")).ok()?;
         let place = link(path.join("ns").join(kind).to_str()?)?;
-        (name == "crab-ipc\n").then_some(place)
+        (name.trim_end() == NAME).then_some(place)
     };
     threads.filter_map(|entry| its(entry.unwrap())).collect()
 }
@@ -31,7 +31,7 @@ fn each_sandbox_is_told_of_by_itself_and_the_thread_is_home_again() {
     other.enter(&["hostname", "one"]);
     assert_eq!(first.names, of(&other).names);
     // Others ask it, too, while this test runs.
-    for kind in ["uts", "ipc"] {
+    for kind in ["uts", "ipc", "net"] {
         let home = link(&format!("/proc/self/ns/{kind}")).unwrap();
         eventually(|| {
             let places = places(kind);
