@@ -3,9 +3,11 @@
 use super::*;
 
 /// Two ends of a cable, one of them plugged in; a route by a next hop. Nobody looks whether an address is
-/// somebody else's already, which would change it seconds later.
+/// somebody else's already, which would change it seconds later; and a next hop's change is not told as one of
+/// the routes by it, too.
 const SETUP: &[&str] = &[
     "echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad",
+    "echo 0 >/proc/sys/net/ipv4/nexthop_compat_mode",
     "ip link add v0 type veth peer name v1",
     "ip link set v0 up",
     "ip link set v1 up",
