@@ -38,7 +38,7 @@ WANTED = {
     "rollback of a tiny sandbox": 150.0,
     "rollback of files alone": 20.0,
     "look at a turn that changes nothing, one process": 1.0,
-    "look at a turn that changes nothing, six processes": 3.0,
+    "look at a turn that changes nothing, six processes": 1.0,
 }
 
 
