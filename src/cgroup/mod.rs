@@ -259,10 +259,6 @@ fn collect_procs(dir: &Path, pids: &mut BTreeSet<i32>) -> Result<(), CgroupError
         Err(e) if gone(&e) || e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
         Err(e) => return Err(CgroupError::io("read", &file, e)),
     }
-    // A directory of cgroups has one link for each below it, and two of its own (kernfs).
-    if fs::symlink_metadata(dir).is_ok_and(|its| its.nlink() == 2) {
-        return Ok(());
-    }
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(e) if gone(&e) => return Ok(()),
