@@ -320,7 +320,7 @@ subprocess.run(["python3", "-c", "import socket; socket.create_server(('', 7077)
 
 
 def look(rounds: int) -> None:
-    """Turns that only read, of a sandbox with one process and one with six; how many of them ran is none of theirs."""
+    """Turns that only read, in a sandbox with one process and in one with six, none of which runs."""
     for what, init in (("one process", ()), ("six processes", ("python3", "-c", SIX))):
         with Sandbox(*init) as box:
             time.sleep(3)

@@ -235,7 +235,7 @@ impl Own {
     }
 }
 
-/// Reads them. Also returns the status text, for the pid in the sandbox.
+/// Reads the [`Attributes`]. Also returns the status text, for the pid in the sandbox.
 pub(super) fn attributes(
     dir: &Dir,
     stat: &Stat,
