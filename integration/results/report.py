@@ -121,8 +121,8 @@ def row_exec(data: Data) -> list[str]:
 
 #: Known from perf of the shim's thread: of 2.2 ms of processor time a turn, a sixth reads /proc, an eighth asks BPF's maps.
 LOOK_REASON = ("each look reads anew what /proc says of every process that is there, the mounts and the network: some 140 system "
-               "calls for one process that has no socket, 70 more for each further one, and no single one stands out; nearly half of the time "
-               "it waits for a CPU while containerd and its client end the command (docs/inspector-processes.md)")
+               "calls for one process that has no socket, 70 more for each further one, and no single one stands out "
+               "(docs/inspector-processes.md)")
 
 
 def row_look(data: Data) -> list[str]:

@@ -10,6 +10,7 @@ pub mod doors;
 mod early;
 mod files;
 pub mod freeze;
+mod haste;
 mod inspection;
 mod known;
 mod look;

@@ -13,6 +13,7 @@ use super::{
     budget::Budget,
     chain::Chain,
     doors::Doors,
+    haste::Haste,
     inspection::Inspection,
     look::Look,
     machine::Event,
@@ -160,6 +161,7 @@ impl Worker {
         begin: Instant,
         gate: &mut ShutGate,
     ) -> Result<JournalLine, String> {
+        let haste = (trigger != Trigger::Timer).then(Haste::begin);
         let parent = self.parent().map_err(text)?;
         // Nobody mounts another one meanwhile: that is a rollback's affair, and we do them.
         let overlay = subject.overlay();
@@ -179,6 +181,7 @@ impl Worker {
             }
             return self.nothing_new(gate, line);
         }
+        drop(haste);
         // Asked for by hand, it is to be a whole one, and nobody is given less than they asked for.
         let reason = asked.map_or_else(|| look.reason(), |_| Reason::AskedFor);
         line.effects = look.effects;
