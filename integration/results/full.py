@@ -65,7 +65,7 @@ class Keeper:
         self.bytes: list[int] = []
         #: How many of these are the changed files.
         self.file_bytes: list[int] = []
-        #: Of each turn all that it keeps, not compressed.
+        #: Of each turn all that it keeps, not compressed; of a file its contents by themselves, beside its name and attributes.
         self.kept: list[list[bytes]] = []
 
     def __call__(self, _turn: object) -> None:
@@ -81,10 +81,10 @@ class Keeper:
                 for data in images:
                     out.write(compress(data))
                 image_bytes = out.tell()
-                for data in files:
-                    out.write(compress(data))
+                for head, contents in files:
+                    out.write(compress(head + contents))
                 self.file_bytes.append(out.tell() - image_bytes)
-                self.kept.append(images + files)
+                self.kept.append(images + [part for file in files for part in file])
                 out.flush()
                 os.fsync(out.fileno())
                 self.bytes.append(out.tell())
@@ -99,8 +99,8 @@ class Keeper:
             tail = log.read_text(errors="replace")[-600:] if log.exists() else ""
             raise ClientError(f"mode full: dump {self.number} of {self.client.id}: {done.stderr.strip()} {tail}")
 
-    def _changed(self) -> list[bytes]:
-        """The contents and names of what was changed since the last time; a link's target, a directory's name."""
+    def _changed(self) -> list[tuple[bytes, bytes]]:
+        """Of what was changed since the last time the name with the attributes, and a file's contents or a link's target."""
         found, top = [], upper(self.client.alive())
         for directory, directories, files in os.walk(top):
             for name in (*directories, *files):
@@ -108,13 +108,13 @@ class Keeper:
                 status = os.lstat(path)
                 if status.st_ctime_ns <= self.newest:
                     continue
-                head = os.path.relpath(path, top).encode(errors="surrogateescape") + repr(tuple(status)).encode()
+                head, contents = os.path.relpath(path, top).encode(errors="surrogateescape") + repr(tuple(status)).encode(), b""
                 if stat.S_ISREG(status.st_mode):
                     with open(path, "rb") as file:
-                        head += file.read()
+                        contents = file.read()
                 elif stat.S_ISLNK(status.st_mode):
-                    head += os.readlink(os.fsencode(path))
-                found.append(head)
+                    contents = os.readlink(os.fsencode(path))
+                found.append((head, contents))
         return found
 
 

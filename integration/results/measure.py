@@ -3,7 +3,7 @@
 
     measure.py [--quick] [--think FACTOR] [--only PART] TRACE.jsonl OUT
 
-OUT/runs/TRACE.N.json for each run (mode, turns, crab's journal, bytes that the store's block device was asked to write),
+OUT/runs/TRACE.N.json for each run (mode, turns, crab's journal and its lines from before the first turn, bytes that the store's block device was asked to write),
 OUT/recover/TRACE.json for the crashes, OUT/machine.json. `integration/results/run` calls it.
 """
 from __future__ import annotations
@@ -99,7 +99,8 @@ def one_run(trace: traces.Trace, mode: str, factor: float, number: int) -> dict[
             begun = time.monotonic()
             turns = player.play(client, trace, trace.turns, factor, after)
             wall_s = time.monotonic() - begun
-            journal = player.settled(Crab(client), execs + len(turns))[execs:] if protected else []
+            lines = player.settled(Crab(client), execs + len(turns)) if protected else []
+            begin, journal = lines[:execs], lines[execs:]
             call("sync", "-f", str(store))
             bytes_written = written(stat) - before
         finally:
@@ -108,7 +109,7 @@ def one_run(trace: traces.Trace, mode: str, factor: float, number: int) -> dict[
         # Nothing holds the next command but its framework, which waits for `crab turn`.
         for line, after_it in zip(journal, turns[1:]):
             line["exposed_us"] = round(after_it["held_ms"] * 1000)
-    run = {"trace": trace.name, "mode": mode, "factor": factor, "turns": turns, "journal": journal, "wall_s": wall_s,
+    run = {"trace": trace.name, "mode": mode, "factor": factor, "turns": turns, "begin": begin, "journal": journal, "wall_s": wall_s,
            "device_bytes": bytes_written, "load": os.getloadavg()[0], "build": build()}
     return run | ({"kept_ms": keeper.took_ms, "kept_bytes": keeper.bytes, "kept_file_bytes": keeper.file_bytes,
                    "unseen_bytes": unseen_bytes(keeper.kept)} if keeper else {})
@@ -153,6 +154,8 @@ def main() -> int:
         (args.out / name).mkdir(exist_ok=True)
     (args.out / "machine.json").write_text(json.dumps(machine() | {"quick": args.quick, "think": args.think}, indent=1) + "\n")
     plan = settings.plan(trace.name, args.think, args.quick) if args.only in (None, "runs") else []
+    if plan:
+        player.warm(trace, f"warm-{os.getpid()}")
     for number, (mode, factor, round_) in enumerate(plan):
         try:
             run = one_run(trace, mode, factor, number) | {"round": round_}

@@ -44,6 +44,16 @@ def begin(client: Client, trace: traces.Trace) -> int:
     return 1 if first else 0
 
 
+def warm(trace: traces.Trace, name: str) -> None:
+    """Reads all of the image once, so that the first run finds no colder page cache than those after it."""
+    client = sandbox(trace, name, protected=False)
+    try:
+        client.create()
+        client.run("warm", "/", "find / -xdev -type f -exec cat {} + >/dev/null", timeout_s=600)
+    finally:
+        client.remove()
+
+
 def play(client: Client, trace: traces.Trace, turns: Iterable[traces.Turn], factor: float,
          after: Callable[[traces.Turn], None] | None = None) -> list[dict[str, Any]]:
     """Plays them. `after` runs at each turn's end, while the agent thinks; what it takes beyond that, the agent waits."""

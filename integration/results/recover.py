@@ -29,6 +29,7 @@ from clients import Client, wait_for
 from full import clear, upper
 
 import container  # integration/digest, on the path by player
+from crab import is_unprotected  # integration/replay
 import digest
 import final  # integration/replay
 
@@ -115,10 +116,11 @@ def replay(trace: traces.Trace, path: Path, factor: float, out: Path, *options: 
     return json.loads(out.read_text()) if out.exists() else None, said
 
 
-def at_the_end(crashed: Path, first: Path, second: Path) -> dict[str, Any] | None:
-    """Whether a run with crashes ended as fault-free ones do, as final.py tells; None if one has no end."""
-    if not all(path.exists() for path in (crashed, first, second)):
-        return None
+def at_the_end(crashed: Path, first: Path, second: Path) -> dict[str, Any]:
+    """Whether a run with crashes ended as fault-free ones do, as final.py tells. One that has no end differs."""
+    lost = [path.stem for path in (crashed, first, second) if not path.exists()]
+    if lost:
+        return {"equal": False, "unequal": [f"the run {name} has no end" for name in lost], "paths": 0, "excluded": []}
     c, a, b = (json.loads(path.read_text()) for path in (crashed, first, second))
     but = final.exclusions(a, b)
     found = final.unequal(a, b, c, but)
@@ -131,7 +133,7 @@ def of_crab(trace: traces.Trace, path: Path, count: int, factor: float, scratch:
     result, said = replay(trace, path, factor, scratch / "crashed.json", *options)
     found = NONE_OF_CRAB | {"asked": count, "said": said}
     if result is None:
-        return found
+        return found | {"failure": "no end"}
     for name in ("first", "second"):
         replay(trace, path, factor, scratch / f"{name}.json")
     found["end"] = at_the_end(*(scratch / f"{name}.final" for name in ("crashed", "first", "second")))
@@ -139,15 +141,28 @@ def of_crab(trace: traces.Trace, path: Path, count: int, factor: float, scratch:
 
 
 #: Of crab's recoveries, before any has been tried.
-NONE_OF_CRAB: dict[str, Any] = {"asked": 0, "faults": [], "wrong_codes": [], "said": "", "end": None}
+NONE_OF_CRAB: dict[str, Any] = {"asked": 0, "planned": 0, "faults": [], "wrong_codes": [], "failure": None, "said": "", "end": None}
 
 
 def told(result: dict[str, Any]) -> dict[str, Any]:
     """What recover/TRACE.json holds of a replay. Asked: recoveries, of which a death that comes twice has two."""
     plan = result["summary"]["plan"].values()
-    return {"asked": len(plan) + list(plan).count("twice"), "wrong_codes": result["summary"]["codes_not_as_expected"],
-            "faults": [{key: fault.get(key) for key in ("turn", "kind", "equal", "mode", "unequal")}
+    summary = result["summary"]
+    return {"asked": len(plan) + list(plan).count("twice"), "planned": len(plan), "failure": why_bad(result),
+            "wrong_codes": summary["codes_not_as_expected"],
+            "faults": [{key: fault.get(key) for key in ("turn", "kind", "equal", "mode", "unequal", "late")}
                        for fault in result["faults"]]}
+
+
+def why_bad(result: dict[str, Any]) -> str | None:
+    """Why a replay is no success although its recoveries may be: it ended early, or a turn of it was not kept."""
+    summary = result["summary"]
+    if summary["failure"] is not None:
+        return summary["failure"]
+    if summary["turns"] < summary["turns_in_trace"]:
+        return f"ended after {summary['turns']} of {summary['turns_in_trace']} turns"
+    lost = [str(turn["turn"]) for turn in result["turns"] if turn["crab"] and is_unprotected(turn["crab"])]
+    return f"not protected: turns {', '.join(lost)}" if lost else None
 
 
 def in_vm(trace: str, result: dict[str, Any]) -> dict[str, Any]:

@@ -85,12 +85,12 @@ def factor(trace: str, asked: float | None, quick: bool) -> float:
 
 
 def plan(trace: str, asked: float | None, quick: bool) -> list[tuple[str, float, int]]:
-    """All runs of a trace in their order: (mode, factor, round). The modes take turns."""
+    """All runs of a trace in their order: (mode, factor, round). The modes take turns, and so does who begins."""
     usual = factor(trace, asked, quick)
     rounds = 1 if quick or trace in ONCE else ROUNDS
     first = ["none", "crab", "full"] + (["full in crab", "no engine"] if trace in FURTHER_TRACES and not quick else [])
     runs = [(mode, usual, 0) for mode in first]
-    runs += [(mode, usual, n) for n in range(1, rounds) for mode in ("none", "crab")]
+    runs += [(mode, usual, n) for n in range(1, rounds) for mode in (("crab", "none") if n % 2 else ("none", "crab"))]
     if not quick and asked is None and trace in CLIENT_TRACES and usual != CLIENT_FACTOR:
         runs += [(mode, CLIENT_FACTOR, 0) for mode in ("none", "crab")]
     return runs

@@ -5,6 +5,7 @@ import os
 import random
 import sys
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -143,8 +144,43 @@ def test_runs_of_another_build_are_named():
         "The runs of a, c are of another build of crab than the others.")
 
 
+def test_what_a_file_is_called_does_not_hide_that_its_pages_are_known(tmp_path, monkeypatch):
+    """Mode full keeps it again under another name; whoever stores pages has them."""
+    contents = random.Random(2).randbytes(3 * settings.PAGE)
+    monkeypatch.setattr(full, "upper", lambda _init: tmp_path)
+    keeper = full.Keeper(SimpleNamespace(alive=lambda: 1), tmp_path)
+    (tmp_path / "a").write_bytes(contents)
+    (head, kept), = keeper._changed()
+    assert head.startswith(b"a") and kept == contents
+    (tmp_path / "a").rename(tmp_path / "another-name")
+    again = keeper._changed()
+    first, second = full.unseen_bytes([[head, kept], [part for file in again for part in file]])
+    assert first > 3 * settings.PAGE and second < 400
+
+
+def test_a_run_that_ended_early_or_lost_a_turn_is_told():
+    summary = {"failure": None, "turns": 3, "turns_in_trace": 3, "plan": {"1": "init", "2": "twice"}, "codes_not_as_expected": []}
+    kept, lost = line("files", 5, trigger="exec"), line("files", 5, trigger="exec", missing=["processes"])
+    turns = [{"turn": 1, "crab": kept}, {"turn": 2, "crab": lost}, {"turn": 3, "crab": None}]
+    result = {"summary": summary, "turns": turns[:1], "faults": []}
+    assert recover.why_bad(result) is None
+    assert recover.why_bad(result | {"turns": turns}) == "not protected: turns 2"
+    assert recover.why_bad(result | {"summary": summary | {"turns": 2}}) == "ended after 2 of 3 turns"
+    assert recover.why_bad(result | {"summary": summary | {"failure": "it hangs"}}) == "it hangs"
+    told = recover.told(result)
+    assert (told["asked"], told["planned"], told["failure"]) == (3, 2, None)
+
+
+def test_a_run_without_an_end_does_not_end_as_others(tmp_path):
+    paths = [tmp_path / f"{name}.final" for name in ("crashed", "first", "second")]
+    paths[1].write_text("{}")
+    end = recover.at_the_end(*paths)
+    assert end["equal"] is False and end["unequal"] == ["the run crashed has no end", "the run second has no end"]
+
+
 def test_a_recovery_in_the_virtual_machine_counts():
-    replayed = {"summary": {"plan": {"14": "twice", "3": "exec"}, "codes_not_as_expected": []},
+    replayed = {"summary": {"plan": {"14": "twice", "3": "exec"}, "codes_not_as_expected": [], "failure": "it hangs", "turns": 9, "turns_in_trace": 20},
+                "turns": [],
                 "faults": [{"turn": 3, "kind": "exec", "equal": True, "mode": "exact", "unequal": []}]}
     one = recover.in_vm("tb-nginx", replayed)
     assert (one["turns"], one["crab"]["asked"]) == ([3, 14], 3)
@@ -200,7 +236,7 @@ def test_plots_are_well_formed_whatever_there_is_to_draw():
 def test_the_modes_take_turns():
     assert settings.plan("tb-tmux", None, quick=True) == [("none", 1.0, 0), ("crab", 1.0, 0), ("full", 1.0, 0)]
     full = settings.plan("swe-requests-5414", None, quick=False)
-    assert [mode for mode, factor, _ in full if mode in ("none", "crab") and factor == settings.FACTOR] == ["none", "crab"] * settings.ROUNDS
+    assert [mode for mode, factor, _ in full if mode in ("none", "crab") and factor == settings.FACTOR] == ["none", "crab", "crab", "none"][:2 * settings.ROUNDS]
     assert full[-2:] == [("none", 1.0, 0), ("crab", 1.0, 0)]
     assert {mode for mode, _, _ in full} == set(settings.MODES)
 
