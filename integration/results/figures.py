@@ -30,26 +30,34 @@ def trace_names(runs: Sequence[Run]) -> list[str]:
 
 
 def kind(line: dict[str, Any]) -> str:
-    """What a turn was for crab. Without a checkpoint although something had changed: unprotected."""
-    name = KINDS.get(line["action"], line["action"])
-    if line["checkpoint"] is None and (name != "nothing" or line["effects"]):
+    """What a turn was for crab. Unprotected: without a checkpoint although something had changed, or without the processes,
+    or nothing new in a sandbox whose processes cannot be kept."""
+    name, note = KINDS.get(line["action"], line["action"]), line.get("note") or ""
+    if line["checkpoint"] is None and (name != "nothing" or line["effects"] or note.startswith("not protected")):
         return "unprotected"
-    return name
+    return "unprotected" if "processes" in line.get("missing", ()) or "without processes" in note else name
 
 
 def lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [line for run in runs for line in run["journal"]]
 
 
+def whole_journal(run: Run) -> list[dict[str, Any]]:
+    """With the lines of what was run before the first turn (settings.FIRST)."""
+    return [*run.get("begin", ()), *run["journal"]]
+
+
 def exec_pairs(runs: Sequence[Run], mode: str, trace: str | None = None) -> list[tuple[float, float]]:
-    """For each turn of each trace and factor the mean of its exec times without crab, and in `mode`; milliseconds."""
-    seen: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """For each turn of each trace and factor the mean of what its exec took without crab, and in `mode`, with what it was held
+    before; milliseconds. Without turns that each run ended by their time-out: these take as long whatever is beneath."""
+    seen: dict[tuple, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         if run["mode"] in ("none", mode) and trace in (None, run["trace"]):
             for turn in run["turns"]:
-                seen[run["trace"], run["factor"], turn["turn"]][run["mode"]].append(turn["ms"])
-    both = [times for times in seen.values() if times["none"] and times[mode]]
-    return [(sum(t["none"]) / len(t["none"]), sum(t[mode]) / len(t[mode])) for t in both]
+                seen[run["trace"], run["factor"], turn["turn"]][run["mode"]].append(turn)
+    mean = lambda turns: sum(turn["ms"] + turn["held_ms"] for turn in turns) / len(turns)  # noqa: E731
+    return [(mean(turns["none"]), mean(turns[mode])) for turns in seen.values() if turns["none"] and turns[mode]
+            and any(turn["code"] != settings.TIMED_OUT for turn in turns["none"] + turns[mode])]
 
 
 def ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
@@ -104,7 +112,7 @@ def first_share(runs: Sequence[Run]) -> float | None:
     """The share of crab's stored bytes that each sandbox's first checkpoint is: its whole memory and layer."""
     first = total = 0
     for run in of(runs, "crab"):
-        stored = [line["bytes_written"] for line in run["journal"] if line["checkpoint"]]
+        stored = [line["bytes_written"] for line in whole_journal(run) if line["checkpoint"]]
         first, total = first + sum(stored[:1]), total + sum(stored)
     return first / total if total else None
 
@@ -112,7 +120,7 @@ def first_share(runs: Sequence[Run]) -> float | None:
 def stored_share(runs: Sequence[Run]) -> float | None:
     """The share of crab's bytes at the device that its packs are."""
     total = sum(run["device_bytes"] for run in of(runs, "crab"))
-    return sum(line["bytes_written"] for line in lines(of(runs, "crab"))) / total if total else None
+    return sum(line["bytes_written"] for run in of(runs, "crab") for line in whole_journal(run)) / total if total else None
 
 
 def unseen_share(runs: Sequence[Run]) -> float | None:
@@ -147,7 +155,8 @@ def durable_ms(runs: Sequence[Run], name: str, but_first: bool = False) -> list[
     found = []
     for run in of(runs, "crab"):
         made = [line for line in run["journal"] if line["durable_us"] is not None]
-        found += [line["durable_us"] / 1000 for line in made[1 if but_first else 0:] if kind(line) == name]
+        is_first = not any(line["durable_us"] is not None for line in run.get("begin", ()))
+        found += [line["durable_us"] / 1000 for line in made[1 if but_first and is_first else 0:] if kind(line) == name]
     return found
 
 
@@ -171,6 +180,14 @@ def recovered(recoveries: Sequence[dict[str, Any]]) -> tuple[int, int]:
     """Of crab: equal states, crashes that were asked for."""
     return (sum(bool(fault["equal"]) for one in recoveries for fault in one["crab"]["faults"]),
             sum(one["crab"]["asked"] for one in recoveries))
+
+
+def equal_how(recoveries: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Of crab's equal recoveries: exact ones, and those in which processes that ran and moved no data came back as they were at
+    their last dump; and of all faults those that came when what they were to interrupt was over."""
+    faults = [fault for one in recoveries for fault in one["crab"]["faults"]]
+    return {"exact": sum(fault["mode"] == "exact" for fault in faults), "cut": sum(fault["mode"] == "cut" for fault in faults),
+            "late": sum(bool(fault.get("late")) for fault in faults)}
 
 
 def baseline(recoveries: Sequence[dict[str, Any]], name: str) -> dict[str, int]:

@@ -66,14 +66,19 @@ def row_recovered(data: Data) -> list[str]:
     ends = [(one["trace"], one["crab"].get("end")) for one in data["recoveries"]]
     other = [trace for trace, end in ends if end and not end["equal"]]
     missing = asked - sum(len(one["crab"]["faults"]) for one in data["recoveries"])
+    failed = [f"{one['trace']}: {one['crab']['failure']}" for one in data["recoveries"] if one["crab"].get("failure")]
     reason = "; ".join((["unequal: " + ", ".join(bad)] if bad else []) + ([f"{missing} faults were not come to"] if missing else [])
-                       + ([f"another end: {', '.join(other)}"] if other else []))
+                       + ([f"another end: {', '.join(other)}"] if other else []) + failed)
     kinds = {fault.get("kind", "init") for one in data["recoveries"] for fault in one["crab"]["faults"]}
-    text = f"{share(equal, asked)} recoveries from {len(kinds)} kinds of faults: state equal" if asked else "not measured"
+    how = f.equal_how(data["recoveries"])
+    text = (f"{share(equal, asked)} recoveries from {len(kinds)} kinds of faults: state equal ({how['exact']} exactly, {how['cut']} but for processes that "
+            f"ran and moved no data; {how['late']} faults came late)") if asked else "not measured"
     known = [end for _, end in ends if end]
     if known:
         text += f"; at the end as without faults: {share(sum(end['equal'] for end in known), len(known))}"
-    holds = least(equal / asked, settings.WANTED["recovered"]) and not other if asked else None
+    if asked:
+        text += f"; not tried with {', '.join(settings.NOT_CRASHED)}"
+    holds = least(equal / asked, settings.WANTED["recovered"]) and not other and not failed if asked else None
     return ["recovery correctness", "100 % (task passes, one crash)", "100 % state equality", judged(text, holds, reason)]
 
 
@@ -94,8 +99,8 @@ def row_nothing(data: Data) -> list[str]:
 def row_bytes(data: Data) -> list[str]:
     runs = data["runs"]
     value = f.down(f.traffic(runs).values())
-    reason = (f"of what full keeps {percent(f.unseen_share(runs))} are pages of {settings.PAGE} bytes that no turn before had, which whoever stores each page "
-              f"once has to keep, too (the changed files alone are {percent(f.file_share(runs))}): of all else {percent(f.saved_of_savable(runs))} is saved; of crab's bytes at the device {percent(f.stored_share(runs))} are what it stores, the rest is the file system's journal and "
+    reason = (f"of what full keeps {percent(f.unseen_share(runs))} are pages of {settings.PAGE} bytes that no turn before had, which whoever stores each whole page "
+              f"once keeps, too (the changed files alone are {percent(f.file_share(runs))}): of all else {percent(f.saved_of_savable(runs))} is saved; of crab's bytes at the device {percent(f.stored_share(runs))} are what it stores, the rest is the file system's journal and "
               f"metadata; {percent(f.first_share(runs))} of what it stores is the sandbox's first checkpoint, its whole memory and layer")
     return ["bytes against full-per-turn", "down by up to 87 %", "at least 95 % down",
             judged("not measured" if value is None else f"down by {percent(value, 1)}", least(value, settings.WANTED["bytes down"]), reason)]
@@ -161,7 +166,7 @@ def row_exposed(data: Data) -> list[str]:
 
 
 def row_faults(data: Data) -> list[str]:
-    most_ = max((one["crab"]["asked"] for one in data["recoveries"]), default=0)
+    most_ = max((one["crab"]["planned"] for one in data["recoveries"]), default=0)
     return ["faults per run, sandboxes at once", "1, 16–96 on 128 vCPU", "5, up to 60 on 2 vCPU",
             f"{most_}; sixty sandboxes: [engine.md](engine.md)"]
 
@@ -213,6 +218,8 @@ def end_in_words(end: dict[str, Any] | None) -> str:
     """How a run with faults ended, beside two without any."""
     if end is None:
         return "not measured"
+    if not end["paths"]:
+        return f"**{'; '.join(end['unequal'])}**"
     what = "equal" if end["equal"] else f"**{len(end['unequal'])} differ**"
     return f"{what}: {end['paths']} paths but {len(end['excluded'])}"
 
@@ -221,14 +228,15 @@ def recovery_table(data: Data) -> str:
     rows = []
     for one in data["recoveries"]:
         end = one["crab"].get("end")
-        faults = ", ".join(f"{fault.get('kind', 'init')} {fault['turn']}" for fault in one["crab"]["faults"])
+        faults = ", ".join(f"{fault.get('kind', 'init')} {fault['turn']}{' (late)' if fault.get('late') else ''}" for fault in one["crab"]["faults"])
         after = "—" if one.get("vm") else ", ".join(map(str, one["turns"]))
-        cells = [one["trace"], faults, share(*f.recovered([one])), end_in_words(end), after]
+        wrong = ", ".join(map(str, one["crab"]["wrong_codes"])) or "none"
+        cells = [one["trace"], faults, share(*f.recovered([one])), end_in_words(end), wrong, after]
         for name in ("chat", "files"):
             found = f.baseline([one], name)
             cells.append(f"{found['equal']} / {found['files']} / {found['codes']} of {found['crashes']}" if found["crashes"] else "—")
         rows.append(cells)
-    return table(("trace", "crab's faults: kind, turn", "equal", "at the end", "crashes of the others, after turns", "chat: state equal / files equal / exit codes", "files: the same"), rows)
+    return table(("trace", "crab's faults: kind, turn", "equal", "at the end", "turns with unexpected exit codes", "crashes of the others, after turns", "chat: state equal / files equal / exit codes", "files: the same"), rows)
 
 
 def constants() -> str:
@@ -313,15 +321,21 @@ All that a figure depends on. Times in milliseconds where no unit is named, shar
 ## The table
 {main}
 - **Equal** is what [state.md](state.md) promises: files and processes as they were at the boundary, read by a program that
-  shares no code with crab, in the same run. Faults are drawn, turns and kinds: `kill -9` of init, of each process, of the
-  shim, of containerd with all that it has started; of init in the middle of a command, which is then issued again; again
-  during the recovery, and as soon as it is over. **At the end as without faults**: all files and command lines are those
-  of two runs without a fault, but for what these two have not in common.
-- **Client time** is that of the whole session, **exec times** are those of the client's whole calls, waits at the gate
-  included. Nothing but the commands is waited for: the agent thinks while a checkpoint is taken.
+  shares no code with crab, in the same run. **Exactly** means in all that it reads. Otherwise processes of which crab's
+  journal says that they ran and moved no data came back as they were at their last dump (the rule of the consistent cut):
+  they may differ in memory, mappings, stack pointer, program counter and signal mask (`CUT_LOST`), in nothing else. Faults
+  are drawn, turns and kinds: `kill -9` of init, of each process, of the shim, of containerd with all that it has started;
+  of init in the middle of a command, which is then issued again; again during the recovery, and as soon as it is over
+  (two recoveries). A fault came **late** if what it was to interrupt was over by then. **At the end as without faults**: all
+  files and command lines are those of two runs without a fault, but for what these two have not in common.
+- **Client time** is that of the whole session. **Exec times** are those of the client's whole calls, with what the call was
+  held before (at the gate, or by `crab turn`, or by mode full). Nothing but the commands is waited for: the agent thinks
+  while a checkpoint is taken. Turns that every run ended by their time-out are left out of them. The image is read once
+  before the first run, and who runs first takes turns; where a trace is run once for each mode, it is containerd's own shim.
 - **Bytes** are counted by the block device under the file system that holds nothing but the store, its own metadata and
-  journal included, after a `sync`. **Unseen pages** are those pieces of 4 KiB of what full keeps that no turn before had,
-  compressed: less than that no store can write that keeps whole pages, and none that says where they belong.
+  journal included, after a `sync`. **Unseen pages** are those pieces of 4 KiB of what full keeps that no turn before had, of
+  an image's file or a file's contents from its beginning on, compressed together: about what a store writes that keeps each
+  whole page once, without what says where it belongs.
 
 ## Per trace
 {traces}
@@ -338,7 +352,7 @@ They take turns, in one bed, on a store of their own.
 ## Recoveries
 What comes back for those who keep only the chat (a fresh sandbox, where the agent goes on), or the files (a fresh sandbox
 with the writable layer of then); one crash a run. Equal are all files, and the command lines and working directories of all
-processes; crab's recoveries are compared in all that a process is. What a shell knows beyond that (variables, functions)
+processes; crab's recoveries are compared in all that a process is, as told above. What a shell knows beyond that (variables, functions)
 shows in the exit codes of those sessions that are typed into one shell (`ps-…`, whose turns end with `crab turn`; the others'
 commands are execs). The paper's figures count tasks that pass; here it is the exit codes of
 the remaining commands, which is less: a command may fail as expected, and a right exit code says nothing of its output.
@@ -361,8 +375,11 @@ def plots(data: Data) -> dict[str, str]:
 
 
 def missing(measured: Sequence[str], recovered: Sequence[str], quick: bool) -> list[str]:
-    """The sessions that the whole measurement has, and this one has not."""
+    """The sessions, or their recoveries, that the whole measurement has, and this one has not."""
+    crashed = [name for name in (settings.QUICK_TRACES if quick else settings.TRACES)
+               if name not in settings.NOT_CRASHED and not (quick and name in settings.NOT_CRASHED_QUICKLY)]
     return ([name for name in settings.TRACES if name not in measured]
+            + [f"recoveries of {name}" for name in crashed if name in measured and name not in recovered]
             + [name for name in settings.RECOVERED_IN_VM if name not in recovered and not quick])
 
 
@@ -374,7 +391,7 @@ def load(out: Path) -> Data:
     recoveries = [json.loads(path.read_text()) for path in sorted((out / "recover").glob("*.json"))]
     failed = out / "failed"
     return {"machine": machine_, "runs": runs, "failed": failed.read_text().splitlines() if failed.exists() else [],
-            "missing": missing(f.trace_names(runs), [one["trace"] for one in recoveries], machine_["quick"]),
+            "missing": missing(f.trace_names(runs), [one["trace"] for one in recoveries if one["crab"]["asked"]], machine_["quick"]),
             "recoveries": recoveries}
 
 

@@ -55,6 +55,9 @@ CRASHES, QUICK_CRASHES = 5, 2
 FAULTS, QUICK_FAULTS = 7, 2
 #: So many of chat's and files' recoveries side by side.
 AT_ONCE = 4
+#: Exit code of a command that was ended by its time-out (integration/replay/constants.py).
+TIMED_OUT = 124
+
 #: Recoveries are not tried with these…
 NOT_CRASHED = {"swe-seaborn-3069": "its tests run into their time-outs, so its exit codes say little"}
 #: …nor, with --quick, with these.

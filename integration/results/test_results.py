@@ -33,7 +33,7 @@ def recovery(equal: int, asked: int, chat: tuple[bool, bool], files: tuple[bool,
     def of(pair: tuple[bool, bool]) -> list[dict[str, Any]]:
         return [{"turn": 3, "files_equal": pair[0], "processes_equal": pair[1], "wrong_codes": [] if pair[0] else [4]}]
     faults = [{"turn": n, "equal": n < equal, "mode": "exact", "unequal": []} for n in range(asked)]
-    return {"trace": "tb-tmux", "turns": [3], "crab": {"asked": asked, "faults": faults, "wrong_codes": []},
+    return {"trace": "tb-tmux", "turns": [3], "crab": {"asked": asked, "planned": asked, "faults": faults, "wrong_codes": []},
             "chat": of(chat), "files": of(files)}
 
 
@@ -59,6 +59,16 @@ def test_execs_are_paired_by_turn_and_their_repetitions_averaged():
     assert f.ratio(f.exec_pairs(runs, "crab")) == 320 / 310
 
 
+def test_what_an_exec_was_held_counts_and_a_time_out_of_all_does_not():
+    runs = [run("none", [100.0, 60_000.0, 60_000.0]), run("crab", [100.0, 60_000.0, 70_000.0])]
+    for one in runs:
+        one["turns"][1]["code"] = settings.TIMED_OUT
+    runs[1]["turns"][2]["code"] = settings.TIMED_OUT
+    runs[1]["turns"][0]["held_ms"] = 30.0
+    assert f.exec_pairs(runs, "crab") == [(100.0, 130.0), (60_000.0, 70_000.0)]
+    assert settings.TIMED_OUT == report.replaying.TIMED_OUT
+
+
 def test_the_interval_is_the_same_each_time_and_holds_the_ratio():
     pairs = [(100.0, 100.0 + n) for n in range(-10, 20)]
     low, high = f.interval(pairs)
@@ -72,6 +82,10 @@ def test_a_turn_that_was_not_kept_is_none_of_the_kinds():
     assert f.kind(line("skip", effects=("files",))) == "unprotected"
     assert f.kind(line("full", None, effects=("memory",))) == "unprotected"
     assert f.kind(line("full", 5)) == "processes"
+    # Files without the processes, then nothing new of these files, then neither.
+    assert f.kind(line("files", 5, missing=["processes"])) == "unprotected"
+    assert f.kind(line("skip", note="no file changed; without processes: ptraced")) == "unprotected"
+    assert f.kind(line("skip", note="not protected: no space")) == "unprotected"
 
 
 def test_bytes_are_compared_at_the_factor_that_mode_full_has():
@@ -113,6 +127,10 @@ def test_of_crabs_bytes_the_packs_and_the_first_checkpoint_are_told_apart():
     assert (f.stored_share(runs), f.first_share(runs)) == (0.5, 0.75)
     assert f.file_share([run("full", [])]) == 0.3 and f.file_share(runs) is None
     assert f.durable_ms(runs, "processes") == [0.005] and f.durable_ms(runs, "processes", but_first=True) == []
+    # The first one was taken before the first turn.
+    runs[0]["begin"] = [line("full", 5, bytes_written=400)]
+    assert (f.stored_share(runs), f.first_share(runs)) == (1.0, 0.5)
+    assert f.durable_ms(runs, "processes", but_first=True) == [0.005]
 
 
 def test_a_page_is_unseen_once_and_zeros_never():
@@ -131,9 +149,12 @@ def test_a_page_is_unseen_once_and_zeros_never():
 
 
 def test_what_was_not_measured_is_missing():
-    assert report.missing(settings.TRACES, settings.RECOVERED_IN_VM, quick=False) == []
-    assert report.missing(settings.TRACES[1:], [], quick=False) == [settings.TRACES[0], *settings.RECOVERED_IN_VM]
-    assert report.missing(settings.TRACES, [], quick=True) == []
+    crashed = [name for name in settings.TRACES if name not in settings.NOT_CRASHED]
+    assert report.missing(settings.TRACES, [*crashed, *settings.RECOVERED_IN_VM], quick=False) == []
+    assert report.missing(settings.TRACES[1:], crashed, quick=False) == [settings.TRACES[0], *settings.RECOVERED_IN_VM]
+    assert report.missing(settings.TRACES, [*crashed[1:], *settings.RECOVERED_IN_VM], quick=False) == [f"recoveries of {crashed[0]}"]
+    assert report.missing(settings.TRACES, [], quick=True) == [
+        f"recoveries of {name}" for name in settings.QUICK_TRACES if name not in settings.NOT_CRASHED_QUICKLY]
 
 
 def test_runs_of_another_build_are_named():
@@ -186,13 +207,16 @@ def test_a_recovery_in_the_virtual_machine_counts():
     assert (one["turns"], one["crab"]["asked"]) == ([3, 14], 3)
     assert "2 faults were not come to" in report.row_recovered(data(recoveries=[one]))[-1]
     table = report.recovery_table(data(recoveries=[one]))
-    assert "| tb-nginx | exec 3 | 1 of 3 (33 %) | not measured | — | — | — |" in table
+    assert "| tb-nginx | exec 3 | 1 of 3 (33 %) | not measured | none | — | — | — |" in table
+    assert "it hangs" in report.row_recovered(data(recoveries=[one]))[-1]
 
 
 def test_a_crash_that_was_not_come_to_is_no_success():
     one = recovery(3, 3, (True, True), (True, True))
     one["crab"]["asked"] = 5
+    one["crab"]["faults"][0] |= {"mode": "cut", "late": True}
     cell = report.row_recovered(data(recoveries=[one]))[-1]
+    assert "(2 exactly, 1 but for processes that ran and moved no data; 1 faults came late)" in cell
     assert "3 of 5" in cell and "2 faults were not come to" in cell
 
 
@@ -202,6 +226,10 @@ def test_another_end_than_without_faults_falls_short():
     cell = report.row_recovered(data(recoveries=[one]))[-1]
     assert "without faults: 1 of 1" in cell and "falls short" not in cell
     assert "equal: 9 paths but 1" in report.recovery_table(data(recoveries=[one]))
+    one["crab"]["failure"] = "ended after 2 of 3 turns"
+    assert "falls short**: tb-tmux: ended after 2 of 3 turns" in report.row_recovered(data(recoveries=[one]))[-1]
+    one["crab"] |= {"failure": None, "wrong_codes": [7]}
+    assert "| equal: 9 paths but 1 | 7 |" in report.recovery_table(data(recoveries=[one]))
     one["crab"]["end"] |= {"equal": False, "unequal": ["/a: 1 -> 2"]}
     cell = report.row_recovered(data(recoveries=[one]))[-1]
     assert "without faults: 0 of 1" in cell and "falls short**: another end: tb-tmux" in cell
