@@ -49,7 +49,8 @@ soak: build driver ## the end-to-end tests with chaos in them, again and again; 
 
 SHARE   := $(DESTDIR)$(PREFIX)/share
 
-install: build
+install: ## what `make build` has made; needs no Rust, which root often has not
+	@test -x $(BIN)/crab -a -x $(BIN)/containerd-shim-crab-v2 || { echo 'make install: first `make build`' >&2; exit 1; }
 	install -D -m 0755 $(BIN)/containerd-shim-crab-v2 $(DESTDIR)$(PREFIX)/bin/containerd-shim-crab-v2
 	install -D -m 0755 $(BIN)/crab $(DESTDIR)$(PREFIX)/bin/crab
 	install -D -m 0644 shim-config/crab.toml $(SHARE)/doc/crab/crab.toml
