@@ -1,5 +1,6 @@
 """After a crash, `crab restore` arms a container, and its next start goes on where the checkpoint was taken."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 
 import pytest
 
@@ -234,6 +236,43 @@ def test_only_the_next_start_restores(tmp_path):
         assert sandbox.output() == "booted\n"
         sandbox.container("restart", options=["--time", "0"])
         until(lambda: sandbox.output() == "booted\nbooted\n", "it boots")
+
+
+def lock_of(sandbox):
+    """Held by the one who writes the sandbox's checkpoints: its shim, `crab gc`, `crab restore`."""
+    return pathlib.Path(f"/var/lib/crab/moby/{sandbox.container.id}/lock")
+
+
+def test_a_start_waits_for_whoever_else_writes_its_checkpoints(tmp_path):
+    with Sandbox("docker", tmp_path, "sh", "-c", "echo booted; exec sleep infinity") as sandbox:
+        until(lambda: sandbox.output() == "booted\n", "it boots")
+        sandbox.turn()
+        sandbox.die()
+        sandbox.restore()
+        with subprocess.Popen(["flock", lock_of(sandbox), "sleep", "2"]) as other:
+            until(lambda: subprocess.run(["flock", "-n", lock_of(sandbox), "true"]).returncode, "it is locked")
+            sandbox.start()
+            assert other.wait(LIMIT) == 0
+        # Taken off, and protected.
+        assert not lock_of(sandbox).with_name("armed").exists()
+        sandbox.turn()
+        assert sandbox.output() == "booted\n"
+
+
+def test_an_armed_start_is_not_done_if_it_would_be_done_again(tmp_path):
+    """Nobody could take the arming off, and a later start would go back over all that came since."""
+    with Sandbox("docker", tmp_path, "sh", "-c", "echo booted; exec sleep infinity") as sandbox:
+        until(lambda: sandbox.output() == "booted\n", "it boots")
+        sandbox.turn()
+        sandbox.die()
+        sandbox.restore()
+        with open(lock_of(sandbox)) as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            done = sandbox.container("start", check=False)
+            assert done.rc and "written by another process" in done.err and "stays armed" in done.err, done
+        sandbox.start()
+        assert sandbox.sh("echo alive") == "alive\n"
+        assert sandbox.output() == "booted\n" and not lock_of(sandbox).with_name("armed").exists()
 
 
 def test_an_armed_restore_can_be_taken_back(tmp_path):

@@ -55,6 +55,18 @@ def test_a_checkpoint_is_proved_and_nobody_feels_it(kind, tmp_path, open_dir):
         assert box.sh("redis-cli ping") == "PONG\n"
 
 
+def test_what_has_been_taken_back_can_be_proved(tmp_path):
+    """Its init is another one than its client was told of, which is a zombie by now."""
+    with Sandbox("ctr", tmp_path) as box:
+        turn = box.turn()
+        box.exec("sh", "-c", "sleep 12345 >/dev/null 2>&1 &")
+        told = box.init
+        crab("rollback", f"{box.name}@{turn}")
+        assert box.init != told
+        done, line = prove(box, check=False)
+        assert done.rc == 0 and line["proved"] is True, (done, line)
+
+
 def test_what_cannot_be_restored_is_not_proved_and_kept_all_the_same(tmp_path):
     # A network that the client has made: the address is there, and will not be in another network.
     def ip(*command):

@@ -67,6 +67,23 @@ def test_space_comes_back(tmp_path):
         assert gone["removed"] and not store_of(sandbox).exists()
 
 
+def test_a_namespace_that_containerd_does_not_know_is_not_taken_for_an_empty_one(tmp_path):
+    """Another containerd's, perhaps: all its sandboxes would be gone."""
+    with Sandbox("ctr", tmp_path) as sandbox:
+        sandbox.turn()
+        sandbox.die()
+        elsewhere = pathlib.Path("/var/lib/crab/elsewhere", sandbox.container.id)
+        elsewhere.parent.mkdir(mode=0o700)
+        store_of(sandbox).rename(elsewhere)
+        try:
+            done = crab("gc", "--gone", sandbox.name, check=False)
+            assert done.rc == 1 and "no namespace" in done.err and "CONTAINERD_ADDRESS" in done.err, done
+            assert list(elsewhere.glob("packs/*.pack"))
+        finally:
+            elsewhere.rename(store_of(sandbox))
+            elsewhere.parent.rmdir()
+
+
 def test_a_size_that_is_exceeded_takes_the_oldest(tmp_path):
     with Sandbox("ctr", tmp_path, options=["--annotation", "dev.crab.sandbox_limit=20MB"]) as sandbox:
         for _ in range(6):

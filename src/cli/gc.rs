@@ -7,6 +7,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    env,
     process::{Command, ExitCode},
 };
 
@@ -146,21 +147,39 @@ impl Known {
     }
 }
 
+/// Docker's own socket on this host.
+const DOCKER: &str = "unix:///var/run/docker.sock";
+
 /// The ids of all containers of a namespace. Docker's own list, if they are Docker's: it takes a
-/// stopped container away from containerd.
+/// stopped container away from containerd. An error where whoever answers may be another daemon than theirs.
 fn containers(namespace: &str) -> anyhow::Result<HashSet<String>> {
-    let mut command = match namespace {
-        "moby" => {
-            let mut command = Command::new("docker");
-            command.args(["ps", "--all", "--quiet", "--no-trunc"]);
-            command
-        }
-        namespace => {
-            let mut command = Command::new("ctr");
-            command.args(["--namespace", namespace, "containers", "list", "--quiet"]);
-            command
-        }
-    };
+    if namespace == "moby" {
+        return words(&mut docker(env::var("DOCKER_HOST").ok()));
+    }
+    // A namespace that containerd does not know is empty for it.
+    if !words(Command::new("ctr").args(["namespaces", "list", "--quiet"]))?.contains(namespace) {
+        bail!(
+            "containerd knows no namespace {namespace:?}; if another containerd made the sandbox, name its socket in \
+             CONTAINERD_ADDRESS"
+        );
+    }
+    words(Command::new("ctr").args(["--namespace", namespace, "containers", "list", "--quiet"]))
+}
+
+/// Asks a daemon of this host, whatever its user's DOCKER_HOST (`host`) and contexts say: the checkpoints are of this host.
+fn docker(host: Option<String>) -> Command {
+    let host = host.filter(|host| host.starts_with("unix://"));
+    let mut command = Command::new("docker");
+    command
+        .args(["--host", host.as_deref().unwrap_or(DOCKER)])
+        .args(["ps", "--all", "--quiet", "--no-trunc"])
+        .env_remove("DOCKER_HOST")
+        .env_remove("DOCKER_CONTEXT");
+    command
+}
+
+/// The words that a program prints.
+fn words(command: &mut Command) -> anyhow::Result<HashSet<String>> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command
         .output()
@@ -173,4 +192,30 @@ fn containers(namespace: &str) -> anyhow::Result<HashSet<String>> {
     }
     let text = String::from_utf8(output.stdout)?;
     Ok(text.split_whitespace().map(str::to_owned).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_other_hosts_docker_is_asked() {
+        let asked = |host: Option<&str>| {
+            let command = docker(host.map(str::to_owned));
+            let words: Vec<_> = command
+                .get_args()
+                .take(2)
+                .map(|word| word.to_owned())
+                .collect();
+            words.join(" ".as_ref())
+        };
+        let ours = format!("--host {DOCKER}");
+        assert_eq!(asked(None), *ours);
+        assert_eq!(asked(Some("tcp://10.0.0.1:2375")), *ours);
+        assert_eq!(asked(Some("ssh://elsewhere")), *ours);
+        assert_eq!(
+            asked(Some("unix:///run/second.sock")),
+            "--host unix:///run/second.sock"
+        );
+    }
 }

@@ -2,8 +2,7 @@
 
 use std::{
     process::{Command, ExitCode},
-    thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
@@ -76,17 +75,11 @@ pub(super) fn run(
 /// have it for the moment that its last cut takes.
 fn writer(scope: &Scope, sandbox: &SandboxId) -> anyhow::Result<SandboxWriter> {
     let _progress = Progress::begin(format!("waiting for the shim of {sandbox} to end"));
-    let end = Instant::now() + LOCK_LIMIT;
-    loop {
-        match scope.store()?.writer(sandbox) {
-            Err(StoreError::Locked { .. }) if Instant::now() < end => {
-                thread::sleep(Duration::from_millis(10));
-            }
-            Err(e @ StoreError::Locked { .. }) => bail!(
-                "{e}: its shim, or another crab. Wait until it has ended, or end it, and try again"
-            ),
-            writer => return Ok(writer?),
-        }
+    match scope.store()?.writer_within(sandbox, LOCK_LIMIT) {
+        Err(e @ StoreError::Locked { .. }) => bail!(
+            "{e}: its shim, or another crab. Wait until it has ended, or end it, and try again"
+        ),
+        writer => Ok(writer?),
     }
 }
 

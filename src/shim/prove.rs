@@ -106,7 +106,7 @@ fn can_be_tried(container: &Container) -> Result<(), String> {
         );
     }
     let volumes = container.spec.bind_mounts();
-    let sockets = fs::read_to_string(format!("/proc/{}/net/unix", container.init.pid()))
+    let sockets = fs::read_to_string(format!("/proc/{}/net/unix", container.init.live_pid()))
         .map_err(|e| format!("not tried: the sandbox's sockets cannot be listed: {e}"))?;
     match socket_in(&sockets, &volumes) {
         Some(path) => Err(format!(
@@ -178,7 +178,7 @@ fn mount(container: &Container, saved: &Path, scratch: &Path, place: &Place) -> 
 /// others of a container.
 fn write_bundle(container: &Container, place: &Place) -> Result<(), String> {
     let of = |e: &dyn std::fmt::Display| format!("the trial's {}: {e}", spec::CONFIG);
-    let groups = fs::read_to_string(format!("/proc/{}/cgroup", container.init.pid()));
+    let groups = fs::read_to_string(format!("/proc/{}/cgroup", container.init.live_pid()));
     groups
         .and_then(|groups| fs::write(place.cgroup(), beside(&groups)))
         .map_err(|e| format!("the trial's cgroup: {e}"))?;

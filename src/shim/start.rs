@@ -210,6 +210,11 @@ fn handle_exit(work: impl FnOnce() + Send + 'static) {
 pub fn start_init(container: &Arc<Container>) -> Result<i32> {
     let _alone = container.alone(Request::Start)?;
     let _starting = Starting::new(container);
+    let writer = container.writer();
+    let writer = writer.map_err(|e| match &container.source {
+        Some(source) => source.way_out(e),
+        None => e,
+    })?;
     match container.source.as_ref().filter(|source| !source.boots()) {
         None => container
             .runtime
@@ -221,7 +226,7 @@ pub fn start_init(container: &Arc<Container>) -> Result<i32> {
             restored.map_err(|e| source.way_out(e))?;
         }
     }
-    container.disarm();
+    container.disarm(writer.as_ref());
     let pid = container.init.pid();
     let event = TaskEvent::Start(TaskStart {
         container_id: container.sandbox.id().to_owned(),
@@ -229,7 +234,7 @@ pub fn start_init(container: &Arc<Container>) -> Result<i32> {
         ..Default::default()
     });
     container.enter_phase(Phase::Running, event);
-    container.protect();
+    container.protect(writer);
     Ok(pid)
 }
 

@@ -29,11 +29,13 @@ use crate::{
     },
     inspector::{self, Watch},
     rootfs::Overlay,
-    store::{Checkpoint, JournalLine, Retention, Store},
+    store::{Checkpoint, JournalLine, Retention, SandboxWriter, Store},
 };
 
 /// An exec that takes longer is worth a word.
 const LONG: Duration = Duration::from_secs(60);
+/// How long a start waits for whoever else writes the sandbox's checkpoints.
+const LOCK_LIMIT: Duration = Duration::from_secs(10);
 
 impl Subject for Container {
     fn parts(&self) -> std::result::Result<cut::Sandbox<'_>, String> {
@@ -119,12 +121,38 @@ impl Container {
         mounted.unwrap_or_else(|| self.spec.rootfs(&self.bundle))
     }
 
+    /// The right to write its checkpoints, before anything of its start is done; None if it needs none, or runs
+    /// unprotected. An armed start is not done without: nobody could take it off, and the next start would go
+    /// back again, over all that came since.
+    pub(super) fn writer(&self) -> Result<Option<SandboxWriter>> {
+        let is_armed = matches!(self.source, Some(Source::Armed { .. }));
+        if !is_armed && !self.config.enabled {
+            return Ok(None);
+        }
+        let writer = Store::open(&self.config.store)
+            .and_then(|store| store.writer_within(&self.sandbox, LOCK_LIMIT));
+        match writer {
+            Ok(writer) => Ok(Some(writer)),
+            Err(e) if is_armed => Err(ShimError::new(
+                Kind::Failed,
+                format!(
+                    "{}: an armed start needs its checkpoints: {e}",
+                    self.sandbox
+                ),
+            )),
+            Err(e) => {
+                log::error!("{}: not protected: {e}", self.sandbox);
+                Ok(None)
+            }
+        }
+    }
+
     /// Begins to take turns, if the container has opted in. A sandbox that cannot be protected
     /// runs all the same, and the log says why.
-    pub(super) fn protect(self: &Arc<Self>) {
-        if !self.config.enabled || self.turns.get().is_some() {
+    pub(super) fn protect(self: &Arc<Self>, writer: Option<SandboxWriter>) {
+        let Some(store) = writer.filter(|_| self.config.enabled) else {
             return;
-        }
+        };
         let settings = Settings {
             gate: self.config.gate,
             retention: Retention {
@@ -146,18 +174,11 @@ impl Container {
             },
         };
         let this: Weak<Self> = Arc::downgrade(self);
-        let started = Store::open(&self.config.store)
-            .and_then(|store| store.writer(&self.sandbox))
-            .and_then(|store| {
-                // Also of an earlier life with another configuration.
-                store.set_alive(self.recovers())?;
-                Ok(store)
-            })
-            .map_err(|e| e.to_string())
-            .and_then(|store| {
-                Turns::start(this, store, Arc::clone(&self.doors), settings)
-                    .map_err(|e| e.to_string())
-            });
+        // Also of an earlier life with another configuration.
+        let marked = store.set_alive(self.recovers()).map_err(|e| e.to_string());
+        let started = marked.and_then(|()| {
+            Turns::start(this, store, Arc::clone(&self.doors), settings).map_err(|e| e.to_string())
+        });
         match started {
             Ok(turns) => {
                 // protect() runs once: it is called by Start, which is alone.
@@ -168,17 +189,15 @@ impl Container {
     }
 
     /// An armed restore has been done: the next start boots again.
-    pub(super) fn disarm(&self) {
-        if let Some(Source::Armed { laid, .. }) = &self.source {
+    pub(super) fn disarm(&self, writer: Option<&SandboxWriter>) {
+        if let (Some(Source::Armed { laid, .. }), Some(writer)) = (&self.source, writer) {
             if let Err(e) = laid.remove() {
                 log::warn!(
                     "{}: what was laid out for the restore stays: {e}",
                     self.sandbox
                 );
             }
-            let disarmed = Store::open(&self.config.store)
-                .and_then(|store| store.writer(&self.sandbox)?.disarm());
-            if let Err(e) = disarmed {
+            if let Err(e) = writer.disarm() {
                 log::error!("{}: stays armed: {e}", self.sandbox);
             }
         }

@@ -63,6 +63,7 @@ use std::{
     fs,
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 pub use capture::{Ahead, Captured, Part};
@@ -89,6 +90,9 @@ use crate::sandbox::SandboxId;
 
 /// Where checkpoints are kept unless the configuration says otherwise.
 pub const DEFAULT_ROOT: &str = "/var/lib/crab";
+
+/// How often whoever waits for the right to write asks for it.
+const LOCK_POLL: Duration = Duration::from_millis(10);
 
 /// All checkpoints of this host.
 #[derive(Debug, Clone)]
@@ -133,6 +137,23 @@ impl Store {
             files::sync_parent(&namespace)?;
         }
         Ok(writer)
+    }
+
+    /// The same, but waits so long for whoever else writes: `crab gc`, or a shim that is about to end.
+    pub fn writer_within(
+        &self,
+        id: &SandboxId,
+        limit: Duration,
+    ) -> Result<SandboxWriter, StoreError> {
+        let end = Instant::now() + limit;
+        loop {
+            match self.writer(id) {
+                Err(StoreError::Locked { .. }) if Instant::now() < end => {
+                    std::thread::sleep(LOCK_POLL);
+                }
+                done => return done,
+            }
+        }
     }
 
     /// All sandboxes that have ever been written.

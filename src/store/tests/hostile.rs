@@ -147,7 +147,7 @@ fn a_directory_that_is_swapped_for_a_link_never_leads_outside() {
         });
         // Also when an assertion fails: the scope waits for the thread.
         let _stop = StopOnDrop(&stop);
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         for n in 0.. {
             // How soon the two meet is up to the scheduler.
             let is_met = refused > 0 || begun.elapsed().as_secs() > 60;

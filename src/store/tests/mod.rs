@@ -151,6 +151,25 @@ fn one_process_writes_and_the_others_are_told_who() {
 }
 
 #[test]
+fn whoever_waits_writes_next_and_does_not_wait_for_ever() {
+    let bed = bed();
+    let writer = bed.writer();
+    let short = Duration::from_millis(30);
+    let begin = Instant::now();
+    let refused = bed.store.writer_within(&bed.id, short).unwrap_err();
+    assert!(matches!(refused, StoreError::Locked { .. }) && begin.elapsed() >= short);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(short);
+            drop(writer);
+        });
+        bed.store
+            .writer_within(&bed.id, Duration::from_secs(60))
+            .unwrap();
+    });
+}
+
+#[test]
 fn a_copy_of_the_descriptor_does_not_keep_the_lock() {
     let bed = bed();
     let writer = bed.writer();

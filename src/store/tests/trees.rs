@@ -165,8 +165,8 @@ fn strip(upper: &Path, all: &BTreeMap<PathBuf, Seen>, changes: &LayerChanges) {
     for (path, _) in &changes.changed {
         let seen = &all[path];
         if seen.kind == "directory" {
-            let time = std::time::UNIX_EPOCH
-                + std::time::Duration::new(seen.mtime.0 as u64, seen.mtime.1 as u32);
+            let time =
+                std::time::UNIX_EPOCH + Duration::new(seen.mtime.0 as u64, seen.mtime.1 as u32);
             let dir = fs::File::open(upper.join(path)).unwrap();
             dir.set_modified(time).unwrap();
         }
