@@ -15,6 +15,7 @@ pub mod delete;
 mod early_join;
 pub mod error;
 pub mod events;
+mod exits;
 mod health_check;
 pub mod hold;
 pub mod hooks;

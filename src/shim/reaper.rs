@@ -35,6 +35,7 @@ use parking_lot::{Mutex, MutexGuard};
 use signal_hook::{consts::SIGCHLD, iterator::Signals};
 use time::OffsetDateTime;
 
+use super::exits::Exits;
 use crate::runtime::{Ended, Spawner};
 
 /// How and when a process ended.
@@ -63,15 +64,18 @@ struct State {
 }
 
 /// The one who reaps. Cheap to share.
-#[derive(Default)]
 pub struct Reaper {
     state: Mutex<State>,
+    exits: Exits,
 }
 
 impl Reaper {
     /// Starts the reaping thread. Call once per process, before any child is made.
     pub fn start() -> io::Result<Arc<Self>> {
-        let reaper = Arc::new(Self::default());
+        let reaper = Arc::new(Self {
+            state: Mutex::default(),
+            exits: Exits::start()?,
+        });
         let mut signals = Signals::new([SIGCHLD])?;
         let this = Arc::clone(&reaper);
         thread::Builder::new()
@@ -82,6 +86,21 @@ impl Reaper {
                 }
             })?;
         Ok(reaper)
+    }
+
+    /// One that reaps nothing.
+    #[cfg(test)]
+    pub fn idle() -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::default(),
+            exits: Exits::start().unwrap(),
+        })
+    }
+
+    /// Does what follows an exit, in another thread: nothing may wait in a handler, which would keep all other children
+    /// from being reaped.
+    pub fn follow(&self, work: impl FnOnce() + Send + 'static) {
+        self.exits.follow(work);
     }
 
     fn reap(&self) {

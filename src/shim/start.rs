@@ -185,7 +185,8 @@ pub fn adopt_init(container: &Arc<Container>, pid_file: &Path, watch: Watch) -> 
     }
     let this = Arc::clone(container);
     let exited = move |exit| {
-        handle_exit(move || {
+        let reaper = Arc::clone(this.host.reaper());
+        reaper.follow(move || {
             let pid = this.init.pid();
             this.init_exited(Exit { pid, ..exit });
         });
@@ -197,13 +198,6 @@ pub fn adopt_init(container: &Arc<Container>, pid_file: &Path, watch: Watch) -> 
         false => watch.claim(pid, exited),
     }
     Ok(())
-}
-
-/// The reaper must not wait for anything: it has children to reap meanwhile.
-fn handle_exit(work: impl FnOnce() + Send + 'static) {
-    if let Err(e) = std::thread::Builder::new().name("exit".into()).spawn(work) {
-        log::error!("no thread for an exit, its event is lost: {e}");
-    }
 }
 
 /// Start of init.
@@ -330,7 +324,8 @@ pub fn start_exec(container: &Arc<Container>, exec_id: &str) -> Result<i32> {
             // Only now: its exit must be told after its start.
             let this = Arc::clone(container);
             watch.claim(pid, move |exit| {
-                handle_exit(move || this.exec_exited(&process, exit));
+                let reaper = Arc::clone(this.host.reaper());
+                reaper.follow(move || this.exec_exited(&process, exit));
             });
             Ok(pid)
         }

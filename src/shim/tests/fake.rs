@@ -66,7 +66,7 @@ impl Machine {
         Arc::new_cyclic(|me| Self {
             me: me.clone(),
             state: Mutex::default(),
-            reaper: Arc::default(),
+            reaper: Reaper::idle(),
             pump: Pump::new().unwrap(),
             dir: dir.to_owned(),
             config_file: dir.join("config.toml"),
