@@ -221,7 +221,10 @@ impl Worker {
         steps.done(Step::Journal);
         let shown = self.show_way_back(subject, turn, to);
         let (gone, instead) = self.go(subject, &checkpoint, way, go_back);
-        self.undo_what_ended();
+        // Of one that was refused a turn that ended meanwhile is one like any other.
+        if !matches!(gone, Err(Failure::Untouched(_))) {
+            self.undo_what_ended();
+        }
         match &gone {
             Ok(shims) => {
                 steps.steps.extend(shims.steps.iter().copied());

@@ -47,8 +47,10 @@ pub fn stand_still<T>(
         let Ok(Some(still)) = Stillness::of(&freeze.cgroup().procs()?) else {
             continue;
         };
+        let entered = doors.entered();
         let captured = capture(Some(&still));
-        if still.has_lasted(&freeze.cgroup().procs()?) {
+        // One that came after waiting too long at the latch, and went, leaves no process behind.
+        if doors.entered() == entered && still.has_lasted(&freeze.cgroup().procs()?) {
             return Ok(Still {
                 frozen: Duration::ZERO,
                 captured: captured.map_err(CutError::Capture)?,
@@ -173,6 +175,21 @@ mod tests {
             Ok(())
         });
         assert_eq!(calls, [false, false, true]);
+        taken.unwrap();
+    }
+
+    #[test]
+    fn what_was_taken_while_an_exec_came_in_does_not_count() {
+        let bed = sleeper();
+        let mut times = 0;
+        let (calls, taken) = bed.take(false, || {
+            times += 1;
+            if times == 1 {
+                bed.doors.enter_at_once();
+            }
+            Ok(())
+        });
+        assert_eq!(calls, [false, false]);
         taken.unwrap();
     }
 

@@ -36,6 +36,8 @@ struct State {
     closed: u32,
     /// Execs between their request and their pid.
     starting: u32,
+    /// Execs that ever came in.
+    entered: u64,
     /// Execs that run, and whether each counts as a turn.
     inside: BTreeMap<String, bool>,
     /// A turn would have ended, had not another exec been on the doorstep.
@@ -147,6 +149,7 @@ impl Doors {
             }
         }
         state.starting += 1;
+        state.entered += 1;
         if is_turn {
             state.turn_start.get_or_insert_with(OffsetDateTime::now_utc);
         }
@@ -242,6 +245,17 @@ impl Doors {
             }
         }
         Some(latched)
+    }
+
+    /// How many execs have ever come in: also those that were let in at a latch after [`GATE_LIMIT`].
+    pub(super) fn entered(&self) -> u64 {
+        self.state.lock().entered
+    }
+
+    /// An exec comes in that has waited too long.
+    #[cfg(test)]
+    pub(super) fn enter_at_once(&self) {
+        self.state.lock().entered += 1;
     }
 
     /// The turn under way is undone: until the returned value is dropped, no turn ends.
