@@ -286,7 +286,7 @@ def machine(data: Data) -> str:
     loads = [run["load"] for run in data["runs"]]
     text = (f"{m['cpu']}, {m['cpus']} CPUs, {m['memory_kb'] / 1e6:.0f} GB, kernel {m['kernel']}; {versions}; {m['date']}; "
             f"load average at the runs' ends {min(loads, default=0):.1f} to {max(loads, default=0):.1f}.")
-    return "\n\n".join(filter(None, (text, builds(data["runs"]), extent(data))))
+    return "\n\n".join(filter(None, (text, *data["remarks"], builds(data["runs"]), extent(data))))
 
 
 def in_readme(readme: str, data: Data) -> str:
@@ -294,7 +294,7 @@ def in_readme(readme: str, data: Data) -> str:
     begin, end = readme.find(MARKS[0]), readme.find(MARKS[1])
     if doubts(data) or begin < 0 or end < begin:
         return readme
-    text = "\n\n".join(filter(None, (builds(data["runs"]), extent(data), main_table(data))))
+    text = "\n\n".join(filter(None, (*data["remarks"], builds(data["runs"]), extent(data), main_table(data))))
     # Links are relative to docs/ on the page itself.
     return readme[:begin] + MARKS[0] + text.replace("](", "](docs/") + readme[end:]
 
@@ -389,10 +389,12 @@ def load(out: Path) -> Data:
     order = lambda path: (path.name.rsplit(".", 2)[0], int(path.name.rsplit(".", 2)[1]))  # noqa: E731
     runs = [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"), key=order)]
     recoveries = [json.loads(path.read_text()) for path in sorted((out / "recover").glob("*.json"))]
-    failed = out / "failed"
+    failed, remarks = out / "failed", out / "remarks"
     return {"machine": machine_, "runs": runs, "failed": failed.read_text().splitlines() if failed.exists() else [],
             "missing": missing(f.trace_names(runs), [one["trace"] for one in recoveries if one["crab"]["asked"]], machine_["quick"]),
-            "recoveries": recoveries}
+            "recoveries": recoveries,
+            # What whoever measured knows of it: a line each.
+            "remarks": remarks.read_text().splitlines() if remarks.exists() else []}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -41,7 +41,7 @@ def data(**more: Any) -> dict[str, Any]:
     journal = [line("skip"), line("files", 10_000), line("full", 200_000, 0, ("memory",)), line("skip")]
     return {"machine": {"cpu": "a CPU", "cpus": 2, "memory_kb": 8_000_000, "kernel": "6.18", "date": "2026-01-01",
                         "profile": "release", "quick": False, "think": None},
-            "missing": [], "failed": [],
+            "missing": [], "failed": [], "remarks": [],
             "runs": [run("none", [100.0, 200.0]), run("crab", [101.0, 202.0], journal=journal, device_bytes=4_000_000, wall_s=100.5),
                      run("full", [100.0, 200.0], device_bytes=100_000_000)],
             "recoveries": [recovery(5, 5, (False, False), (True, False))]} | more
@@ -252,6 +252,7 @@ def test_the_page_holds_every_constant_and_marks_a_trial():
     trial["machine"]["profile"] = "release"
     page = report.page(trial)
     assert "**A short run (`--quick`: " in page and "; without swe-django-16612).**" in page and "trial" not in page
+    assert "Somebody compiled beside it." in report.page(data(remarks=["Somebody compiled beside it."]))
     assert "A trial run (failed: no disk)" in report.page(data(failed=["no disk"]))
 
 

@@ -234,6 +234,7 @@ impl Worker {
                 match instead {
                     None => {
                         self.head = Some(to);
+                        self.store.goes_on_from(to);
                         line.effects = vec![Effect::Files];
                     }
                     Some(why) => {
@@ -331,6 +332,7 @@ impl Worker {
     /// What was known of the sandbox is no longer so.
     pub(super) fn goes_on_from(&mut self, subject: &dyn Subject, to: TurnNo, why: String) {
         self.head = Some(to);
+        self.store.goes_on_from(to);
         self.artefacts = None;
         self.chain = None;
         if let Some(inspection) = &mut self.inspection {

@@ -224,8 +224,9 @@ impl DirBuilder {
         while pages.len() > 1 {
             pages = nodes(ingest, &pages, level)?;
             level += 1;
-            if level >= MAX_HEIGHT {
-                break;
+            if level >= MAX_HEIGHT && pages.len() > 1 {
+                // Names and times can be chosen so; what is behind the first page would be lost.
+                return Err(ingest.objects.damaged("a directory is too deep"));
             }
         }
         let top = pages.first().map(|page| page.dir);

@@ -276,7 +276,7 @@ impl SandboxWriter {
             log::warn!("{}: {e}", store.id());
             None
         });
-        let with_processes = store.newest_with_processes()?;
+        let with_processes = store.head_with_processes()?;
         let lock = Lock {
             file,
             index: Mutex::new(()),
@@ -337,6 +337,13 @@ impl SandboxWriter {
         let _index = self.lock.index.lock();
         arm::disarm(&self.dir.join("armed"))?;
         self.set_alive(false)
+    }
+
+    /// The sandbox goes on from the checkpoint of `turn`, which has processes: it is kept as long as no newer one of
+    /// this way has some, whatever there is on the ways that were left.
+    pub fn goes_on_from(&self, turn: TurnNo) {
+        *self.lock.head.lock() = Some(turn);
+        *self.lock.with_processes.lock() = Some(turn);
     }
 
     /// Names a checkpoint, which is then kept; a name that is in use moves to it.

@@ -198,6 +198,11 @@ impl PackWriter {
         self.close_block(true)?;
         self.close_block(false)?;
         self.write_through()?;
+        // A block that could not be written is gone with its objects, which would count as there; and whoever
+        // adds may have tried again since.
+        if self.objects.values().any(|place| place.block == u32::MAX) {
+            return Err(self.unfit("a part of it could not be written before"));
+        }
         let mut table = Vec::with_capacity(self.blocks.len() * format::BLOCK_RECORD);
         for block in &self.blocks {
             block.encode(&mut table);
@@ -263,4 +268,28 @@ fn index(objects: &HashMap<Digest, Place>) -> Vec<u8> {
         place.encode(digest, &mut out);
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pack_that_has_lost_a_block_does_not_come_to_be() {
+        let dir = tempfile::tempdir().unwrap();
+        for lost in [false, true] {
+            let path = dir.path().join(format!("{lost}.pack"));
+            let mut writer = PackWriter::create(&path).unwrap();
+            let bytes = [7; CONTENT_BLOCK];
+            let digest = Digest::of(&bytes);
+            writer.add(kind::CHUNK, digest, &bytes).unwrap();
+            if lost {
+                // As a write that fails leaves it.
+                writer.waiting.clear();
+                writer.squeezer.finish().unwrap();
+            }
+            assert!(writer.has(&digest));
+            assert_eq!(writer.finish(None).is_err(), lost);
+        }
+    }
 }

@@ -23,6 +23,23 @@ fn the_newest_the_named_and_the_armed_are_kept() {
     assert_eq!(writer.verify(TurnNo(10)).unwrap(), []);
 }
 
+#[test]
+fn what_was_gone_back_to_is_kept_until_its_way_has_newer_processes() {
+    let bed = bed();
+    let writer = bed.writer();
+    for turn in 1..=3 {
+        bed.checkpoint(&writer, turn);
+    }
+    writer.goes_on_from(TurnNo(1));
+    // Turns whose processes could not be kept: what has some is turn 1, and not the way that was left.
+    without_processes(&writer, 4);
+    without_processes(&writer, 5);
+    let retain = || numbers(writer.retain(&Retention::newest(1)).unwrap().turns);
+    assert_eq!(retain(), [2, 3, 4]);
+    bed.checkpoint(&writer, 6);
+    assert_eq!(retain(), [1, 5]);
+}
+
 /// A checkpoint with a file of its own, one that changes every tenth turn, and one that never does.
 fn turn(writer: &SandboxWriter, number: u64) -> Checkpoint {
     let pending = writer.begin(TurnNo(number)).unwrap();
