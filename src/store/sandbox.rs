@@ -276,7 +276,11 @@ impl SandboxWriter {
             log::warn!("{}: {e}", store.id());
             None
         });
-        let with_processes = store.head_with_processes()?;
+        // Where the way to it is damaged, what can be read.
+        let with_processes = match store.head_with_processes() {
+            Ok(found) => found,
+            Err(_) => store.newest_with_processes()?,
+        };
         let lock = Lock {
             file,
             index: Mutex::new(()),
