@@ -204,10 +204,13 @@ pub fn adopt_init(container: &Arc<Container>, pid_file: &Path, watch: Watch) -> 
 pub fn start_init(container: &Arc<Container>) -> Result<i32> {
     let _alone = container.alone(Request::Start)?;
     let _starting = Starting::new(container);
-    let writer = container.writer();
-    let writer = writer.map_err(|e| match &container.source {
-        Some(source) => source.way_out(e),
-        None => e,
+    let writer = container.writer().map_err(|e| {
+        // A kill that came while it waited.
+        container.kill_restored();
+        match &container.source {
+            Some(source) => source.way_out(e),
+            None => e,
+        }
     })?;
     match container.source.as_ref().filter(|source| !source.boots()) {
         None => container
