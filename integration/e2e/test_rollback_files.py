@@ -307,6 +307,30 @@ def test_otherwise_the_processes_go_back_too(tmp_path):
         assert is_quick(report) and sandbox.sh("cat /w/file") == "3\n", sandbox.turns()[-1]
 
 
+#: Leaves no time of access, as on a file system mounted with noatime: that would count as a file that it touched.
+READER = """
+import os, time
+open("/ready", "w").close()
+while True:
+    fd = os.open("/w/file", os.O_RDONLY | os.O_NOATIME); os.read(fd, 100); os.close(fd)
+    time.sleep(0.2)
+"""
+
+
+def test_who_has_read_files_does_not_live_on_beside_older_ones(tmp_path):
+    """It moves no data, so its turns are of files alone; taken back alone, it would know of them what is not so yet."""
+    with Files("ctr", tmp_path) as sandbox:
+        sandbox.sh("mkdir /w; echo 0 >/w/file")
+        sandbox.background(READER)
+        crab("checkpoint", sandbox.name)
+        turn = sandbox.files_turn("echo 1 >/w/file")
+        assert sandbox.turn_of("sh", "-c", "echo 2 >/w/file; sleep 1")["action"] == "files"
+        report, _ = sandbox.back(turn)
+        assert not is_quick(report), report
+        assert "has read something since its dump" in sandbox.turns()[-1]["note"], sandbox.turns()[-1]
+        assert sandbox.sh("cat /w/file") == "1\n"
+
+
 ONCE = """#!/bin/sh
 test -e {flag} && exit 0
 touch {flag}

@@ -288,6 +288,17 @@ impl Processes {
         (verdict, rest.map(|rest| (rest, facts)))
     }
 
+    /// An error if one of them may know what is in a file now: it has read since the dump. In the freeze.
+    pub(super) fn know_no_files(&self) -> Result<(), String> {
+        match self.baseline.reader() {
+            Ok(None) => Ok(()),
+            Ok(Some((pid, comm))) => {
+                Err(format!("{pid} {comm:?} has read something since its dump"))
+            }
+            Err(e) => Err(e.to_string()),
+        }
+    }
+
     fn snapshot(&self, scene: &Scene<'_>, registers: Registers<'_>) -> Result<Snapshot, String> {
         let pids = scene.cgroup.procs().map_err(|e| e.to_string())?;
         (self.baseline.look(&pids, registers)).map_err(|e| e.to_string())

@@ -190,7 +190,9 @@ impl Worker {
 
 impl Inspection {
     /// In the freeze: how the writable layer differs from what it is held against.
-    /// An error if anything else may have changed, or if that touches what the processes stand upon.
+    /// An error if anything else may have changed, if that touches what the processes stand upon, or if one of
+    /// them has read since: it would go on with what it knows of files that are taken back, a state that no
+    /// schedule leads to.
     fn files_alone(&self, scene: &Scene<'_>, head: TurnNo) -> Result<Comparison, String> {
         let watch = self.watch.as_ref()?;
         let known = self.known.as_ref();
@@ -198,12 +200,17 @@ impl Inspection {
         let dirty = watch.look().map_err(|e| e.to_string())?;
         let basis = basis(known, glimpse, &dirty, Some(head))?;
         let (look, comparison) = compare(basis, watch, &dirty, scene);
-        match comparison {
-            Some(comparison) if look.only_files || look.effects.is_empty() => Ok(comparison),
-            _ => Err(look
-                .note
-                .unwrap_or_else(|| "more than files changed".into())),
-        }
+        let comparison = match comparison {
+            Some(comparison) if look.only_files || look.effects.is_empty() => comparison,
+            _ => {
+                let more = || "more than files changed".into();
+                return Err(look.note.unwrap_or_else(more));
+            }
+        };
+        let processes = known.and_then(|known| known.dump.as_ref()?.processes.as_ref());
+        let processes = processes.ok_or("the processes are not known")?;
+        processes.know_no_files()?;
+        Ok(comparison)
     }
 
     /// What the processes stand upon, if it is known.

@@ -98,7 +98,8 @@ impl Container {
         let may = self.recovers()
             && self.turns.get().is_some()
             && runs
-            && inner.going_back.is_none()
+            // A rollback that has not begun to replace it finds it dead.
+            && matches!(inner.going_back, None | Some(GoingBack::Begun))
             && inner.told_zombie.is_some()
             && !inner.is_clean(exit)
             && !self.doors.is_doomed();

@@ -71,7 +71,7 @@ pub fn roll_back(container: &Arc<Container>, turn: TurnNo) -> Result<RolledBack>
     let done = turns.roll_back(turn, Box::new(move |with| go_back(&this, turn, with)));
     match &done {
         Err(Failure::Ended(_)) => end(container),
-        _ => container.kill_restored(),
+        _ => container.end_going_back(),
     }
     done.map_err(|failure| match failure {
         Failure::Untouched(why) => {
@@ -127,12 +127,23 @@ fn replace_running(
         Failure::Untouched(format!("an exec has been starting for {LATCH_LIMIT:?}"))
     })?;
     // Execs that are killed end no turn.
-    let _void = container.doors.void_turn();
-    let place = container.place().map_err(untouched)?;
-    let stopping = Stopping::prepare(container, &place, &mut half_way.held).map_err(untouched)?;
+    let void = container.doors.void_turn();
+    let is_half_way = half_way.held.is_some();
+    let stopping = container
+        .place()
+        .and_then(|place| Stopping::prepare(container, &place, &mut half_way.held));
+    let stopping = match stopping {
+        Ok(stopping) => stopping,
+        Err(e) => {
+            // Of one that goes on as it was an exec may have ended meanwhile, and a turn with it.
+            if !is_half_way && void.take_back() {
+                container.turn_ended();
+            }
+            return Err(untouched(e));
+        }
+    };
     steps.done(Step::Freeze);
     stopping.kill(container).map_err(ended)?;
-    drop(place);
     steps.done(Step::Kill);
     let laid = laid.map_err(Failure::Ended)?;
     replace(container, turn, &laid, scratch, &mut steps).map_err(ended)?;
@@ -177,8 +188,22 @@ pub(super) fn replace(
 impl Container {
     /// From now on signals for init are kept for the processes that come.
     fn begin_going_back(&self) -> Result<()> {
-        self.inner.lock().going_back = Some(GoingBack::Begun);
+        let mut inner = self.inner.lock();
+        // Its death came first: whoever waits for us brings it back.
+        if inner.going_back.is_some() {
+            return Err(fallen());
+        }
+        inner.going_back = Some(GoingBack::Begun);
+        drop(inner);
         self.still_wanted()
+    }
+
+    /// However it went. A recovery that waits for that goes on from here.
+    fn end_going_back(&self) {
+        let inner = self.inner.lock();
+        if inner.going_back != Some(GoingBack::Recovering) {
+            self.kill_restored_with(inner);
+        }
     }
 
     /// An error if the container has ended, or is to be.
@@ -197,6 +222,9 @@ impl Container {
     fn begin_replacing(&self) -> Result<()> {
         self.still_wanted()?;
         let mut inner = self.inner.lock();
+        if inner.going_back == Some(GoingBack::Recovering) {
+            return Err(fallen());
+        }
         let (told, now) = (self.init.pid(), self.init.live_pid());
         let reaper = self.host.reaper();
         let mine = match told == now {
@@ -240,6 +268,8 @@ impl Drop for HalfWay<'_> {
             return;
         };
         let container = self.container;
+        // Their end is that of the task: no recovery.
+        container.inner.lock().going_back = Some(GoingBack::Replacing);
         let mut pids = vec![container.init.live_pid()];
         if let Ok(place) = container.place() {
             pids.extend(place.cgroup.procs().unwrap_or_default());
@@ -335,6 +365,13 @@ impl Stopping {
         }
         wait_for_the_dead(container, &self.place)
     }
+}
+
+fn fallen() -> ShimError {
+    ShimError::new(
+        Kind::FailedPrecondition,
+        "it has died, and goes on from its last checkpoint",
+    )
 }
 
 fn late() -> ShimError {

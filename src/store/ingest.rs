@@ -51,7 +51,8 @@ impl Ingest {
     ) -> Result<Digest, StoreError> {
         let digest = Digest::of_object(kind, bytes);
         let is_new = self.pages_are_new && !matches!(kind, kind::CHUNK | kind::LIST);
-        let there = known == Some(digest)
+        // Nor is what a checkpoint names there if the pack that has it cannot be opened.
+        let there = known == Some(digest) && self.objects.is_whole()
             || self.known.contains(&digest)
             || self.writer.has(&digest)
             || !is_new && self.objects.has(&digest);
@@ -160,18 +161,22 @@ pub(super) fn unfit(path: &std::path::Path, reason: impl Into<String>) -> StoreE
     }
 }
 
-/// Inodes with several names of which one has been met.
+/// Inodes with several names of which one has been met; without their extended attributes, of which a
+/// sandbox may have made gigabytes.
 #[derive(Default)]
 pub(super) struct Links(HashMap<FileId, TreeEntry>);
 
 impl Links {
     /// The entry of an inode that has been read under another name.
-    pub(super) fn again(&self, found: &Found<'_>) -> Option<TreeEntry> {
-        let entry = self.0.get(&FileId::from(found.stat))?;
-        Some(TreeEntry {
+    pub(super) fn again(&self, found: &Found<'_>) -> Result<Option<TreeEntry>, StoreError> {
+        let Some(entry) = self.0.get(&FileId::from(found.stat)) else {
+            return Ok(None);
+        };
+        Ok(Some(TreeEntry {
             name: found.name.to_bytes().to_vec(),
+            xattrs: found.xattrs()?,
             ..entry.clone()
-        })
+        }))
     }
 
     /// Remembers an inode with several names, and gives its entry its link.
@@ -181,10 +186,56 @@ impl Links {
             return;
         }
         entry.link = Some(link_id(path));
-        self.0.insert(FileId::from(found.stat), entry.clone());
+        let kept = TreeEntry {
+            name: Vec::new(),
+            node: entry.node.clone(),
+            xattrs: Vec::new(),
+            ..*entry
+        };
+        self.0.insert(FileId::from(found.stat), kept);
     }
 }
 
 fn is_whiteout(stat: &Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+    use crate::tree;
+
+    /// A sandbox may give each of many inodes as many attributes as fit into a block.
+    #[test]
+    fn attributes_of_inodes_with_several_names_are_read_again_and_not_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "").unwrap();
+        std::fs::hard_link(&path, dir.path().join("other")).unwrap();
+        let value = vec![7; 3000];
+        let none = rustix::fs::XattrFlags::empty();
+        rustix::fs::lsetxattr(&path, "user.note", &value, none).unwrap();
+        let root = tree::open_root(dir.path()).unwrap();
+        let mut links = Links::default();
+        let mut met = Vec::new();
+        for name in [c"file", c"other"] {
+            let fd = tree::look_at(root.as_fd(), name).unwrap();
+            let stat = rustix::fs::fstat(&fd).unwrap();
+            let found = Found {
+                name,
+                ..tree::found_at(&fd, &stat, &path)
+            };
+            let entry = links.again(&found).unwrap().unwrap_or_else(|| {
+                let mut entry = attributes(&found, Node::Fifo).unwrap();
+                links.first(&found, b"file", &mut entry);
+                entry
+            });
+            met.push(entry);
+        }
+        assert_eq!(met[1].xattrs, [(c"user.note".to_owned(), value)]);
+        assert_eq!((&met[0].xattrs, met[0].link), (&met[1].xattrs, met[1].link));
+        assert!(links.0.values().all(|kept| kept.xattrs.is_empty()));
+    }
 }

@@ -2,7 +2,7 @@
 //! its digest before it is written.
 
 use std::{
-    ffi::{CString, OsStr, OsString},
+    ffi::{CString, OsStr},
     fs::File,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -14,8 +14,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, CWD, FileType, FlockOperation, Gid, Mode, OFlags, Timespec, Timestamps,
-        UTIME_OMIT, Uid, XattrFlags,
+        AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT,
+        Uid, XattrFlags,
     },
     io::Errno,
 };
@@ -26,6 +26,7 @@ use super::{
     directory,
     entry::{Node, TreeEntry},
     files,
+    links::Links,
     objects::Objects,
     reuse::Present,
 };
@@ -432,73 +433,4 @@ fn plain(entry: &TreeEntry) -> (Option<Uid>, Option<Gid>, Mode, Timestamps) {
         Mode::from_raw_mode(entry.mode.into()),
         times,
     )
-}
-
-/// Inodes with several names. Each gets one more, in a directory beside the destination: a path to
-/// the first name could be longer than the kernel takes.
-struct Links {
-    path: PathBuf,
-    dir: Option<OwnedFd>,
-}
-
-impl Links {
-    fn beside(dest: &Path) -> Self {
-        let mut name = OsString::from(".crab-links-");
-        name.push(dest.file_name().unwrap_or_default());
-        Self {
-            path: dest.with_file_name(name),
-            dir: None,
-        }
-    }
-
-    /// Gives an inode that was made before its further name; false if this is its first.
-    fn link(
-        &self,
-        link: &str,
-        parent: BorrowedFd<'_>,
-        name: &CString,
-        shown: &Path,
-    ) -> Result<bool, TreeError> {
-        let Some(dir) = &self.dir else {
-            return Ok(false);
-        };
-        match rustix::fs::linkat(dir, link, parent, name, AtFlags::empty()) {
-            Ok(()) => Ok(true),
-            Err(Errno::NOENT) => Ok(false),
-            Err(e) => Err(failed("link", shown)(e)),
-        }
-    }
-
-    fn remember(
-        &mut self,
-        link: &str,
-        parent: BorrowedFd<'_>,
-        name: &CString,
-        shown: &Path,
-    ) -> Result<(), TreeError> {
-        if self.dir.is_none() {
-            remove_tree(&self.path)?;
-            rustix::fs::mkdirat(CWD, &self.path, Mode::RWXU).map_err(failed("make", &self.path))?;
-            self.dir = Some(tree::open_root(&self.path)?);
-        }
-        match &self.dir {
-            Some(dir) => rustix::fs::linkat(parent, name, dir, link, AtFlags::empty())
-                .map_err(failed("link", shown)),
-            None => Ok(()),
-        }
-    }
-
-    fn finish(&mut self) -> Result<(), TreeError> {
-        match self.dir.take() {
-            Some(_) => remove_tree(&self.path),
-            None => Ok(()),
-        }
-    }
-}
-
-impl Drop for Links {
-    fn drop(&mut self) {
-        // Only after an error, of which the caller is told.
-        let _ = self.finish();
-    }
 }

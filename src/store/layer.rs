@@ -32,6 +32,10 @@ pub struct LayerChanges {
     pub changed: Vec<(PathBuf, FileType)>,
 }
 
+/// So many bytes of extended attributes may a turn have changed: they are in memory until their directory
+/// is done. Real ones have some dozens a file.
+const MAX_XATTRS: usize = 256 << 20;
+
 /// Keeps a tree's root.
 fn put_root(ingest: &mut Ingest, mut root: TreeEntry) -> Result<(Digest, TreeEntry), StoreError> {
     root.name.clear();
@@ -89,7 +93,7 @@ impl Whole<'_, '_> {
     }
 
     fn read(&mut self, found: &Found<'_>) -> Result<(), StoreError> {
-        if let Some(entry) = self.links.again(found) {
+        if let Some(entry) = self.links.again(found)? {
             return self.add(entry);
         }
         let mut entry = self.taking.entry(found, None)?;
@@ -192,6 +196,8 @@ struct Editor<'a, 'c> {
     path: PathBuf,
     way: Way,
     links: Links,
+    /// Bytes of extended attributes of what was edited until now.
+    xattrs: usize,
 }
 
 /// A directory that is being edited.
@@ -222,6 +228,7 @@ impl<'a, 'c> Editor<'a, 'c> {
             path: PathBuf::new(),
             way,
             links: Links::default(),
+            xattrs: 0,
         })
     }
 
@@ -314,7 +321,7 @@ impl<'a, 'c> Editor<'a, 'c> {
             let entry = attributes(&found, Node::Fifo)?;
             return self.push(name, entry, before.and_then(|before| before.dir()));
         }
-        let entry = match self.links.again(&found) {
+        let entry = match self.links.again(&found)? {
             Some(entry) => entry,
             None => {
                 let mut entry = self.taking.entry(&found, before.as_ref())?;
@@ -324,6 +331,12 @@ impl<'a, 'c> Editor<'a, 'c> {
                 entry
             }
         };
+        self.xattrs += entry.xattrs.iter().map(|(_, it)| it.len()).sum::<usize>();
+        if self.xattrs > MAX_XATTRS {
+            let most = MAX_XATTRS >> 20;
+            let reason = format!("more than {most} MiB of extended attributes were changed");
+            return Err(unfit(shown, reason));
+        }
         self.edit(name.to_vec(), Some(entry))
     }
 

@@ -42,6 +42,7 @@ mod keep;
 mod lay_out;
 mod layer;
 mod lineage;
+mod links;
 mod manifest;
 mod objects;
 mod pack;

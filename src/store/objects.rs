@@ -103,6 +103,11 @@ impl Objects {
         Ok(())
     }
 
+    /// Whether every pack could be opened: what a checkpoint names is there then, as far as that tells.
+    pub(super) fn is_whole(&self) -> bool {
+        self.broken.is_empty()
+    }
+
     /// Whether some pack has the object. One that cannot say has not.
     pub(super) fn has(&mut self, digest: &Digest) -> bool {
         let mut packs = self.packs.iter_mut();

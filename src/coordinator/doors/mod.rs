@@ -74,11 +74,8 @@ impl State {
 
     /// Ends the turn if nothing that counts is inside or about to be.
     fn end_turn(&mut self) -> bool {
-        if self.machine.work == Work::Replacing {
-            self.owed = false;
-            return false;
-        }
         let ended = self.owed
+            && self.machine.work != Work::Replacing
             && self.machine.life == Life::Alive
             && self.starting == 0
             && !self.inside.values().any(|is_turn| *is_turn);
@@ -258,10 +255,14 @@ impl Doors {
         self.state.lock().entered += 1;
     }
 
-    /// The turn under way is undone: until the returned value is dropped, no turn ends.
+    /// The turn under way is undone: until the returned value is dropped, no turn ends, and then it is
+    /// none. Unless that is taken back.
     pub fn void_turn(self: &Arc<Self>) -> Void {
         self.on(Event::Replace);
-        Void(Arc::clone(self))
+        Void {
+            doors: Arc::clone(self),
+            is_over: false,
+        }
     }
 
     /// Something has happened that moves the coordinator.
@@ -432,11 +433,28 @@ impl Drop for Latched {
 }
 
 /// See [`Doors::void_turn`].
-pub struct Void(Arc<Doors>);
+pub struct Void {
+    doors: Arc<Doors>,
+    is_over: bool,
+}
+
+impl Void {
+    /// It is not undone. True when a turn has ended since, as in [`Doors::leave`].
+    #[must_use]
+    pub fn take_back(mut self) -> bool {
+        self.is_over = true;
+        let mut state = self.doors.state.lock();
+        state.on(Event::Replaced);
+        state.end_turn()
+    }
+}
 
 impl Drop for Void {
     fn drop(&mut self) {
-        let mut state = self.0.state.lock();
+        if self.is_over {
+            return;
+        }
+        let mut state = self.doors.state.lock();
         state.on(Event::Replaced);
         // Of execs that live on the turn goes on.
         if !state.inside.values().any(|is_turn| *is_turn) {

@@ -150,9 +150,24 @@ fn a_turn_that_could_not_be_undone_ends_as_ever() {
     let doors = Doors::new();
     assert!(!doors.enter("a", true).started());
     doors.on(Event::GoBack);
-    drop(doors.void_turn());
+    assert!(!doors.void_turn().take_back());
     assert!(doors.leave("a"));
     assert!(doors.take_turn_start().is_some());
+}
+
+#[test]
+fn a_turn_that_ended_while_it_could_not_be_undone_is_told_then() {
+    let doors = Doors::new();
+    assert!(!doors.enter("a", true).started());
+    doors.on(Event::GoBack);
+    let void = doors.void_turn();
+    assert!(!doors.leave("a"));
+    assert!(void.take_back());
+    assert!(doors.take_turn_start().is_some());
+    // Once.
+    assert!(!doors.enter("health", false).started());
+    assert!(!doors.leave("health"));
+    doors.open();
 }
 
 #[test]

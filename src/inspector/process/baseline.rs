@@ -11,6 +11,7 @@ use super::{
     network::{self, Traffic, Watched},
     proc_fs::{Dir, ProcessError},
     snapshot::{Process, Registers, Snapshot},
+    tasks,
     watches::Watches,
 };
 
@@ -234,5 +235,22 @@ impl Baseline {
         settings: &Settings,
     ) -> Verdict {
         judge::verdict(self, now, facts, of_kernel, settings)
+    }
+
+    /// The first process of P that has read anything since, from whatever file, pipe or socket, by host pid
+    /// and name; or whose reads are not counted. The consistent cut acquits it, as what it has read is lost
+    /// with it. Where it is to live on beside older files, that is not so.
+    ///
+    /// # Errors
+    /// If one of them is no more.
+    pub fn reader(&self) -> Result<Option<(i32, &str)>, ProcessError> {
+        for process in &self.snapshot.processes {
+            let now = tasks::io(&Dir::open(process.pid)?)?;
+            let counted = process.io.zip(now);
+            if counted.is_none_or(|(then, now)| then.read != now.read) {
+                return Ok(Some((process.pid, &process.comm)));
+            }
+        }
+        Ok(None)
     }
 }

@@ -11,6 +11,7 @@ use std::{
         },
     },
     path::{Path, PathBuf},
+    process,
     time::{Duration, Instant},
 };
 
@@ -19,10 +20,13 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{ControlMessageOwned, MsgFlags, recvmsg},
 };
+use rustix::fs::{Mode, OFlags};
 use tempfile::TempDir;
 
 /// `sun_path` holds 108 bytes; runc wants some slack.
 const MAX_PATH: usize = 100;
+/// The socket's name in its directory.
+const NAME: &str = "s";
 
 nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, libc::winsize);
 
@@ -51,31 +55,38 @@ impl WindowSize {
 pub struct ConsoleSocket {
     listener: UnixListener,
     path: PathBuf,
+    /// Holds open what a short path leads through.
+    _opened: Option<OwnedFd>,
     _directory: TempDir,
 }
 
 impl ConsoleSocket {
-    /// Makes a socket in a new directory (mode 0700) below `base`, which is made if need be.
-    ///
-    /// `base` must be short: the socket's path has to stay below 100 bytes.
+    /// Makes a socket in a new directory (mode 0700) below `base`, which is made if need be. Where its path
+    /// would be too long for a socket, as with long names of container and namespace, the one told leads
+    /// through this process's descriptors.
     pub fn new_in(base: &Path) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(base)?;
         let directory = tempfile::Builder::new()
             .prefix("pty")
             .permissions(Permissions::from_mode(0o700))
             .tempdir_in(base)?;
-        let path = directory.path().join("s");
+        let mut path = directory.path().join(NAME);
+        let mut opened = None;
         if path.as_os_str().len() >= MAX_PATH {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("{path:?} is too long for a socket"),
-            ));
+            let (here, none) = (
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+            );
+            let fd = rustix::fs::open(directory.path(), here, none)?;
+            path = format!("/proc/{}/fd/{}/{NAME}", process::id(), fd.as_raw_fd()).into();
+            opened = Some(fd);
         }
         let listener = UnixListener::bind(&path)?;
         listener.set_nonblocking(true)?;
         Ok(Self {
             listener,
             path,
+            _opened: opened,
             _directory: directory,
         })
     }

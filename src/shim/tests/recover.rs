@@ -3,6 +3,7 @@
 use super::{plan::Verb, *};
 use crate::{
     coordinator::turns::Asked,
+    shim::container::GoingBack,
     store::{JournalLine, Trigger},
 };
 
@@ -297,6 +298,49 @@ fn a_client_that_wants_it_dead_does_not_wait_for_the_next_try() {
     bed.wait_event("exit c 139");
     assert!(bed.machine.count("restore") <= 2);
     bed.delete("c", "").unwrap();
+}
+
+/// While it waits for the turn before it, and when it has begun.
+#[test]
+fn a_rollback_that_finds_it_dead_leaves_it_to_the_recovery() {
+    for (verb, count) in [(Verb::Checkpoint, 4), (Verb::Freeze, 3)] {
+        let bed = Bed::recovering();
+        let container = bed.container("c");
+        let before = container.init.live_pid();
+        let eventually = |what: &dyn Fn() -> bool| {
+            let deadline = Instant::now() + LIMIT;
+            while !what() {
+                assert!(Instant::now() < deadline, "{verb:?}");
+                thread::yield_now();
+            }
+        };
+        let blocked = bed.machine.block(verb);
+        if verb == Verb::Checkpoint {
+            let exec = bed.run_exec("c", "e");
+            bed.end(exec, 0, "exit c/e 0");
+            blocked.wait();
+        }
+        let back = bed.go(|bed| bed.roll_back(1));
+        match verb {
+            Verb::Freeze => blocked.wait(),
+            _ => eventually(&|| container.inner.lock().busy),
+        }
+        bed.machine.end_all("c", 139);
+        eventually(&|| container.inner.lock().going_back == Some(GoingBack::Recovering));
+        blocked.release();
+        let refused = back.get().unwrap_err().message;
+        assert!(refused.contains("nothing was touched"), "{refused}");
+        let lines = bed.recovered(count);
+        let refused = &lines[count - 2];
+        assert_eq!(
+            (&refused.trigger, refused.checkpoint),
+            (&Trigger::Rollback, None)
+        );
+        assert_ne!(bed.settled(), before);
+        assert_eq!(bed.status("c", ""), Status::RUNNING);
+        assert_eq!(bed.file(), "text");
+        bed.finish();
+    }
 }
 
 #[test]

@@ -33,6 +33,24 @@ fn a_sandbox_that_does_not_freeze_goes_on_as_it_was() {
 }
 
 #[test]
+fn a_turn_that_ends_while_a_rollback_is_refused_is_kept() {
+    let bed = Bed::gone_on("");
+    let exec = bed.run_exec("c", "e");
+    let blocked = bed.machine.block(Verb::Freeze);
+    let back = bed.go(|bed| bed.roll_back(1));
+    blocked.wait();
+    bed.end(exec, 0, "exit c/e 0");
+    blocked.fail("in the way");
+    back.get().unwrap_err();
+    let lines = bed.journal(3);
+    assert_eq!(
+        (&lines[2].trigger, lines[2].action),
+        (&Trigger::Exec, Action::Full)
+    );
+    bed.finish();
+}
+
+#[test]
 fn a_failure_after_the_kill_is_the_end_and_says_what_to_do() {
     type Prepare = fn(&Bed);
     let steps: [(&str, Prepare); 6] = [

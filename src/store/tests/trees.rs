@@ -376,3 +376,48 @@ fn changes_that_make_no_sense_are_refused() {
     assert!(refused(&["a"]).contains("something else"));
     assert_eq!(numbers(writer.turns().unwrap()), [1]);
 }
+
+/// What a checkpoint names may lie in a pack that cannot be opened any more: it is kept once more.
+#[test]
+fn a_chunk_is_kept_anew_if_its_pack_cannot_be_opened() {
+    let bed = bed();
+    let writer = bed.writer();
+    let mut pending = writer.begin(TurnNo(1)).unwrap();
+    fill(&mut pending);
+    fs::write(pending.upper_dir().join("big"), noise(1, 40 << 20)).unwrap();
+    commit(pending, Part::Whole);
+    // From here on nothing is needed of the first pack but the file's contents.
+    let mut pending = writer.begin(TurnNo(2)).unwrap();
+    fs::create_dir_all(pending.upper_dir()).unwrap();
+    let big = pending.upper_dir().join("big");
+    let mut content = noise(1, 40 << 20);
+    content[7] ^= 1;
+    fs::write(&big, &content).unwrap();
+    pending.add_to_bundle("config.json", b"{}".to_vec());
+    fs::write(pending.image_dir().join("pages-1.img"), noise(2, 10_000)).unwrap();
+    let base = commit(pending, Part::Whole);
+    let first = objects::list(&writer.packs_dir()).unwrap().remove(0);
+    let path = writer.packs_dir().join(first.file());
+    fs::write(&path, "none").unwrap();
+    let changes = LayerChanges {
+        removed: Vec::new(),
+        changed: vec![("big".into(), FileType::RegularFile)],
+    };
+    content[7] ^= 2;
+    let next = |turn| {
+        let mut pending = writer.begin(TurnNo(turn)).unwrap();
+        fs::create_dir_all(pending.upper_dir()).unwrap();
+        fs::write(pending.upper_dir().join("big"), &content).unwrap();
+        pending.add_to_bundle("config.json", b"{}".to_vec());
+        fs::write(pending.image_dir().join("pages-1.img"), noise(2, 10_000)).unwrap();
+        let part = Part::Changes {
+            base: &base,
+            changes: &changes,
+        };
+        commit(pending, part)
+    };
+    let whole = next(3);
+    assert_eq!(writer.verify(TurnNo(3)).unwrap(), []);
+    let laid = whole.lay_out_all(&writer.scratch_dir()).unwrap();
+    laid.remove().unwrap();
+}

@@ -29,6 +29,19 @@ fn who_polls_and_reads_its_own_proc_is_a_consistent_cut() {
 }
 
 #[test]
+fn who_has_read_is_named_and_who_has_not_is_not() {
+    let sleeps = Actor::ready("", "time.sleep(0.01)");
+    let reads = Actor::ready("", READS_PROC);
+    for (actor, expected) in [(sleeps, None), (reads, Some("ready"))] {
+        let baseline = actor.baseline();
+        actor.go();
+        let reader = baseline.reader().unwrap();
+        assert_eq!(reader.map(|(_, comm)| comm), expected);
+        assert!(reader.is_none_or(|(pid, _)| pid == actor.pid()));
+    }
+}
+
+#[test]
 fn every_flag_speaks_against_it_whether_it_ran_or_not() {
     let asleep = Actor::asleep("");
     let polls = Actor::ready("", READS_PROC);
