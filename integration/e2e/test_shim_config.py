@@ -38,7 +38,8 @@ def test_dockerd_accepts_its_example_and_runs_containers_with_it(tmp_path):
     assert "configuration OK" in said.out + said.err
     # A daemon of its own with this very file, on a host where nobody has configured crab.
     assert not CONFIG.exists()
-    name = unique("docker")
+    # So long that with a container's id it is longer than a socket's path may be.
+    name = unique("docker-of-a-long-name")
     root, socket = pathlib.Path("/var/lib/docker") / name, tmp_path / "docker.sock"
     root.mkdir(mode=0o711)
     server = subprocess.Popen(
@@ -55,6 +56,8 @@ def test_dockerd_accepts_its_example_and_runs_containers_with_it(tmp_path):
         run(*client, "load", "--input", saved, limit=120)
         done = run(*client, "run", "--rm", "--runtime", "crab", "--network", "none", "crab.test/agent:latest", "echo", "hi")
         assert done.out == "hi\n"
+        done = run(*client, "run", "--rm", "--tty", "--runtime", "crab", "--network", "none", "crab.test/agent:latest", "tty")
+        assert done.out == "/dev/pts/0\r\n"
         assert "true" in run(*client, "info", "--format", "{{.ExperimentalBuild}}").out
     finally:
         run(*client, "system", "prune", "--all", "--force", check=False)
