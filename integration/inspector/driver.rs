@@ -139,6 +139,16 @@ impl Driver<'_> {
                 self.watch.prepare()?;
                 show(&self.watch.cut(&self.pids(order)?)?)
             }
+            "prepare" => {
+                self.watch.prepare()?;
+                json!({})
+            }
+            // After `prepare`.
+            "dump" => {
+                let dirty = self.watch.cut(&self.pids(order)?)?;
+                self.watch.forget_outsiders(&dirty)?;
+                show(&dirty)
+            }
             "durable" => {
                 self.watch.durable();
                 self.watch.retire()?;

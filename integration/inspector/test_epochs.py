@@ -67,8 +67,8 @@ def shared(sizes):
 class Writer:
     """A process on one CPU. `files`: (inode, Log) of each, once it has ended."""
 
-    def __init__(self, sandbox, name, cpu):
-        self.sandbox, self.name, self.cpu = sandbox, name, cpu
+    def __init__(self, sandbox, name, cpu, inside):
+        self.sandbox, self.name, self.cpu, self.inside = sandbox, name, cpu, inside
         self.counts, *logs = shared([HOT + COLD] + [2 * HOT_ROOM] * HOT + [2 * COLD_ROOM] * COLD)
         self.logs = [Log(words) for words in logs]
         for i in range(HOT):
@@ -90,7 +90,8 @@ class Writer:
     def write(self):
         running = [True]
         signal.signal(signal.SIGTERM, lambda *_: running.clear())
-        self.sandbox.enter()
+        if self.inside:
+            self.sandbox.enter()
         os.sched_setaffinity(0, {self.cpu})
         hot = [os.open(self.path(i), os.O_WRONLY) for i in range(HOT)]
         for i in itertools.chain(range(HOT, HOT + COLD), itertools.cycle(self.harmless(hot))):
@@ -143,14 +144,19 @@ Cut = collections.namedtuple("Cut", "sent received base doubt inodes")
 """`base`: the last cut that was durable before."""
 
 
-def cut_all(driver):
+def dump(driver):
+    driver.ask("prepare")
+    return driver.inodes("dump")
+
+
+def cut_all(driver, cut):
     """Cuts so often; not each one becomes durable."""
     chance = random.Random("crab epochs")
     cuts, base = [], 0
     end = time.monotonic() + SECONDS
     for k in itertools.takewhile(lambda _: time.monotonic() < end, range(ROTATIONS)):
         sent = time.monotonic_ns()
-        doubt, inodes = driver.inodes("cut")
+        doubt, inodes = cut(driver)
         cuts.append(Cut(sent, time.monotonic_ns(), base, doubt, inodes))
         if k == 0 or chance.random() < 0.9:
             driver.ask("durable")
@@ -202,7 +208,9 @@ def never_written(cuts, logs):
                 yield f"inode {inode} is in report {k}, and was not written since cut {cut.base}"
 
 
-def test_every_write_is_in_one_of_two_neighbouring_epochs(bed, builds):
+@pytest.mark.parametrize(("inside", "cut"), [(True, lambda driver: driver.inodes("cut")), (False, dump)], ids=["sandbox", "outsiders"])
+def test_every_write_is_in_one_of_two_neighbouring_epochs(inside, cut, bed, builds):
+    """A dump forgets, besides, what outsiders have done since the epoch began, and its cut has seen."""
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         pytest.skip("needs two CPUs")
@@ -211,11 +219,11 @@ def test_every_write_is_in_one_of_two_neighbouring_epochs(bed, builds):
     writers = []
     try:
         for cpu in cpus[:2]:
-            writers.append(Writer(sandbox, f"w{cpu}", cpu))
+            writers.append(Writer(sandbox, f"w{cpu}", cpu, inside))
         deadline = time.monotonic() + watcher.PATIENCE
         while not all(w.counts[HOT] for w in writers):
             assert time.monotonic() < deadline, "the writers write"
-        cuts = cut_all(driver)
+        cuts = cut_all(driver, cut)
         logs = [w.stop() for w in writers]
     finally:
         for writer in writers:
@@ -232,6 +240,42 @@ def test_every_write_is_in_one_of_two_neighbouring_epochs(bed, builds):
         wrong += lost_at_a_cut(cuts, cold)
         wrong += never_written(cuts, hot | cold)
     assert not wrong, f"{len(wrong)}: {wrong[:10]}"
+
+
+def test_what_outsiders_did_before_a_dump_counts_until_that_is_durable(bed, builds):
+    sandbox = bed.sandbox()
+    driver = bed.watcher(builds[0], sandbox).ready()
+    theirs = sandbox.rootfs / "theirs"
+    theirs.write_text("before")
+    for order in ("cut", "durable"):
+        driver.ask(order)
+    assert driver.inodes() == (None, set())
+    inode = (sandbox.upper / "theirs").stat().st_ino
+
+    def both():
+        """Their inode, the sandbox's own, and the directory."""
+        theirs.write_text("since")
+        own = sandbox.write()
+        found = driver.inodes()[1]
+        assert {inode} | own <= found and inode not in own
+        return own, found
+
+    driver.ask("prepare")
+    _, found = both()
+    assert driver.inodes("dump") == driver.inodes() == (None, found)
+    # It failed: so the next one has it, too.
+    assert dump(driver) == (None, found)
+    driver.ask("durable")
+    assert driver.inodes() == (None, set())
+    # What the sandbox itself does counts once more, and so does what comes after the cut.
+    driver.ask("prepare")
+    own, found = both()
+    assert driver.inodes("dump") == (None, found)
+    driver.ask("durable")
+    left = driver.inodes()[1]
+    assert own <= left <= found - {inode}
+    theirs.write_text("after")
+    assert driver.inodes() == (None, left | {inode})
 
 
 SEEN_CTIME, SEEN_MAPPED, SEEN_OUTSIDE = 1 << 0, 1 << 2, 1 << 4

@@ -409,6 +409,9 @@ fn taken(
     let dirty = watch
         .cut(&pids)
         .map_err(|e| format!("cannot end an epoch: {e}"))?;
+    watch
+        .forget_outsiders(&dirty)
+        .map_err(|e| format!("cannot forget what the dump did: {e}"))?;
     let layer = outline(known, &dirty, scene);
     let mounts = Mounts::of(scene.init).map_err(|e| format!("cannot list the mounts: {e}"))?;
     let memory_files = MemoryFiles::of(scene.init, &mounts, scene.stop);

@@ -153,6 +153,11 @@ impl Epoch {
         Ok(all)
     }
 
+    /// The inodes that are in it.
+    pub(super) fn noted(&self) -> io::Result<Vec<(InodeKey, Seen)>> {
+        self.inodes(&self.header()?)
+    }
+
     /// Adds what happened in it.
     pub(super) fn add_to(&self, dirty: &mut Dirty) -> io::Result<()> {
         let header = self.header()?;
@@ -176,7 +181,7 @@ impl Epoch {
     /// Inodes that somebody outside of the sandbox has mapped.
     pub(super) fn foreign(&self) -> io::Result<Vec<InodeKey>> {
         const BOTH: u32 = seen_bits::OUTSIDE | seen_bits::MAPPED;
-        let all = self.inodes(&self.header()?)?;
+        let all = self.noted()?;
         let foreign = all.into_iter().filter(|(_, seen)| seen.bits & BOTH == BOTH);
         Ok(foreign.map(|(key, _)| key).collect())
     }

@@ -17,7 +17,7 @@ use std::{
 };
 
 use super::{
-    abi::{self, InodeKey, MAPPING_AIO, Mapping, Registers, Watched},
+    abi::{self, InodeKey, MAPPING_AIO, Mapping, Registers, Watched, seen_bits},
     dirty::{Dirty, Happened, Inode},
     epoch::{Ended, Epoch, FIRST_ROOM},
     host::{Key, get, put, remove},
@@ -28,6 +28,10 @@ use super::{
 
 /// Epochs that wait for a durable cut.
 const MOST_ENDED: usize = 4;
+/// So many inodes are forgotten in a freeze: CRIU leaves three or four.
+const MOST_FORGOTTEN: usize = 256;
+/// What [`Watch::forget_outsiders`] forgets: what ends with its event, as a mapping does not.
+const OUTSIDERS: u32 = seen_bits::CTIME | seen_bits::OVERLAY | seen_bits::OUTSIDE;
 const GIVEN_UP: &str = "too many checkpoints in a row have failed";
 /// The programs look for a sandbox's cgroup up to this level.
 const LEVELS: u64 = (1 << 24) - 1;
@@ -57,6 +61,8 @@ pub struct Watch {
     captured: Vec<Ended>,
     /// So many were not durable that they are forgotten: everything may have changed.
     given_up: bool,
+    /// Taken out of `now`, and not yet in a durable checkpoint.
+    forgotten: HashMap<InodeKey, u32>,
     /// Inodes that somebody outside of the sandbox has mapped: nobody tells when that ends.
     foreign: HashSet<InodeKey>,
     /// Watched processes: our pid of each, and that of the first pid namespace.
@@ -82,6 +88,7 @@ impl Watch {
                 ended: Vec::new(),
                 captured: Vec::new(),
                 given_up: false,
+                forgotten: HashMap::new(),
                 foreign: HashSet::new(),
                 watched: HashMap::new(),
                 happened: Happened::default(),
@@ -144,6 +151,7 @@ impl Watch {
         for epoch in ended.chain([&self.now]).chain(&self.next) {
             epoch.add_to(&mut dirty)?;
         }
+        self.add_forgotten(&mut dirty);
         if self.given_up {
             dirty.doubts.push(GIVEN_UP.into());
         }
@@ -227,6 +235,7 @@ impl Watch {
     pub fn since_prepared(&self) -> io::Result<Dirty> {
         let mut dirty = Dirty::default();
         self.now.add_to(&mut dirty)?;
+        self.add_forgotten(&mut dirty);
         if self.joined.host.missed()? != self.now.missed {
             dirty.doubts.push(MISSED.into());
         }
@@ -251,10 +260,41 @@ impl Watch {
         Ok(())
     }
 
+    /// What outsiders have done since [`Watch::prepare`], and the cut has seen, need not count once more when
+    /// that is durable: CRIU itself makes and removes a directory in the sandbox for each of its tmpfs. After
+    /// [`Watch::cut`], while the sandbox is frozen, and **before** anything of what it has named is compared
+    /// or read: then what an outsider does to that, and none of it sees, has an event after this.
+    pub fn forget_outsiders(&mut self, seen: &Dirty) -> io::Result<()> {
+        let mut theirs = self.now.noted()?;
+        theirs.retain(|(key, its)| {
+            its.bits & seen_bits::OUTSIDE != 0
+                && its.bits & !OUTSIDERS == 0
+                && seen.inodes.contains_key(&Inode::from(*key))
+        });
+        if theirs.is_empty() || theirs.len() > MOST_FORGOTTEN {
+            return Ok(());
+        }
+        for (key, its) in theirs {
+            remove(&self.now.map, &key)?;
+            *self.forgotten.entry(key).or_default() |= its.bits;
+        }
+        // What a CPU remembers of them stands nowhere any more. Only now: what is remembered from here on was
+        // noted after they were removed.
+        self.joined.host.control.new_generation();
+        Ok(())
+    }
+
+    fn add_forgotten(&self, dirty: &mut Dirty) {
+        for (key, bits) in &self.forgotten {
+            dirty.add(key, *bits);
+        }
+    }
+
     /// The last cut is durable: what it has seen need not count any longer, once it is
     /// [retired](Watch::retire).
     pub fn durable(&mut self) {
         self.captured.append(&mut self.ended);
+        self.forgotten.clear();
         self.given_up = false;
     }
 
