@@ -125,7 +125,7 @@ def row_exec(data: Data) -> list[str]:
 
 
 #: Known from perf of the shim's thread: of 2.2 ms of processor time a turn, a sixth reads /proc, an eighth asks BPF's maps.
-LOOK_REASON = ("each look reads anew what /proc says of every process that is there, the mounts and the network: some 140 system "
+LOOK_REASON = ("each look reads anew what /proc says of every process that is there, the mounts and the network: some 100 system "
                "calls for one process that has no socket, 70 more for each further one, and no single one stands out "
                "(docs/inspector-processes.md)")
 
