@@ -111,6 +111,10 @@ static __always_inline struct inode *upper_of(struct inode *inode)
 	return upper ? AS(struct dentry, upper)->d_inode : NULL;
 }
 
+/* S_IFMT and S_IFDIR. */
+#define MODE_TYPE 0170000
+#define MODE_DIRECTORY 0040000
+
 /* The mode of /proc/PID/mem. */
 #define PROC_MEM_MODE 0100600
 /* The way here from whoever makes an inode has ten frames; the first ones are those of the helper. */
@@ -235,6 +239,9 @@ static __noinline int note(struct inode *inode, struct recent *now)
 		__u32 owner = slot_of_overlay(now->via);
 
 		bits |= SEEN_OVERLAY;
+		/* One that is in an overlay already has its mode. */
+		if ((inode->i_mode & MODE_TYPE) == MODE_DIRECTORY)
+			bits |= SEEN_DIRECTORY;
 		if (owner != slot)
 			bits |= SEEN_OUTSIDE;
 		if (slot != NOBODY)

@@ -39,6 +39,7 @@ enum seen_bits {
 	SEEN_MAPPED = 1 << 2,  /* a shared mapping of it was made or moved */
 	SEEN_OVERLAY = 1 << 3, /* through the sandbox's root file system */
 	SEEN_OUTSIDE = 1 << 4, /* by a task outside of the sandbox's cgroup */
+	SEEN_DIRECTORY = 1 << 5, /* and it is a directory; told of what is SEEN_OVERLAY alone */
 };
 
 enum epoch_bits {

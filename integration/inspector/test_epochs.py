@@ -72,7 +72,7 @@ class Writer:
         self.counts, *logs = shared([HOT + COLD] + [2 * HOT_ROOM] * HOT + [2 * COLD_ROOM] * COLD)
         self.logs = [Log(words) for words in logs]
         for i in range(HOT):
-            self.path(i).write_text("")
+            os.close(self.make(self.path(i)))
         self.pid = os.fork()
         if self.pid == 0:
             code = 1
@@ -93,13 +93,13 @@ class Writer:
         if self.inside:
             self.sandbox.enter()
         os.sched_setaffinity(0, {self.cpu})
-        hot = [os.open(self.path(i), os.O_WRONLY) for i in range(HOT)]
+        hot = [self.open(i) for i in range(HOT)]
         for i in itertools.chain(range(HOT, HOT + COLD), itertools.cycle(self.harmless(hot))):
             if not running:
                 return
             for number in range(1, EACH):
                 self.put(number % HOT, hot[number % HOT])
-            self.put(i, os.open(self.path(i), os.O_RDWR) if self.counts[i] else None)
+            self.put(i, self.open(i) if self.counts[i] else None)
 
     def harmless(self, hot):
         """The cold files for which no hot one is forgotten; those that are only made take any place."""
@@ -109,14 +109,27 @@ class Writer:
             if self.path(i).stat().st_ino % PLACES not in places:
                 yield i
 
+    def make(self, path):
+        """A file, or an outsider's directory, open."""
+        if self.inside:
+            return os.open(path, os.O_WRONLY | os.O_CREAT)
+        path.mkdir()
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def open(self, i):
+        return os.open(self.path(i), os.O_RDWR if self.inside else os.O_RDONLY | os.O_DIRECTORY)
+
     def put(self, i, fd):
         """Writes to a file; also makes it, if `fd` is None. Only hot ones stay open."""
         log, slot = self.logs[i], self.counts[i]
         path = self.path(i) if fd is None else None
         log.begins[slot] = time.monotonic_ns()
         if fd is None:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT)
-        os.pwrite(fd, b"%d" % slot, 0)
+            fd = self.make(path)
+        if self.inside:
+            os.pwrite(fd, b"%d" % slot, 0)
+        else:
+            os.fchmod(fd, 0o700 | slot & 0o77)
         log.ends[slot] = time.monotonic_ns()
         self.counts[i] = slot + 1
         if i >= HOT:
@@ -246,7 +259,7 @@ def test_what_outsiders_did_before_a_dump_counts_until_that_is_durable(bed, buil
     sandbox = bed.sandbox()
     driver = bed.watcher(builds[0], sandbox).ready()
     theirs = sandbox.rootfs / "theirs"
-    theirs.write_text("before")
+    theirs.mkdir()
     for order in ("cut", "durable"):
         driver.ask(order)
     assert driver.inodes() == (None, set())
@@ -254,7 +267,7 @@ def test_what_outsiders_did_before_a_dump_counts_until_that_is_durable(bed, buil
 
     def both():
         """Their inode, the sandbox's own, and the directory."""
-        theirs.write_text("since")
+        theirs.chmod(0o700)
         own = sandbox.write()
         found = driver.inodes()[1]
         assert {inode} | own <= found and inode not in own
@@ -274,7 +287,7 @@ def test_what_outsiders_did_before_a_dump_counts_until_that_is_durable(bed, buil
     driver.ask("durable")
     left = driver.inodes()[1]
     assert own <= left <= found - {inode}
-    theirs.write_text("after")
+    theirs.chmod(0o750)
     assert driver.inodes() == (None, left | {inode})
 
 

@@ -75,6 +75,7 @@ pub(super) mod seen_bits {
     pub(in super::super) const MAPPED: u32 = 1 << 2;
     pub(in super::super) const OVERLAY: u32 = 1 << 3;
     pub(in super::super) const OUTSIDE: u32 = 1 << 4;
+    pub(in super::super) const DIRECTORY: u32 = 1 << 5;
     /// Not the kernel's: still mapped, or being written, when its epoch began.
     pub(in super::super) const CARRIED: u32 = 1 << 31;
 }

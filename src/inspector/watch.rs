@@ -30,8 +30,8 @@ use super::{
 const MOST_ENDED: usize = 4;
 /// So many inodes are forgotten in a freeze: CRIU leaves three or four.
 const MOST_FORGOTTEN: usize = 256;
-/// What [`Watch::forget_outsiders`] forgets: what ends with its event, as a mapping does not.
-const OUTSIDERS: u32 = seen_bits::CTIME | seen_bits::OVERLAY | seen_bits::OUTSIDE;
+/// What [`Watch::forget_outsiders`] forgets. A directory: nobody maps it, and so changes it without a sign.
+const OUTSIDERS: u32 = seen_bits::OUTSIDE | seen_bits::DIRECTORY;
 const GIVEN_UP: &str = "too many checkpoints in a row have failed";
 /// The programs look for a sandbox's cgroup up to this level.
 const LEVELS: u64 = (1 << 24) - 1;
@@ -260,16 +260,14 @@ impl Watch {
         Ok(())
     }
 
-    /// What outsiders have done since [`Watch::prepare`], and the cut has seen, need not count once more when
+    /// What outsiders have done to directories since [`Watch::prepare`], and the cut has seen, need not count once more when
     /// that is durable: CRIU itself makes and removes a directory in the sandbox for each of its tmpfs. After
     /// [`Watch::cut`], while the sandbox is frozen, and **before** anything of what it has named is compared
     /// or read: then what an outsider does to that, and none of it sees, has an event after this.
     pub fn forget_outsiders(&mut self, seen: &Dirty) -> io::Result<()> {
         let mut theirs = self.now.noted()?;
         theirs.retain(|(key, its)| {
-            its.bits & seen_bits::OUTSIDE != 0
-                && its.bits & !OUTSIDERS == 0
-                && seen.inodes.contains_key(&Inode::from(*key))
+            its.bits & OUTSIDERS == OUTSIDERS && seen.inodes.contains_key(&Inode::from(*key))
         });
         if theirs.is_empty() || theirs.len() > MOST_FORGOTTEN {
             return Ok(());

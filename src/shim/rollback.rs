@@ -98,8 +98,10 @@ pub(super) fn go_back(
     let is_half_way = with.half_way.is_some();
     let gone = replace_running(container, turn, with);
     match gone {
-        // Killed before it was let go.
-        Err(Failure::Untouched(why)) if is_half_way => Err(Failure::Ended(why)),
+        // Killed before it was let go; of one that had died all is put back by its recovery.
+        Err(Failure::Untouched(why)) if is_half_way && !container.is_recovering() => {
+            Err(Failure::Ended(why))
+        }
         gone => gone,
     }
 }
@@ -198,6 +200,10 @@ impl Container {
         self.still_wanted()
     }
 
+    fn is_recovering(&self) -> bool {
+        self.inner.lock().going_back == Some(GoingBack::Recovering)
+    }
+
     /// However it went. A recovery that waits for that goes on from here.
     fn end_going_back(&self) {
         let inner = self.inner.lock();
@@ -268,8 +274,10 @@ impl Drop for HalfWay<'_> {
             return;
         };
         let container = self.container;
-        // Their end is that of the task: no recovery.
-        container.inner.lock().going_back = Some(GoingBack::Replacing);
+        // Their end is that of the task: no recovery. Unless it had died before.
+        if !container.is_recovering() {
+            container.inner.lock().going_back = Some(GoingBack::Replacing);
+        }
         let mut pids = vec![container.init.live_pid()];
         if let Ok(place) = container.place() {
             pids.extend(place.cgroup.procs().unwrap_or_default());

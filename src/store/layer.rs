@@ -34,7 +34,7 @@ pub struct LayerChanges {
 
 /// So many bytes of extended attributes may a turn have changed: they are in memory until their directory
 /// is done. Real ones have some dozens a file.
-const MAX_XATTRS: usize = 256 << 20;
+const MAX_XATTRS: usize = if cfg!(test) { 1 << 20 } else { 256 << 20 };
 
 /// Keeps a tree's root.
 fn put_root(ingest: &mut Ingest, mut root: TreeEntry) -> Result<(Digest, TreeEntry), StoreError> {
@@ -276,6 +276,13 @@ impl<'a, 'c> Editor<'a, 'c> {
     }
 
     fn edit(&mut self, name: Vec<u8>, entry: Option<TreeEntry>) -> Result<(), StoreError> {
+        let values = entry.iter().flat_map(|entry| &entry.xattrs);
+        self.xattrs += values.map(|(_, value)| value.len()).sum::<usize>();
+        if self.xattrs > MAX_XATTRS {
+            let most = MAX_XATTRS >> 20;
+            let reason = format!("more than {most} MiB of extended attributes were changed");
+            return Err(unfit(&self.path, reason));
+        }
         let Some(dir) = self.dirs.last_mut() else {
             return Ok(());
         };
@@ -331,12 +338,6 @@ impl<'a, 'c> Editor<'a, 'c> {
                 entry
             }
         };
-        self.xattrs += entry.xattrs.iter().map(|(_, it)| it.len()).sum::<usize>();
-        if self.xattrs > MAX_XATTRS {
-            let most = MAX_XATTRS >> 20;
-            let reason = format!("more than {most} MiB of extended attributes were changed");
-            return Err(unfit(shown, reason));
-        }
         self.edit(name.to_vec(), Some(entry))
     }
 

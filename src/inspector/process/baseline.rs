@@ -24,6 +24,8 @@ pub struct Baseline {
     pub(super) images: Arc<dyn Images>,
     /// Listens in the network of the first process; None if nobody could.
     pub(super) network: Option<Watched>,
+    /// What each of the processes had read at P itself, in bytes; None if that is not counted.
+    read: Vec<Option<u64>>,
     quiet: Option<Quiet>,
 }
 
@@ -84,7 +86,9 @@ impl Baseline {
                 source: std::io::Error::other("it runs"),
             });
         }
+        let read = |process: &Process| process.io.map(|io| io.read);
         Ok(Self {
+            read: snapshot.processes.iter().map(read).collect(),
             snapshot,
             watches,
             images: Arc::new(ImageDir::new(images)),
@@ -244,10 +248,10 @@ impl Baseline {
     /// # Errors
     /// If one of them is no more.
     pub fn reader(&self) -> Result<Option<(i32, &str)>, ProcessError> {
-        for process in &self.snapshot.processes {
+        // Not since it has settled: what it has read by then may be what the next turn wrote.
+        for (process, then) in self.snapshot.processes.iter().zip(&self.read) {
             let now = tasks::io(&Dir::open(process.pid)?)?;
-            let counted = process.io.zip(now);
-            if counted.is_none_or(|(then, now)| then.read != now.read) {
+            if then.zip(now).is_none_or(|(then, now)| then != now.read) {
                 return Ok(Some((process.pid, &process.comm)));
             }
         }

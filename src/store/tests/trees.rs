@@ -421,3 +421,40 @@ fn a_chunk_is_kept_anew_if_its_pack_cannot_be_opened() {
     let laid = whole.lay_out_all(&writer.scratch_dir()).unwrap();
     laid.remove().unwrap();
 }
+
+/// They are in memory, of directories as of files.
+#[test]
+fn a_turn_that_changes_too_many_attributes_is_refused() {
+    let bed = bed();
+    let writer = bed.writer();
+    let base = bed.checkpoint(&writer, 1);
+    for kind in [FileType::RegularFile, FileType::Directory] {
+        let capture = |count: usize| {
+            let mut pending = writer.begin(TurnNo(2)).unwrap();
+            fill(&mut pending);
+            let mut changes = LayerChanges::default();
+            for number in 0..count {
+                let name = format!("n{number:03}");
+                let path = pending.upper_dir().join(&name);
+                match kind {
+                    FileType::Directory => fs::create_dir(&path).unwrap(),
+                    _ => fs::write(&path, "").unwrap(),
+                }
+                set_xattr(&path, "user.note", &[7; 3000]);
+                changes.changed.push((name.into(), kind));
+            }
+            let part = Part::Changes {
+                base: &base,
+                changes: &changes,
+            };
+            let upper = pending.upper_dir();
+            pending.capture(&upper, part, &|| false).map(|_| ())
+        };
+        capture(340).unwrap();
+        let refused = capture(360).unwrap_err().to_string();
+        assert!(
+            refused.contains("1 MiB of extended attributes"),
+            "{refused}"
+        );
+    }
+}
