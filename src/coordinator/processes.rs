@@ -288,7 +288,8 @@ impl Processes {
         (verdict, rest.map(|rest| (rest, facts)))
     }
 
-    /// An error if one of them may know what is in a file now: it has read since the dump. In the freeze.
+    /// An error if one of them may know what is in a file now: it has read since the dump. It holds for
+    /// good in a freeze.
     pub(super) fn know_no_files(&self) -> Result<(), String> {
         match self.baseline.reader() {
             Ok(None) => Ok(()),

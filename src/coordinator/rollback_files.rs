@@ -86,6 +86,7 @@ impl Worker {
         let base = inspection.base(head).ok_or("nothing is known")?;
         let base = self.store.get(base).map_err(text)?;
         same_processes(target, &base, dumped)?;
+        inspection.processes_know_no_files()?;
         if self.artefacts != Some(subject.artefacts()?) {
             return Err("files of the host that belong to it have changed".into());
         }
@@ -207,10 +208,17 @@ impl Inspection {
                 return Err(look.note.unwrap_or_else(more));
             }
         };
-        let processes = known.and_then(|known| known.dump.as_ref()?.processes.as_ref());
-        let processes = processes.ok_or("the processes are not known")?;
-        processes.know_no_files()?;
+        self.processes_know_no_files()?;
         Ok(comparison)
+    }
+
+    /// An error if a process of the dump has read since, or is not known.
+    fn processes_know_no_files(&self) -> Result<(), String> {
+        let known = self.known.as_ref();
+        let processes = known.and_then(|known| known.dump.as_ref()?.processes.as_ref());
+        processes
+            .ok_or("the processes are not known")?
+            .know_no_files()
     }
 
     /// What the processes stand upon, if it is known.

@@ -260,10 +260,11 @@ impl Watch {
         Ok(())
     }
 
-    /// What outsiders have done to directories since [`Watch::prepare`], and the cut has seen, need not count once more when
-    /// that is durable: CRIU itself makes and removes a directory in the sandbox for each of its tmpfs. After
-    /// [`Watch::cut`], while the sandbox is frozen, and **before** anything of what it has named is compared
-    /// or read: then what an outsider does to that, and none of it sees, has an event after this.
+    /// What outsiders have done to directories since [`Watch::prepare`], and the cut has seen, need not count
+    /// once more when that is durable: CRIU itself makes and removes a directory in the sandbox for each of
+    /// its tmpfs. After [`Watch::cut`], while the sandbox is frozen, and **before** anything of what it has
+    /// named is compared or read: then what an outsider does to that, and none of it sees, has an event after
+    /// this.
     pub fn forget_outsiders(&mut self, seen: &Dirty) -> io::Result<()> {
         let mut theirs = self.now.noted()?;
         theirs.retain(|(key, its)| {

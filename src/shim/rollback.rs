@@ -275,9 +275,11 @@ impl Drop for HalfWay<'_> {
         };
         let container = self.container;
         // Their end is that of the task: no recovery. Unless it had died before.
-        if !container.is_recovering() {
-            container.inner.lock().going_back = Some(GoingBack::Replacing);
+        let mut inner = container.inner.lock();
+        if inner.going_back != Some(GoingBack::Recovering) {
+            inner.going_back = Some(GoingBack::Replacing);
         }
+        drop(inner);
         let mut pids = vec![container.init.live_pid()];
         if let Ok(place) = container.place() {
             pids.extend(place.cgroup.procs().unwrap_or_default());
