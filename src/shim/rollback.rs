@@ -69,13 +69,18 @@ pub fn roll_back(container: &Arc<Container>, turn: TurnNo) -> Result<RolledBack>
     })?;
     let this = Arc::clone(container);
     let done = turns.roll_back(turn, Box::new(move |with| go_back(&this, turn, with)));
+    // As long as we are alone here, a recovery only waits.
+    let goes_on = match container.is_recovering() {
+        true => "it goes on from its last checkpoint",
+        false => "nothing was touched",
+    };
     match &done {
         Err(Failure::Ended(_)) => end(container),
         _ => container.end_going_back(),
     }
     done.map_err(|failure| match failure {
         Failure::Untouched(why) => {
-            ShimError::new(Kind::Failed, format!("{step}: {why}: nothing was touched"))
+            ShimError::new(Kind::Failed, format!("{step}: {why}: {goes_on}"))
         }
         Failure::Ended(why) => ShimError::new(
             Kind::Failed,
@@ -378,10 +383,7 @@ impl Stopping {
 }
 
 fn fallen() -> ShimError {
-    ShimError::new(
-        Kind::FailedPrecondition,
-        "it has died, and goes on from its last checkpoint",
-    )
+    ShimError::new(Kind::FailedPrecondition, "its init has died")
 }
 
 fn late() -> ShimError {
