@@ -120,6 +120,7 @@ mod tests {
         }
         // One more is an error where it is one, and never a file of its own.
         let further = links.link("a", root.as_fd(), &name(MANY), &dest);
+        assert!(!matches!(further, Ok(false)), "it would be made anew");
         let count = MANY + u64::from(further.is_ok_and(|linked| linked));
         links.finish().unwrap();
         let found = std::fs::metadata(dest.join("0")).unwrap().nlink();
