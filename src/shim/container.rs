@@ -84,7 +84,7 @@ pub(super) struct Inner {
     pub init_exit: Option<Exit>,
     /// A rollback or a recovery is under way.
     pub going_back: Option<GoingBack>,
-    /// A recovery has brought it back, and it has ended once more before that was over.
+    /// A recovery or a rollback has brought it back, and it has ended before that was over.
     pub fell_again: Option<Exit>,
     /// A client has asked for its end.
     pub asked_to_end: bool,
@@ -102,6 +102,8 @@ pub(super) enum GoingBack {
     Begun,
     /// They are gone, or as good as that.
     Replacing,
+    /// Those of a checkpoint take their place: it is they who may die now.
+    Returning,
     /// They have died, and others are to take their place.
     Recovering,
 }

@@ -90,7 +90,8 @@ impl Container {
         if self.host.reaper().keeps(pid) {
             inner.told_zombie = Some(pid);
         }
-        if inner.going_back == Some(GoingBack::Recovering) {
+        let comes_back = Some(GoingBack::Returning) == inner.going_back;
+        if comes_back || inner.going_back == Some(GoingBack::Recovering) {
             inner.fell_again = Some(exit);
             return Fate::Again;
         }

@@ -54,7 +54,7 @@ const KILLED: u32 = 128 + libc::SIGKILL as u32;
 /// # Errors
 /// When nothing was touched, and when the task had to be ended; the text says which.
 pub fn roll_back(container: &Arc<Container>, turn: TurnNo) -> Result<RolledBack> {
-    let _alone = container.alone(Request::Rollback)?;
+    let alone = container.alone(Request::Rollback)?;
     let step = format!("{}: roll back to turn {turn}", container.sandbox);
     if !reaper::lists_children() {
         let why = "this kernel does not list the children of a process (CONFIG_PROC_CHILDREN)";
@@ -76,7 +76,12 @@ pub fn roll_back(container: &Arc<Container>, turn: TurnNo) -> Result<RolledBack>
     };
     match &done {
         Err(Failure::Ended(_)) => end(container),
-        _ => container.end_going_back(),
+        _ => {
+            if let Some(exit) = container.end_going_back() {
+                drop(alone);
+                container.init_exited(exit);
+            }
+        }
     }
     done.map_err(|failure| match failure {
         Failure::Untouched(why) => {
@@ -180,6 +185,7 @@ pub(super) fn replace(
         scratch: scratch.to_owned(),
     };
     let limits = container.limits.lock().clone();
+    container.begin_returning();
     restore::restore(container, &source)?;
     // The client sees the same container, with the limits that it has set since. If that fails, its
     // processes go on, with less or more than the client wanted.
@@ -209,12 +215,24 @@ impl Container {
         self.inner.lock().going_back == Some(GoingBack::Recovering)
     }
 
-    /// However it went. A recovery that waits for that goes on from here.
-    fn end_going_back(&self) {
-        let inner = self.inner.lock();
-        if inner.going_back != Some(GoingBack::Recovering) {
-            self.kill_restored_with(inner);
+    /// From here on it is a restored init that ends.
+    fn begin_returning(&self) {
+        let mut inner = self.inner.lock();
+        if inner.going_back == Some(GoingBack::Replacing) {
+            inner.going_back = Some(GoingBack::Returning);
         }
+    }
+
+    /// However it went. A recovery that waits for that goes on from here. Returns the end of a restored init, which
+    /// nobody has seen to yet.
+    fn end_going_back(&self) -> Option<Exit> {
+        let mut inner = self.inner.lock();
+        if inner.going_back == Some(GoingBack::Recovering) {
+            return None;
+        }
+        let fallen = inner.fell_again.take();
+        self.kill_restored_with(inner);
+        fallen
     }
 
     /// An error if the container has ended, or is to be.
@@ -486,6 +504,7 @@ pub(super) fn end_with(container: &Arc<Container>, exit: Exit) {
     inner.going_back = None;
     inner.kill_at_start = None;
     inner.init_gone = true;
+    let exit = inner.fell_again.take().unwrap_or(exit);
     inner.init_exit.get_or_insert(exit);
     container.tell_init_exit(inner);
 }

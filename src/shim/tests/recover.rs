@@ -2,8 +2,13 @@
 
 use super::{plan::Verb, *};
 use crate::{
-    coordinator::turns::Asked,
-    shim::container::GoingBack,
+    coordinator::{
+        machine::Event,
+        rollback::{Failure, Replacement},
+        turns::Asked,
+    },
+    sandbox::TurnNo,
+    shim::{container::GoingBack, rollback::go_back, state::Request},
     store::{JournalLine, Trigger},
 };
 
@@ -281,6 +286,42 @@ fn who_is_gone_again_at_once_is_brought_back_once_more() {
 }
 
 #[test]
+fn who_is_gone_as_a_rollback_ends_comes_back_or_is_told() {
+    for recovers in [true, false] {
+        let bed = match recovers {
+            true => Bed::recovering(),
+            false => Bed::gone_on(""),
+        };
+        bed.update(r#"{"pids":{"limit":4}}"#).unwrap();
+        let blocked = bed.machine.block(Verb::Update);
+        bed.machine.end_at_once(Verb::Restore, 8);
+        let back = bed.go(|bed| bed.roll_back(1));
+        blocked.wait();
+        let container = bed.container("c");
+        let deadline = Instant::now() + LIMIT;
+        while container.inner.lock().fell_again.is_none() {
+            assert!(Instant::now() < deadline, "nobody has noticed");
+            thread::yield_now();
+        }
+        blocked.release();
+        back.get().unwrap();
+        if !recovers {
+            bed.ended_with(8);
+            continue;
+        }
+        let lines = bed.recovered(3);
+        bed.settled();
+        let note = lines[2].note.as_deref().unwrap();
+        assert!(note.starts_with("init ended with exit code 8"), "{note}");
+        assert_eq!(bed.status("c", ""), Status::RUNNING);
+        assert_eq!(bed.file(), "text");
+        assert_eq!(bed.machine.count("restore"), 2);
+        bed.turn("a");
+        bed.finish();
+    }
+}
+
+#[test]
 fn a_client_that_wants_it_dead_does_not_wait_for_the_next_try() {
     let bed = Bed::recovering();
     bed.dies(139, 2);
@@ -342,6 +383,35 @@ fn a_rollback_that_finds_it_dead_leaves_it_to_the_recovery() {
         assert_eq!(bed.file(), "text");
         bed.finish();
     }
+}
+
+#[test]
+fn one_that_dies_while_its_files_are_half_way_is_brought_back_with_all_of_them() {
+    let bed = Bed::recovering();
+    let container = bed.container("c");
+    let alone = container.alone(Request::Rollback).unwrap();
+    container.doors.on(Event::GoBack);
+    let held = container.place().unwrap().freeze.hold().unwrap();
+    bed.machine.end_all("c", 137);
+    let deadline = Instant::now() + LIMIT;
+    while container.inner.lock().going_back.is_none() {
+        assert!(Instant::now() < deadline, "nobody has noticed");
+        thread::yield_now();
+    }
+    let with = Replacement {
+        laid: Err("the checkpoint is broken".into()),
+        scratch: bed.dir.path(),
+        half_way: Some(held),
+    };
+    let failed = go_back(&container, TurnNo(1), with).unwrap_err();
+    assert!(matches!(failed, Failure::Untouched(_)), "{failed:?}");
+    container.doors.on(Event::WentBack);
+    drop(alone);
+    bed.recovered(2);
+    bed.settled();
+    assert_eq!(bed.status("c", ""), Status::RUNNING);
+    assert_eq!(bed.file(), "text");
+    bed.finish();
 }
 
 #[test]
