@@ -24,6 +24,7 @@ use super::{
     early_join::EarlyJoin,
     error::{Context, Kind, Result, ShimError},
     events::{EventSink, TaskEvent},
+    going_back::GoingBack,
     host::{ControlGroup, Host},
     io::ProcessIo,
     process::{Process, Step},
@@ -93,19 +94,6 @@ pub(super) struct Inner {
     /// The init that the client was told of, if a rollback has ended it: unreaped, so that the
     /// kernel gives its pid to nobody else.
     pub told_zombie: Option<i32>,
-}
-
-/// How far a rollback is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum GoingBack {
-    /// The processes are still those that shall go.
-    Begun,
-    /// They are gone, or as good as that.
-    Replacing,
-    /// Those of a checkpoint take their place: it is they who may die now.
-    Returning,
-    /// They have died, and others are to take their place.
-    Recovering,
 }
 
 /// See the module.

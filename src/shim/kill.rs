@@ -3,8 +3,9 @@
 use parking_lot::MutexGuard;
 
 use super::{
-    container::{Container, GoingBack, Inner},
+    container::{Container, Inner},
     error::{Kind, Result, ShimError},
+    going_back::GoingBack,
     process::Step,
     reaper::Exit,
     state::{Phase, Request},

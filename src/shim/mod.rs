@@ -16,6 +16,7 @@ mod early_join;
 pub mod error;
 pub mod events;
 mod exits;
+mod going_back;
 mod health_check;
 pub mod hold;
 pub mod hooks;

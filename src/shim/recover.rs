@@ -8,8 +8,9 @@
 use std::{path::Path, sync::Arc};
 
 use super::{
-    container::{Container, GoingBack, Inner},
+    container::{Container, Inner},
     error::{Context, ShimError},
+    going_back::GoingBack,
     reaper::Exit,
     rollback::{LATCH_LIMIT, end_with, replace, wait_for_the_dead},
     state::{Phase, Request},
@@ -32,7 +33,7 @@ enum Fate {
     Told,
     /// It is to come back.
     Recovers,
-    /// It had just come back: whoever brought it back sees to it.
+    /// It had just come back, or not quite: whoever brings it back sees to it.
     Again,
 }
 
@@ -67,6 +68,11 @@ impl Inner {
         let by_signal = |signal| exit.status == 128 + signal as u32;
         exit.status == 0 || self.asked_to_end || self.last_signal.is_some_and(by_signal)
     }
+
+    /// The end of the init that has just come back and has this pid; not that of an earlier try.
+    pub(super) fn take_fallen(&mut self, pid: i32) -> Option<Exit> {
+        self.fell_again.take().filter(|exit| exit.pid == pid)
+    }
 }
 
 impl Container {
@@ -75,23 +81,33 @@ impl Container {
         self.config.enabled && self.config.recover == Recover::Last
     }
 
-    /// init has ended.
+    /// init has ended: the one with the pid in `exit`.
     pub(super) fn init_exited(self: &Arc<Self>, exit: Exit) {
         match self.fate(exit) {
-            Fate::Told => self.init_ended(exit),
-            Fate::Recovers => recover(self, exit),
+            Fate::Told => self.init_ended(self.as_told(exit)),
+            Fate::Recovers => recover(self, self.as_told(exit)),
             Fate::Again => {}
         }
+    }
+
+    /// With the pid that the client knows.
+    pub(super) fn as_told(&self, exit: Exit) -> Exit {
+        let pid = self.init.pid();
+        Exit { pid, ..exit }
     }
 
     fn fate(&self, exit: Exit) -> Fate {
         let mut inner = self.inner.lock();
         let pid = self.init.live_pid();
+        // What an earlier try had brought back and was ended with it.
+        if exit.pid != pid {
+            return Fate::Again;
+        }
         if self.host.reaper().keeps(pid) {
             inner.told_zombie = Some(pid);
         }
-        let comes_back = Some(GoingBack::Returning) == inner.going_back;
-        if comes_back || inner.going_back == Some(GoingBack::Recovering) {
+        let comes_back = [GoingBack::Returning, GoingBack::Recovering];
+        if inner.going_back.is_some_and(|it| comes_back.contains(&it)) {
             inner.fell_again = Some(exit);
             return Fate::Again;
         }
@@ -126,32 +142,31 @@ fn recover(container: &Arc<Container>, mut exit: Exit) {
         match attempt(container, exit) {
             Ok(_) => {
                 let mut inner = container.inner.lock();
-                match inner.fell_again.take() {
-                    Some(again) => exit = again,
-                    None => {
-                        // What was asked of the dead does not concern those who live.
-                        inner.last_signal = None;
-                        container.doors.rise();
-                        return container.kill_restored_with(inner);
-                    }
+                let Some(again) = inner.take_fallen(container.init.live_pid()) else {
+                    // What was asked of the dead does not concern those who live.
+                    inner.last_signal = None;
+                    container.doors.rise();
+                    return container.kill_restored_with(inner);
+                };
+                exit = container.as_told(again);
+                // Its work was done, or a client wants no more of it.
+                if inner.is_clean(exit) {
+                    break;
                 }
             }
             Err(Lost::Failed(_)) => touched = true,
             Err(Lost::GivenUp(_)) => break,
         }
     }
+    if touched {
+        return end_with(container, exit);
+    }
     let mut inner = container.inner.lock();
     inner.going_back = None;
     inner.kill_at_start = None;
     inner.fell_again = None;
     drop(inner);
-    match touched {
-        true => {
-            container.note_end(exit);
-            end_with(container, exit);
-        }
-        false => container.init_ended(exit),
-    }
+    container.init_ended(exit);
 }
 
 fn attempt(container: &Arc<Container>, exit: Exit) -> Result<TurnNo, Lost> {

@@ -22,13 +22,14 @@ use time::OffsetDateTime;
 
 use super::{
     artefacts,
-    container::{Container, GoingBack, Place},
+    container::{Container, Place},
     error::{Context, Kind, Result, ShimError},
+    going_back::GoingBack,
     host::Target,
     reaper::{self, Exit},
     restore::{self, Source},
     start::discard,
-    state::{Phase, Request},
+    state::Request,
 };
 use crate::{
     coordinator::{
@@ -186,7 +187,12 @@ pub(super) fn replace(
     };
     let limits = container.limits.lock().clone();
     container.begin_returning();
-    restore::restore(container, &source)?;
+    let restored = restore::restore(container, &source);
+    if limits.is_some() {
+        // Whatever comes of this: not those of then.
+        container.limits.lock().clone_from(&limits);
+    }
+    restored?;
     // The client sees the same container, with the limits that it has set since. If that fails, its
     // processes go on, with less or more than the client wanted.
     if let Some(limits) = limits
@@ -196,92 +202,6 @@ pub(super) fn replace(
     }
     steps.done(Step::Restore);
     Ok(())
-}
-
-impl Container {
-    /// From now on signals for init are kept for the processes that come.
-    fn begin_going_back(&self) -> Result<()> {
-        let mut inner = self.inner.lock();
-        // Its death came first: whoever waits for us brings it back.
-        if inner.going_back.is_some() {
-            return Err(fallen());
-        }
-        inner.going_back = Some(GoingBack::Begun);
-        drop(inner);
-        self.still_wanted()
-    }
-
-    fn is_recovering(&self) -> bool {
-        self.inner.lock().going_back == Some(GoingBack::Recovering)
-    }
-
-    /// From here on it is a restored init that ends.
-    fn begin_returning(&self) {
-        let mut inner = self.inner.lock();
-        if inner.going_back == Some(GoingBack::Replacing) {
-            inner.going_back = Some(GoingBack::Returning);
-        }
-    }
-
-    /// However it went. A recovery that waits for that goes on from here. Returns the end of a restored init, which
-    /// nobody has seen to yet.
-    fn end_going_back(&self) -> Option<Exit> {
-        let mut inner = self.inner.lock();
-        if inner.going_back == Some(GoingBack::Recovering) {
-            return None;
-        }
-        let fallen = inner.fell_again.take();
-        self.kill_restored_with(inner);
-        fallen
-    }
-
-    /// An error if the container has ended, or is to be.
-    pub(super) fn still_wanted(&self) -> Result<()> {
-        let inner = self.inner.lock();
-        let why = match inner.phase {
-            Phase::Running | Phase::Paused if self.doors.is_doomed() => "it is being killed",
-            Phase::Running | Phase::Paused if inner.init_gone => "its init has ended",
-            Phase::Running | Phase::Paused => return Ok(()),
-            _ => "it has ended",
-        };
-        Err(ShimError::new(Kind::FailedPrecondition, why))
-    }
-
-    /// From here on the end of init is not the end of the task.
-    fn begin_replacing(&self) -> Result<()> {
-        self.still_wanted()?;
-        let mut inner = self.inner.lock();
-        if inner.going_back == Some(GoingBack::Recovering) {
-            return Err(fallen());
-        }
-        let (told, now) = (self.init.pid(), self.init.live_pid());
-        let reaper = self.host.reaper();
-        let mine = match told == now {
-            true => reaper.keep(now),
-            false => reaper.disclaim(now),
-        };
-        if !mine {
-            return Err(ShimError::new(Kind::Failed, "its init has ended"));
-        }
-        if told == now {
-            inner.told_zombie = Some(told);
-        }
-        inner.going_back = Some(GoingBack::Replacing);
-        Ok(())
-    }
-
-    /// Waits until the end of every exec has been told.
-    pub(super) fn wait_for_execs(&self, limit: Duration) -> Result<()> {
-        let end = Instant::now() + limit;
-        let mut inner = self.inner.lock();
-        while inner.running_execs > 0 {
-            if self.changed.wait_until(&mut inner, end).timed_out() {
-                let text = format!("killed execs are not gone after {limit:?}");
-                return Err(ShimError::new(Kind::Failed, text));
-            }
-        }
-        Ok(())
-    }
 }
 
 /// A sandbox that stands still, and whose files are half-way to what they are to be.
@@ -400,10 +320,6 @@ impl Stopping {
     }
 }
 
-fn fallen() -> ShimError {
-    ShimError::new(Kind::FailedPrecondition, "its init has died")
-}
-
 fn late() -> ShimError {
     let text = format!("killed processes are not gone after {DEATH_LIMIT:?}");
     ShimError::new(Kind::Failed, text)
@@ -474,18 +390,21 @@ fn remove_later(container: &Container, replaced: Replaced) -> Result<()> {
 
 /// The processes are killed and could not be brought back: that is the end of the task.
 fn end(container: &Arc<Container>) {
-    end_with(
-        container,
-        Exit {
-            pid: container.init.pid(),
-            status: KILLED,
-            at: OffsetDateTime::now_utc(),
-        },
-    );
+    let killed = Exit {
+        pid: container.init.pid(),
+        status: KILLED,
+        at: OffsetDateTime::now_utc(),
+    };
+    let fallen = container
+        .inner
+        .lock()
+        .take_fallen(container.init.live_pid());
+    end_with(container, fallen.map_or(killed, |it| container.as_told(it)));
 }
 
 /// The same; `exit` is what is told, unless init's own end is known.
 pub(super) fn end_with(container: &Arc<Container>, exit: Exit) {
+    container.note_end(exit);
     container.doors.give_up();
     discard(container);
     if let Ok(place) = container.place() {
@@ -495,16 +414,18 @@ pub(super) fn end_with(container: &Arc<Container>, exit: Exit) {
         }
     }
     // The new pipes, if nobody has them: so their streams end, for which clients wait.
-    if let Some(io) = container.init.io()
-        && let Err(e) = io.start()
-    {
-        log::error!("{}: {e}", container.sandbox);
+    if let Some(io) = container.init.io() {
+        if let Err(e) = io.start() {
+            log::error!("{}: {e}", container.sandbox);
+        }
+        io.leader_exited();
+        io.deliver();
     }
     let mut inner = container.inner.lock();
     inner.going_back = None;
     inner.kill_at_start = None;
+    inner.fell_again = None;
     inner.init_gone = true;
-    let exit = inner.fell_again.take().unwrap_or(exit);
     inner.init_exit.get_or_insert(exit);
     container.tell_init_exit(inner);
 }

@@ -186,10 +186,7 @@ pub fn adopt_init(container: &Arc<Container>, pid_file: &Path, watch: Watch) -> 
     let this = Arc::clone(container);
     let exited = move |exit| {
         let reaper = Arc::clone(this.host.reaper());
-        reaper.follow(move || {
-            let pid = this.init.pid();
-            this.init_exited(Exit { pid, ..exit });
-        });
+        reaper.follow(move || this.init_exited(exit));
     };
     // One that may come back keeps the pid that the client was told.
     let lingers = container.recovers() && pid == container.init.pid() && lists_children();

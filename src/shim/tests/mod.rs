@@ -42,6 +42,7 @@ mod delete;
 mod events;
 mod exec;
 mod fake;
+mod fallen;
 mod freezing;
 mod group;
 mod kill;

@@ -8,15 +8,15 @@ use crate::{
         turns::Asked,
     },
     sandbox::TurnNo,
-    shim::{container::GoingBack, rollback::go_back, state::Request},
+    shim::{going_back::GoingBack, rollback::go_back, state::Request},
     store::{JournalLine, Trigger},
 };
 
-const RECOVER: &str = "recover = \"last\"\n";
+pub(super) const RECOVER: &str = "recover = \"last\"\n";
 
 impl Bed {
     /// A container that comes back, with a checkpoint of turn 1, whose file has changed since then.
-    fn recovering() -> Self {
+    pub(super) fn recovering() -> Self {
         let bed = Self::protected(RECOVER);
         bed.machine.make_mortal();
         bed.container("c").checkpoint_now(Asked::default()).unwrap();
@@ -25,7 +25,7 @@ impl Bed {
     }
 
     /// The journal, once its last line says that it has come back, or that it could not.
-    fn recovered(&self, count: usize) -> Vec<JournalLine> {
+    pub(super) fn recovered(&self, count: usize) -> Vec<JournalLine> {
         let deadline = Instant::now() + LIMIT;
         loop {
             let lines = self.store().journal().unwrap().lines;
@@ -41,7 +41,7 @@ impl Bed {
     }
 
     /// Waits until nothing is under way any more; its init's pid.
-    fn settled(&self) -> i32 {
+    pub(super) fn settled(&self) -> i32 {
         let container = self.container("c");
         let deadline = Instant::now() + LIMIT;
         while container.inner.lock().going_back.is_some() {
@@ -61,7 +61,7 @@ impl Bed {
         now
     }
 
-    fn unreaped(&self) -> Vec<i32> {
+    pub(super) fn unreaped(&self) -> Vec<i32> {
         use crate::shim::host::Host;
         self.machine.reaper().kept()
     }
@@ -259,66 +259,6 @@ fn who_dies_again_and_again_without_a_turn_is_told_in_the_end() {
     assert_eq!(bed.unreaped(), [0; 0]);
     bed.delete("c", "").unwrap();
     assert!(bed.store().was_alive());
-}
-
-#[test]
-fn who_is_gone_again_at_once_is_brought_back_once_more() {
-    let bed = Bed::recovering();
-    // What the client has changed is put back last: until then its end must have been seen.
-    bed.update(r#"{"pids":{"limit":4}}"#).unwrap();
-    let blocked = bed.machine.block(Verb::Update);
-    bed.machine.end_at_once(Verb::Restore, 8);
-    bed.machine.end_all("c", 139);
-    blocked.wait();
-    let container = bed.container("c");
-    let deadline = Instant::now() + LIMIT;
-    while container.inner.lock().fell_again.is_none() {
-        assert!(Instant::now() < deadline, "nobody has noticed");
-        thread::yield_now();
-    }
-    blocked.release();
-    let lines = bed.recovered(3);
-    bed.settled();
-    let note = lines[2].note.as_deref().unwrap();
-    assert!(note.starts_with("init ended with exit code 8"), "{note}");
-    assert_eq!(bed.status("c", ""), Status::RUNNING);
-    bed.finish();
-}
-
-#[test]
-fn who_is_gone_as_a_rollback_ends_comes_back_or_is_told() {
-    for recovers in [true, false] {
-        let bed = match recovers {
-            true => Bed::recovering(),
-            false => Bed::gone_on(""),
-        };
-        bed.update(r#"{"pids":{"limit":4}}"#).unwrap();
-        let blocked = bed.machine.block(Verb::Update);
-        bed.machine.end_at_once(Verb::Restore, 8);
-        let back = bed.go(|bed| bed.roll_back(1));
-        blocked.wait();
-        let container = bed.container("c");
-        let deadline = Instant::now() + LIMIT;
-        while container.inner.lock().fell_again.is_none() {
-            assert!(Instant::now() < deadline, "nobody has noticed");
-            thread::yield_now();
-        }
-        blocked.release();
-        back.get().unwrap();
-        if !recovers {
-            bed.ended_with(8);
-            continue;
-        }
-        let lines = bed.recovered(3);
-        bed.settled();
-        let note = lines[2].note.as_deref().unwrap();
-        assert!(note.starts_with("init ended with exit code 8"), "{note}");
-        assert_eq!(bed.status("c", ""), Status::RUNNING);
-        assert_eq!(bed.file(), "text");
-        assert_eq!(bed.machine.count("restore"), 2);
-        bed.turn("a");
-        bed.finish();
-    }
 }
 
 #[test]

@@ -102,29 +102,6 @@ fn a_failure_after_the_kill_is_the_end_and_says_what_to_do() {
     }
 }
 
-#[test]
-fn what_came_back_and_died_before_a_failure_is_told_with_its_own_end() {
-    let bed = Bed::protected("");
-    bed.machine.make_mortal();
-    bed.update(r#"{"pids":{"limit":4}}"#).unwrap();
-    bed.container("c").checkpoint_now(Asked::default()).unwrap();
-    // The limits of then are put back after its init is known.
-    let blocked = bed.machine.block(Verb::Update);
-    bed.machine.end_at_once(Verb::Restore, 8);
-    let back = bed.go(|bed| bed.roll_back(1));
-    blocked.wait();
-    let container = bed.container("c");
-    let deadline = Instant::now() + LIMIT;
-    while container.inner.lock().fell_again.is_none() {
-        assert!(Instant::now() < deadline, "nobody has noticed");
-        thread::yield_now();
-    }
-    blocked.fail("no limits");
-    let failed = back.get().unwrap_err().message;
-    assert!(failed.contains("no limits"), "{failed}");
-    bed.ended_with(8);
-}
-
 /// Clients wait for the end of the streams before they delete a task.
 #[test]
 fn the_streams_end_with_a_sandbox_that_could_not_be_brought_back() {
