@@ -160,9 +160,9 @@ def durable_ms(runs: Sequence[Run], name: str, but_first: bool = False) -> list[
     return found
 
 
-def slow_files(runs: Sequence[Run], name: str, limit_ms: float) -> list[int]:
-    """How many files those checkpoints of a kind captured that took longer."""
-    return [line["changed_files"] for line in lines(of(runs, "crab"))
+def slow_lines(runs: Sequence[Run], name: str, limit_ms: float) -> list[dict[str, Any]]:
+    """The journal's lines of those checkpoints of a kind that took longer."""
+    return [line for line in lines(of(runs, "crab"))
             if line["durable_us"] is not None and kind(line) == name and line["durable_us"] > limit_ms * 1000]
 
 

@@ -137,6 +137,15 @@ def row_look(data: Data) -> list[str]:
             judged(f"{ms(value)}, p95 {ms(f.quantile(looks, 0.95))}", most(value, settings.WANTED["look"]), LOOK_REASON)]
 
 
+def slow_text(slow: Sequence[dict[str, Any]]) -> str:
+    """What checkpoints have in common that took longer than is wanted."""
+    files, captured = ([line[key] for line in slow] for key in ("changed_files", "bytes_captured"))
+    frozen = [line["freeze_us"] / 1000 for line in slow]
+    dumped = f"; they were frozen for {ms(f.quantile(frozen, 0.5))} at the median, in which CRIU dumps" if any(frozen) else ""
+    return (f"the {len(slow)} that took longer than is wanted captured {f.quantile(files, 0.5):.0f} files and {mb(f.quantile(captured, 0.5))} MB at the "
+            f"median, {max(files)} files and {mb(max(captured))} MB at the most, to be read, hashed, compressed and synced{dumped}")
+
+
 def row_checkpoint(data: Data) -> list[str]:
     cells = []
     for name in ("files", "processes"):
@@ -147,9 +156,9 @@ def row_checkpoint(data: Data) -> list[str]:
         p50, p95 = f.quantile(times, 0.5), f.quantile(times, 0.95)
         holds = most(p50, settings.WANTED[f"{name} p50"]) and most(p95, settings.WANTED[f"{name} p95"])
         later = f.quantile(f.durable_ms(data["runs"], name, but_first=True), 0.95)
-        slow = f.slow_files(data["runs"], name, settings.WANTED[f"{name} p95"])
+        slow = f.slow_lines(data["runs"], name, settings.WANTED[f"{name} p95"])
         reason = (f"the longest took {ms(f.quantile(times, 1.0))}; p95 without the first of each sandbox, which loads the inspector: {ms(later)}; "
-                  f"those that took longer than is wanted captured {f.quantile(slow, 0.5)} files at the median, {max(slow, default=0)} at the most")
+                  f"{slow_text(slow)}" if slow else "")
         cells.append(judged(f"{name} {ms(p50)} / {ms(p95)} ({len(times)} turns)", holds, reason))
     return ["checkpoint p50 / p95, until durable", "0.1 / 0.7 s", "files under 20 ms, processes under 250 ms", "; ".join(cells)]
 

@@ -111,15 +111,17 @@ def test_what_is_as_wanted_says_nothing_more():
 def test_what_falls_short_is_written_as_such():
     bad = data(recoveries=[recovery(4, 5, (False, False), (False, False))])
     bad["runs"] = [run("none", [100.0]), run("full", [100.0], device_bytes=10), run("crab", [120.0], wall_s=102.0, device_bytes=9, journal=[
-        line("files", 30_000, 50_000, look_us=2_000), line("full", 300_000, 50_000, look_us=2_000)])]
+        line("files", 30_000, 50_000, look_us=2_000, bytes_captured=7_000_000, freeze_us=0),
+        line("full", 300_000, 50_000, look_us=2_000, bytes_captured=9_000_000, freeze_us=200_000)])]
     text = report.main_table(bad)
     for name in ("recovery correctness", "bytes against", "client time", "sum of exec times", "look at a turn", "checkpoint p50", "exposed delay"):
         row = next(row for row in text.splitlines() if row.startswith(f"| {name}"))
         assert "falls short" in row, row
     assert "unequal: tb-tmux, init after turn 4" in text
     assert "processes 50 ms / 50 ms: **falls short**" in text
-    assert "captured 3 files at the median, 3 at the most" in text
-    assert f.slow_files(bad["runs"], "files", 29) == [3] and f.slow_files(bad["runs"], "files", 30) == []
+    assert "captured 3 files and 7.0 MB at the median, 3 files and 7.0 MB at the most, to be read, hashed, compressed and synced; " in text
+    assert "compressed and synced; they were frozen for 200 ms at the median" in text
+    assert [line["changed_files"] for line in f.slow_lines(bad["runs"], "files", 29)] == [3] and f.slow_lines(bad["runs"], "files", 30) == []
 
 
 def test_of_crabs_bytes_the_packs_and_the_first_checkpoint_are_told_apart():
