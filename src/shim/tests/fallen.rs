@@ -1,6 +1,10 @@
 //! What has just come back and dies before the recovery or the rollback is over.
 
-use super::{plan::Verb, recover::RECOVER, *};
+use super::{
+    plan::{Blocked, Verb},
+    recover::RECOVER,
+    *,
+};
 use crate::coordinator::turns::Asked;
 
 impl Bed {
@@ -14,14 +18,20 @@ impl Bed {
         bed
     }
 
-    /// Waits until an init that has just come back has died.
-    pub(super) fn notices_a_fall(&self) {
+    /// The next init that comes back, by what `begin` does, ends with `status`. Returns when that was noticed, while
+    /// its limits are still to be set.
+    fn comes_back_dead<T>(&self, status: u32, begin: impl FnOnce() -> T) -> (Blocked, T) {
+        let blocked = self.machine.block(Verb::Update);
+        self.machine.end_at_once(Verb::Restore, status);
+        let begun = begin();
+        blocked.wait();
         let container = self.container("c");
         let deadline = Instant::now() + LIMIT;
         while container.inner.lock().fell_again.is_none() {
             assert!(Instant::now() < deadline, "nobody has noticed");
             thread::yield_now();
         }
+        (blocked, begun)
     }
 }
 
@@ -30,11 +40,7 @@ fn who_is_gone_again_at_once_is_brought_back_once_more() {
     let bed = Bed::recovering();
     // What the client has changed is put back last: until then its end must have been seen.
     bed.update(r#"{"pids":{"limit":4}}"#).unwrap();
-    let blocked = bed.machine.block(Verb::Update);
-    bed.machine.end_at_once(Verb::Restore, 8);
-    bed.machine.end_all("c", 139);
-    blocked.wait();
-    bed.notices_a_fall();
+    let (blocked, ()) = bed.comes_back_dead(8, || bed.machine.end_all("c", 139));
     blocked.release();
     let lines = bed.recovered(3);
     bed.settled();
@@ -52,11 +58,7 @@ fn who_is_gone_as_a_rollback_ends_comes_back_or_is_told() {
             false => Bed::gone_on(""),
         };
         bed.update(r#"{"pids":{"limit":4}}"#).unwrap();
-        let blocked = bed.machine.block(Verb::Update);
-        bed.machine.end_at_once(Verb::Restore, 8);
-        let back = bed.go(|bed| bed.roll_back(1));
-        blocked.wait();
-        bed.notices_a_fall();
+        let (blocked, back) = bed.comes_back_dead(8, || bed.go(|bed| bed.roll_back(1)));
         blocked.release();
         back.get().unwrap();
         if !recovers {
@@ -78,11 +80,7 @@ fn who_is_gone_as_a_rollback_ends_comes_back_or_is_told() {
 #[test]
 fn the_death_of_a_try_that_failed_is_not_that_of_the_next_one() {
     let bed = Bed::recovering_with_limits();
-    let blocked = bed.machine.block(Verb::Update);
-    bed.machine.end_at_once(Verb::Restore, 8);
-    bed.machine.end_all("c", 139);
-    blocked.wait();
-    bed.notices_a_fall();
+    let (blocked, ()) = bed.comes_back_dead(8, || bed.machine.end_all("c", 139));
     blocked.fail("no limits");
     let lines = bed.recovered(3);
     let now = bed.settled();
@@ -101,11 +99,7 @@ fn the_death_of_a_try_that_failed_is_not_that_of_the_next_one() {
 fn whose_work_is_done_as_it_comes_back_has_ended() {
     let bed = Bed::recovering();
     bed.update(r#"{"pids":{"limit":4}}"#).unwrap();
-    let blocked = bed.machine.block(Verb::Update);
-    bed.machine.end_at_once(Verb::Restore, 0);
-    bed.machine.end_all("c", 139);
-    blocked.wait();
-    bed.notices_a_fall();
+    let (blocked, ()) = bed.comes_back_dead(0, || bed.machine.end_all("c", 139));
     blocked.release();
     bed.wait_event("exit c 0");
     assert_eq!(bed.machine.count("restore"), 1);
@@ -118,11 +112,7 @@ fn whose_work_is_done_as_it_comes_back_has_ended() {
 fn a_death_that_makes_a_rollback_fail_is_told() {
     for status in [0, 8] {
         let bed = Bed::recovering_with_limits();
-        let blocked = bed.machine.block(Verb::Update);
-        bed.machine.end_at_once(Verb::Restore, status);
-        let back = bed.go(|bed| bed.roll_back(1));
-        blocked.wait();
-        bed.notices_a_fall();
+        let (blocked, back) = bed.comes_back_dead(status, || bed.go(|bed| bed.roll_back(1)));
         blocked.fail("no limits");
         let failed = back.get().unwrap_err().message;
         assert!(failed.contains("no limits"), "{failed}");
@@ -135,13 +125,9 @@ fn a_death_that_makes_a_rollback_fail_is_told() {
 fn a_death_does_not_forget_the_limits_that_a_client_has_set() {
     let bed = Bed::recovering_with_limits();
     bed.update(r#"{"pids":{"limit":8}}"#).unwrap();
+    let (blocked, back) = bed.comes_back_dead(8, || bed.go(|bed| bed.roll_back(1)));
     // Those of then are put back, those of now are not.
-    let blocked = bed.machine.block(Verb::Update);
     bed.machine.fail(Verb::Update, "it is dead");
-    bed.machine.end_at_once(Verb::Restore, 8);
-    let back = bed.go(|bed| bed.roll_back(1));
-    blocked.wait();
-    bed.notices_a_fall();
     blocked.release();
     back.get().unwrap();
     bed.recovered(3);
@@ -149,4 +135,17 @@ fn a_death_does_not_forget_the_limits_that_a_client_has_set() {
     let limits = bed.container("c").limits.lock().clone().unwrap();
     assert_eq!(limits["pids"]["limit"], 8);
     bed.finish();
+}
+
+#[test]
+fn whom_a_client_kills_in_a_rollback_boots_at_the_next_start() {
+    let bed = Bed::recovering();
+    let blocked = bed.machine.block(Verb::Forget);
+    let back = bed.go(|bed| bed.roll_back(1));
+    blocked.wait();
+    bed.kill("c", "", libc::SIGKILL).unwrap();
+    blocked.release();
+    back.get().unwrap_err();
+    bed.ended_with(137);
+    assert!(!bed.store().was_alive());
 }
